@@ -1,0 +1,77 @@
+"""What the operator reads: one line of JSON per event on standard output.
+
+Lines are written by a thread of their own, so that a reader that has stopped reading holds up nobody. Never keys,
+prompts or answers.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import deque
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+
+LEVELS = ("debug", "info", "warning", "error")
+LINES_MAX = 10_000  # waiting for a slow reader; then the oldest are lost and counted
+PAUSE_S = 0.05  # lines of one such moment are written together
+STOP_S = 1.0  # for the last lines, when nobody reads them
+
+
+class EventLog:
+    """Owns its thread from `start` to `stop`."""
+
+    def __init__(self, level: str = "info") -> None:
+        self.dropped = 0
+        self._least = LEVELS.index(level)
+        self._lines: deque[bytes] = deque()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="event-log", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(STOP_S)
+
+    def wants(self, level: str) -> bool:
+        return LEVELS.index(level) >= self._least
+
+    def write(self, level: str, event: str, **fields: Any) -> None:
+        if LEVELS.index(level) < self._least:
+            return
+        at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        if len(self._lines) >= LINES_MAX:
+            self._lines.popleft()
+            self.dropped += 1
+        self._lines.append(orjson.dumps({"at": at, "level": level, "event": event, **fields}, default=str))
+        if not self._wake.is_set():
+            self._wake.set()
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        while not self._stopping:
+            self._wake.wait()
+            self._wake.clear()
+            if not self._stopping:
+                pause.wait(PAUSE_S)
+            self._drain()
+        self._drain()
+
+    def _drain(self) -> None:
+        lines = []
+        while self._lines:
+            lines.append(self._lines.popleft())
+        if lines:
+            try:
+                sys.stdout.buffer.write(b"\n".join(lines) + b"\n")
+                sys.stdout.buffer.flush()
+            except (OSError, ValueError):  # nobody reads any more; serving goes on
+                self.dropped += len(lines)

@@ -1,0 +1,444 @@
+"""One request's life: attempts until one succeeds, the answer sent, and everything settled exactly once.
+
+There is one attempt loop for every dialect, streaming or not: `first_success`. It knows no platform, no level and no
+wire format: router.py says where to go, providers.py how to ask, protection.py what a failure costs. `Exchange` is the
+one mutable record of a request; what belongs to one attempt lives in `Running` and ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from random import Random
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import orjson
+
+import store
+from catalog import KeyStatus
+from eventlog import EventLog
+from protection import Cooling, Failure, Kind, Phase, Protection, Scope, UpstreamError
+from providers import Providers, Reply, cut_short
+from router import Attempt, Plan, Route, Router, exhausted, refusal, request_is_bad
+from settings import Settings
+from store import Row, Store
+from wire import KEEP_ALIVE, Chat, Dialect, Encoder, GatewayError, Mode, NoProviders
+
+Receive = Callable[[], Awaitable[Any]]
+Send = Callable[[Any], Awaitable[None]]
+T = TypeVar("T")
+SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1)
+HEADER_SAFE = "".join(map(chr, range(33, 127))).replace("%", "") + " "
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+JSON_HEADERS = [(b"content-type", b"application/json")]
+
+
+class ClientGone(Exception):
+    """The client closed its connection. A normal exit."""
+
+
+@dataclass(eq=False, slots=True)
+class Exchange:
+    """One request from its first byte to its last."""
+
+    id: str
+    started: float  # monotonic seconds
+    utc: float  # seconds since 1970, at the same moment
+    deadline: float  # no new attempt starts after this
+    session: str = ""
+    strict: bool = False  # only the pinned model may answer
+    chat: Chat | None = None
+    plan: Plan | None = None
+    failures: list[Attempt] = field(default_factory=list)
+    route: Route | None = None  # of the attempt that is running or has answered
+    status: str = "error"
+    first_event_ms: int | None = None
+    blocked_since: float | None = None  # when the client stopped taking bytes
+    task: asyncio.Task[Any] | None = None
+
+
+@dataclass(slots=True)
+class Running:
+    """One attempt while it runs."""
+
+    route: Route
+    number: int
+    started: float
+    skipped: list[str]
+    reply: Reply | None = None
+    finished: bool = False  # the provider has answered to the end
+    error: UpstreamError | None = None
+    ttfb_ms: int | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the start."""
+
+    exhausted: int = 0
+    requests: dict[str, int] = field(default_factory=lambda: {"success": 0, "error": 0, "cancelled": 0})
+
+
+def session_key(chat: Chat, session_id: str) -> str:
+    """A conversation's key: its mode and the client's own id, else its first user message. Empty: no session."""
+    text = session_id or chat.first_user_text
+    if chat.pinned is not None or chat.mode not in SESSION_MODES or not text:
+        return ""
+    source = "id" if session_id else "text"
+    return blake2b(f"{chat.mode}\0{source}\0{text}".encode(errors="replace"), digest_size=16).hexdigest()
+
+
+class Engine:
+    """Serves exchanges. Holds what they share."""
+
+    def __init__(
+        self, settings: Settings, protection: Protection, router: Router, store: Store, log: EventLog, rng: Random
+    ) -> None:
+        self.settings = settings
+        self.protection = protection
+        self.router = router
+        self.store = store
+        self.log = log
+        self.counters = Counters()
+        self.running: set[Exchange] = set()
+        self.providers: Providers  # set while the lifespan holds it open
+        self._rng = rng
+        self._idle_s = settings.keepalive_interval_ms / 1000
+
+    def exchange(self, id: str) -> Exchange:
+        now = time.monotonic()
+        return Exchange(id, now, time.time(), now + self.settings.request_budget_ms / 1000)
+
+    async def answer(self, exchange: Exchange, dialect: Dialect, receive: Receive, send: Send) -> None:
+        """Serve a parsed exchange to its end. Raises GatewayError while nothing has been sent."""
+        self.running.add(exchange)
+        exchange.task = asyncio.current_task()
+        try:
+            last = await unless_disconnected(receive, self._answer(exchange, dialect, send))
+            exchange.blocked_since = time.monotonic()
+            await send(last)  # the last await: from here on receive() would report a disconnect of our own making
+        except ClientGone:
+            exchange.status = "cancelled"
+        finally:
+            self.running.discard(exchange)
+            self._close(exchange)
+
+    async def _answer(self, exchange: Exchange, dialect: Dialect, send: Send) -> dict[str, Any]:
+        """Everything but the last message, which it returns: by then the provider's connection is closed."""
+        chat = exchange.chat
+        assert chat is not None
+        encoder = dialect.encoder(chat, exchange.utc)
+        async with self.first_success(exchange, chat) as running:
+            reply = running.reply
+            assert reply is not None
+            if not chat.stream:
+                assert reply.completion is not None
+                body = encoder.whole(reply.completion)
+                running.finished = True
+                length = (b"content-length", str(len(body)).encode())
+                await send(response_start(200, [*JSON_HEADERS, length, *route_headers(exchange)]))
+                return {"type": "http.response.body", "body": body}
+            await send(response_start(200, [*STREAM_HEADERS, *route_headers(exchange)]))
+            last = await self._relay(exchange, running, reply, encoder, send)
+        return {"type": "http.response.body", "body": last}
+
+    async def _relay(self, exchange: Exchange, running: Running, reply: Reply, encoder: Encoder, send: Send) -> bytes:
+        """Send a stream's events as they arrive; gives its last bytes."""
+        try:
+            async with aclosing(reply.batches(self._idle_s)) as batches:
+                async for events in batches:
+                    body = encoder.feed(events) if events else KEEP_ALIVE
+                    if body:
+                        exchange.blocked_since = time.monotonic()
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
+                        exchange.blocked_since = None
+        except UpstreamError as error:  # the client has bytes already: say so in the stream, then end it
+            running.error = error
+            stalled = error.failure is Failure.STALL
+            name = "stream_timeout" if stalled else "stream_error"
+            words = "stopped sending" if stalled else "failed in the middle of its answer"
+            platform = running.route.model.platform.name
+            message = f"{platform} {words}. The answer is incomplete; send the request again."
+            return encoder.fail(message, name, 504 if stalled else 502, reply.tally)
+        running.finished = True
+        return encoder.end(reply.tally)
+
+    @asynccontextmanager
+    async def first_success(self, exchange: Exchange, chat: Chat) -> AsyncIterator[Running]:
+        """Open the first route that answers; it closes when the caller's block ends. Raises GatewayError."""
+        try:
+            plan = self._plan(exchange, chat)
+        except NoProviders:
+            raise self._exhausted(exchange, Plan([], chat.tokens), chat) from None
+        while (route := self._next_route(exchange, plan)) is not None:
+            running = Running(route, len(exchange.failures) + 1, time.monotonic(), plan.skipped_labels())
+            active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, running.started)
+            try:
+                async with self.providers.open(route, chat) as reply:
+                    running.reply = reply
+                    self._committed(exchange, running)
+                    yield running
+                    return
+            except UpstreamError as error:
+                running.error = error
+            finally:
+                self.protection.end(active)
+                self._settle(exchange, running, chat, plan)
+            assert running.error is not None
+            if running.error.rule.scope is Scope.REQUEST and self.settings.content_filter == "propagate":
+                raise refusal(exchange.failures)
+        raise self._exhausted(exchange, plan, chat)
+
+    def _plan(self, exchange: Exchange, chat: Chat) -> Plan:
+        now = time.monotonic()
+        self.router.ledger.utc_offset_s = time.time() - now
+        standing = self.protection.standing(exchange.session, now, auto=chat.pinned is None)
+        plan = self.router.plan(chat, standing, now, self._rng, strict=exchange.strict)
+        exchange.plan = plan
+        return plan
+
+    def _next_route(self, exchange: Exchange, plan: Plan) -> Route | None:
+        """The next attempt's route, within the limits of attempts and time."""
+        now = time.monotonic()
+        failures = exchange.failures
+        if len(failures) >= self.settings.max_fallback_attempts or (failures and now >= exchange.deadline):
+            return None
+        if request_is_bad(failures):
+            return None
+        exchange.route = self.router.next_route(plan, now)
+        return exchange.route
+
+    def _committed(self, exchange: Exchange, running: Running) -> None:
+        now = time.monotonic()
+        running.ttfb_ms = round((now - running.started) * 1000)
+        exchange.first_event_ms = round((now - exchange.started) * 1000)
+        model = running.route.model
+        self.protection.used(exchange.session, model.platform.id, model.id, now)
+
+    def _settle(self, exchange: Exchange, running: Running, chat: Chat, plan: Plan) -> None:
+        """Close the books on one attempt, however it ended: ledger, protection, session, log row."""
+        now = time.monotonic()
+        route, error = running.route, running.error
+        tally = running.reply.tally if running.reply else None
+        row = Row(
+            request_id=exchange.id,
+            created_at=exchange.utc + running.started - exchange.started,
+            platform=route.model.platform.id,
+            model_id=route.model.model_id,
+            key_id=route.key.id or None,
+            requested_model=chat.model or "auto",
+            routing_mode=str(chat.mode),
+            latency_ms=round((now - running.started) * 1000),
+            ttfb_ms=running.ttfb_ms,
+            attempt=running.number,
+            streamed=chat.stream,
+            skipped_models=orjson.dumps(running.skipped).decode() if running.skipped else None,
+        )
+        tokens = 0
+        if tally is not None:
+            row.input_tokens = tally.usage.input_tokens if tally.usage else chat.prompt_tokens
+            row.output_tokens = tally.output_tokens()
+            tokens = row.input_tokens + row.output_tokens
+        self.router.ledger.settle(route.reservation, tokens)
+        if error is not None:
+            self._failed(exchange, running, error, plan, now)
+            row.error_kind, row.http_status, row.error = str(error.failure), error.status, error.message
+        elif running.finished:
+            row.status, row.http_status = "success", 200
+            self._succeeded(exchange, running, chat, now)
+        else:
+            row.status = "cancelled"
+        exchange.status = row.status
+        self.store.log(row)
+
+    def _failed(self, exchange: Exchange, running: Running, error: UpstreamError, plan: Plan, now: float) -> None:
+        """What one failure costs: this request, everybody, and the session (SPEC 5.2, 7)."""
+        rule, model, key = error.rule, running.route.model, running.route.key
+        exchange.failures.append(Attempt(running.route, error, round((now - running.started) * 1000)))
+        if rule.cooling is Cooling.TRANSIENT:
+            until = now + self.settings.transient_cooldown_ms / 1000
+            self.protection.transient.set(model.id, until, now)
+            self.log.write("info", "cooldown", model=model.label, kind=error.failure)
+        elif rule.cooling is Cooling.KEY:
+            setting_s = rule.cooldown_s or self.settings.rate_limit_cooldown_ms / 1000
+            wait_s = error.retry_after_s if error.retry_after_s is not None else setting_s
+            self.protection.keys.set((key.id, model.id), now + wait_s, now)
+            if error.failure is Failure.RATE_LIMITED:
+                self._set_key_status(key.id, KeyStatus.RATE_LIMITED)
+        elif rule.cooling is Cooling.INVALID:
+            self._set_key_status(key.id, KeyStatus.INVALID, error.message)
+            self.protection.sessions.clear_key(exchange.session, key.id, now)
+        kind: Kind | None = error.kind
+        if rule.scope is Scope.KEY:
+            plan.failed_keys.add((key.id, model.id))
+            if self.router.usable_key(model, plan, now) is not None:
+                return
+            if error.failure is Failure.RATE_LIMITED:
+                self.router.penalties.add(model.id, now)
+        elif rule.scope is Scope.WINDOW:
+            plan.skip_window(model)
+        else:
+            plan.skip(model)
+        if kind is not None:
+            phase = Phase.MID_STREAM if running.reply else Phase.BEFORE_STREAM
+            self._punish(exchange, running, kind, phase, plan, now)
+
+    def _punish(self, exchange: Exchange, running: Running, kind: Kind, phase: Phase, plan: Plan, now: float) -> None:
+        model = running.route.model
+        action = self.protection.punish(exchange.session, model.platform.id, model.id, kind, phase, now)
+        if action.ban_provider:
+            plan.ban(model.platform.id)
+            self.log.write("info", "ban", platform=model.platform.id, reason=action.reason, request_id=exchange.id)
+
+    def _succeeded(self, exchange: Exchange, running: Running, chat: Chat, now: float) -> None:
+        route, reply = running.route, running.reply
+        assert reply is not None
+        self._set_key_status(route.key.id, KeyStatus.HEALTHY)
+        self.router.penalties.success(route.model.id, now)
+        self.protection.used(exchange.session, route.model.platform.id, route.model.id, now)
+        self.protection.sessions.pin(exchange.session, route.model.id, route.key.id, now)
+        if cut_short(reply.tally, chat, route.model) and exchange.plan is not None:
+            self._punish(exchange, running, Kind.TRUNCATION, Phase.MID_STREAM, exchange.plan, now)
+
+    def _set_key_status(self, key: int, status: KeyStatus, error: str | None = None) -> None:
+        """Remember it; tell the database when it is news. A success that began before does not lift invalid."""
+        if not key or (status is KeyStatus.HEALTHY and self.router.key_status.get(key) is KeyStatus.INVALID):
+            return
+        if self.router.set_key_status(key, status):
+            self.store.write_later(lambda db: store.set_key_status(db, key, status, error))
+
+    def _exhausted(self, exchange: Exchange, plan: Plan, chat: Chat) -> GatewayError:
+        """The client's error when nothing is left; counted, and told to the operator (SPEC 5.4)."""
+        now = time.monotonic()
+        soonest_s = self.router.soonest_s(plan, now)
+        error = exhausted(plan, exchange.failures, stream=chat.stream, retry_after_s=soonest_s)
+        self.counters.exhausted += 1
+        blocked = [f"{self.router.catalog.by_id[id].label}={b.reason}" for id, b in plan.blocked.items()]
+        self.log.write(
+            "warning",
+            "all_models_exhausted",
+            request_id=exchange.id,
+            code=error.code,
+            attempts=len(exchange.failures),
+            candidates=len(plan.order),
+            skipped=plan.skipped_labels(),
+            blocked=blocked,
+            transient_cooldowns=len(self.protection.transient),
+            key_cooldowns=len(self.protection.keys),
+            retry_after_s=soonest_s,
+        )
+        return error
+
+    def refuse(self, exchange: Exchange, error: GatewayError) -> None:
+        """Log a request that was refused before any attempt."""
+        chat = exchange.chat
+        if exchange.failures or chat is None:
+            return
+        row = Row(request_id=exchange.id, created_at=exchange.utc, requested_model=chat.model or "auto")
+        row.routing_mode, row.streamed = str(chat.mode), chat.stream
+        row.http_status, row.error = error.status, error.message
+        row.latency_ms = round((time.monotonic() - exchange.started) * 1000)
+        row.skipped_models = skipped_text(exchange.plan)
+        self.store.log(row)
+
+    def _close(self, exchange: Exchange) -> None:
+        self.counters.requests[exchange.status] += 1
+        if not self.log.wants("info"):
+            return
+        chat, route = exchange.chat, exchange.route
+        self.log.write(
+            "info",
+            "request",
+            request_id=exchange.id,
+            model=chat.model if chat else None,
+            route=route.model.label if route else None,
+            attempts=len(exchange.failures) + (exchange.status == "success"),
+            failures=trail(exchange) or None,
+            status=exchange.status,
+            first_event_ms=exchange.first_event_ms,
+            total_ms=round((time.monotonic() - exchange.started) * 1000),
+        )
+
+
+def skipped_text(plan: Plan | None) -> str | None:
+    labels = plan.skipped_labels() if plan else []
+    return orjson.dumps(labels).decode() if labels else None
+
+
+def response_start(status: int, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+def trail(exchange: Exchange) -> str:
+    """Which attempts failed and how: `platform/model=kind; …`."""
+    return "; ".join(f"{attempt.route.model.label}={attempt.error.failure}" for attempt in exchange.failures)
+
+
+def route_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
+    """The headers that tell how a request was routed (SPEC 3.8)."""
+    headers = [(b"x-request-id", exchange.id.encode())]
+    if exchange.route is not None:
+        headers.append((b"x-routed-via", header_value(exchange.route.model.label)))
+    if exchange.failures:
+        headers.append((b"x-fallback-attempts", str(len(exchange.failures)).encode()))
+        headers.append((b"x-fallback-trail", header_value(trail(exchange))))
+    return headers
+
+
+def header_value(text: str) -> bytes:
+    """Printable ASCII; everything else percent-encoded."""
+    return quote(text, safe=HEADER_SAFE).encode()
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run the work in this task; a client's disconnect cancels it and raises ClientGone.
+
+    uvicorn neither cancels the app nor fails send() when the client leaves: only receive() tells.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone = True
+        task.cancel()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        result = await work
+    except asyncio.CancelledError:
+        if not gone or task.uncancel() > 0:  # somebody else's cancellation goes on
+            raise
+        raise ClientGone from None
+    except BaseException:
+        if not gone:
+            raise
+        await absorb_cancellation(task)
+        raise ClientGone from None
+    else:
+        if gone:
+            await absorb_cancellation(task)
+            raise ClientGone
+        return result
+    finally:
+        watcher.cancel()
+
+
+async def absorb_cancellation(task: asyncio.Task[Any]) -> None:
+    """The work ended in the same moment as its cancellation was asked for: take it before it hits something else."""
+    try:
+        await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        task.uncancel()

@@ -1,0 +1,461 @@
+"""Freeway: one OpenAI-compatible endpoint over many unreliable LLM providers.
+
+The service: settings in, lifespan, the doorman every request passes, the endpoints, `main()`. What happens to a chat
+request behind the door is in exchange.py; a tour of the files is in the README.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import math
+import os
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import uvicorn
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route, Router
+
+import store
+from admin import Admin, json_response
+from catalog import is_demo
+from chat import ChatDialect
+from eventlog import EventLog
+from exchange import (
+    JSON_HEADERS,
+    ClientGone,
+    Engine,
+    Exchange,
+    Receive,
+    Send,
+    response_start,
+    route_headers,
+    session_key,
+)
+from protection import Protection, parse_levels
+from providers import Limits, Providers
+from router import Router as ModelRouter
+from settings import (
+    LOOPBACK_HOSTS,
+    CatalogFiles,
+    Settings,
+    SettingsError,
+    check_binding,
+    load_catalog,
+    load_settings,
+)
+from store import Store, StoreError
+from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRequest, ModelNotFound, Unauthorized
+
+__all__ = ["Gateway", "SettingsError", "load_settings", "main", "uvicorn_config"]
+
+STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
+BODY_READ_S = 60.0  # for a client to send its request; a laptop's slowest upload of 32 MB is faster
+CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
+SWEEP_S = 5.0
+RETENTION_S = 3600.0  # SPEC 12.3
+OPEN_PATHS = frozenset({"/healthz"})  # everything else needs a key
+ADMIN_PREFIXES = ("/api", "/metrics")
+
+
+class Gateway:
+    """The ASGI app. Constructing it opens the database; its lifespan owns everything that runs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.files: CatalogFiles = load_catalog(settings)
+        defaults = {p.id: p.protection for p in self.files.platforms.values()}
+        levels, warnings = parse_levels(settings.thread_protection_platforms, defaults)
+        self.warnings = [*self.files.warnings, *warnings]
+        self.log = EventLog(settings.log_level)
+        self.store = Store(settings.db, settings.encryption_key)
+        self.api_key, self.made_key = settings.api_key or "", False
+        if not self.api_key:
+            self.api_key, self.made_key = self.store.write_now(lambda db: store.client_key(db, self.store.vault))
+        self.admin_key = settings.admin_key or self.api_key
+        check_binding(settings.host, [self.api_key, self.admin_key])
+        protection = Protection(
+            levels=levels,
+            sticky_ttl_s=settings.sticky_ttl_ms / 1000,
+            thread_cooldown_s=settings.thread_cooldown_ms / 1000,
+        )
+        router = ModelRouter(protection.transient, protection.keys)
+        self.engine = Engine(settings, protection, router, self.store, self.log, Random())
+        self.store.write_now(self._sync)
+        self._restore_ledger()
+        self._chat: Dialect = ChatDialect()
+        self._started = int(time.time())
+        self._loopback_only = settings.host in LOOPBACK_HOSTS
+        self._cold = Router(
+            [
+                Route("/v1/models", self.list_models),
+                Route("/v1/models/{id:path}", self.show_model),
+                Route("/healthz", self.healthz),
+                *Admin(self.engine).routes(),
+            ],
+            redirect_slashes=False,
+            default=not_found,
+        )
+
+    def _sync(self, db: sqlite3.Connection) -> None:
+        """Bring catalogue and keys into the database, and load what routing needs out of it."""
+        store.sync_models(db, self.files.models)
+        vault = self.store.vault
+        for key in self.files.keys:
+            if key.env is None:
+                store.add_key(db, vault, key.platform, key.secret, key.label)
+        from_environment = [(key.platform, key.secret, key.label) for key in self.files.keys if key.env]
+        store.sync_environment_keys(db, vault, from_environment)
+        snapshot = store.load_snapshot(db, vault, self.files.platforms, self.files.models)
+        self.engine.router.load(snapshot.catalog, snapshot.key_status)
+
+    def _restore_ledger(self) -> None:
+        """Quotas go on where the last process stopped."""
+        router, utc, now = self.engine.router, time.time(), time.monotonic()
+        router.ledger.utc_offset_s = utc - now
+        ids = {(m.platform.id, m.model_id): m for m in router.catalog.models}
+        for platform, model_id, key, ago_s, tokens in self.store.write_now(lambda db: store.todays_attempts(db, utc)):
+            model = ids.get((platform, model_id))
+            if model is not None and model.limited:
+                router.ledger.restore(model.id, key, at=now - ago_s, tokens=tokens, now=now)
+
+    # The lifespan: what runs besides requests.
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        await receive()
+        self.log.start()
+        for warning in self.warnings:
+            self.log.write("warning", "configuration", message=warning)
+        s = self.settings
+        limits = Limits(
+            connect_s=s.connect_timeout_ms / 1000,
+            request_s=s.request_timeout_ms / 1000,
+            stall_s=s.max_stream_stall_ms / 1000,
+            first_token_s=s.first_token_timeout_ms / 1000,
+        )
+        try:
+            async with Providers(limits) as providers, background(self._refresh(), self._sweep(), self._retain()):
+                self.engine.providers = providers
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+                await self._drain()
+        finally:
+            await self.store.close()
+            if self.store.dropped:
+                self.log.write("error", "rows_lost", count=self.store.dropped)
+            self.log.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+    async def _drain(self) -> None:
+        """The server has waited for running requests; what it has cancelled since gets a moment to settle."""
+        tasks = [exchange.task for exchange in self.engine.running if exchange.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
+
+    async def _refresh(self) -> None:
+        """Keep the statistics that routing learns from fresh, off the request's path."""
+        days = self.settings.analytics_window_days
+        while True:
+            await self.store.flush()
+            try:
+                by_name = await self.store.read(lambda db: store.model_stats(db, days))
+            except sqlite3.Error as error:
+                self.log.write("warning", "statistics", message=str(error))
+            else:
+                models = self.engine.router.catalog.models
+                self.engine.router.stats = {
+                    m.id: by_name[m.platform.id, m.model_id] for m in models if (m.platform.id, m.model_id) in by_name
+                }
+            await asyncio.sleep(self.settings.stats_refresh_ms / 1000)
+
+    async def _sweep(self) -> None:
+        """Let go of clients that have stopped taking bytes, and say when rows had to be dropped."""
+        dropped = 0
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = time.monotonic()
+            for exchange in list(self.engine.running):
+                blocked = exchange.blocked_since
+                if blocked is not None and now - blocked > CLIENT_STALL_S and exchange.task is not None:
+                    exchange.task.cancel()
+            if self.store.dropped > dropped:
+                self.log.write("error", "rows_dropped", count=self.store.dropped - dropped)
+                dropped = self.store.dropped
+
+    async def _retain(self) -> None:
+        """Remove old rows, slice by slice so that the log's writer is never held up for long."""
+        days = self.settings.log_retention_days
+        while True:
+            try:
+                while await self.store.write(lambda db: store.delete_old_rows(db, days)):
+                    pass
+            except sqlite3.Error as error:
+                self.log.write("warning", "retention", message=str(error))
+            await asyncio.sleep(RETENTION_S)
+
+    # The door.
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        exchange = self.engine.exchange(f"req_{secrets.token_hex(12)}")
+        try:
+            path = scope["path"] = tidy_path(scope["path"])
+            headers = dict(scope["headers"])
+            self._admit(path, headers)
+            if path == "/v1/chat/completions" and scope["method"] == "POST":
+                await self._serve(exchange, self._chat, headers, receive, send)
+            else:
+                await self._cold({**scope, "app": self}, receive, with_request_id(send, exchange.id))
+        except GatewayError as error:
+            await send_error(send, error, exchange)
+        except HTTPException as error:
+            code = "method_not_allowed" if error.status_code == 405 else "not_found"
+            answer = InvalidRequest(f"{error.detail}: {scope['method']} {path}", code=code, status=error.status_code)
+            await send_error(send, answer, exchange)
+        except ClientGone:
+            return
+        except Exception as error:  # a defect of ours: the client gets an error, the operator its place
+            self.log.write("error", "defect", request_id=exchange.id, message=repr(error), traceback=traced(error))
+            await send_error(send, GatewayError("Internal error.", code="internal_error"), exchange)
+
+    def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
+        """Refuse foreign hosts (DNS rebinding), and everyone without the path's key."""
+        if self._loopback_only and host_name(headers.get(b"host", b"")) not in LOOPBACK_HOSTS:
+            raise InvalidRequest("Unknown host: use 127.0.0.1, localhost or [::1].", code="invalid_host", status=403)
+        if path in OPEN_PATHS:
+            return
+        admin = path.startswith(ADMIN_PREFIXES)
+        if not hmac.compare_digest(credential(headers), (self.admin_key if admin else self.api_key).encode()):
+            raise Unauthorized
+
+    async def _serve(
+        self, exchange: Exchange, dialect: Dialect, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
+        """One request of any dialect."""
+        raw = await read_body(headers, receive, self.settings.max_body_bytes)
+        exchange.chat = chat = dialect.parse(raw, exchange.utc)
+        exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
+        exchange.strict = headers.get(b"x-fallback", b"").strip().lower() == b"none"
+        try:
+            await self.engine.answer(exchange, dialect, receive, send)
+        except GatewayError as error:
+            self.engine.refuse(exchange, error)
+            raise
+
+    # Endpoints that are not chat.
+
+    async def list_models(self, request: Request) -> Response:
+        listed = {id: self._describe(id) for id in VIRTUAL_MODELS}
+        for model in self.engine.router.catalog.models:
+            if model.enabled and model.model_id not in listed:
+                listed[model.model_id] = self._describe(model.model_id)
+        return json_response({"object": "list", "data": list(listed.values())})
+
+    async def show_model(self, request: Request) -> Response:
+        name = request.path_params["id"].removeprefix(MODELS_PREFIX).replace("auto:", "auto-")
+        if name not in VIRTUAL_MODELS:
+            try:
+                self.engine.router.catalog.resolve(name)
+            except ModelNotFound as error:
+                raise ModelNotFound(error.message, status=404) from None
+        return json_response(self._describe(name))
+
+    def _describe(self, name: str) -> dict[str, Any]:
+        """A model as OpenAI lists it, with the context window that agents look for."""
+        entry: dict[str, Any] = {"id": name, "object": "model", "created": self._started, "owned_by": "freeway"}
+        if name not in VIRTUAL_MODELS:
+            models = self.engine.router.catalog.resolve(name)
+            entry["owned_by"] = models[0].platform.id
+        else:
+            models = self.engine.router.catalog.auto_chain
+        if models:
+            entry["context_window"] = entry["context_length"] = max(m.context_window for m in models)
+        return entry
+
+    async def healthz(self, request: Request) -> Response:
+        try:
+            await self.store.read(store.ping)
+        except sqlite3.Error:
+            return json_response({"status": "database unavailable"}, 503)
+        return json_response({"status": "ok"})
+
+
+@contextlib.asynccontextmanager
+async def background(*jobs: Any) -> AsyncIterator[None]:
+    """Run jobs beside the block; they end with it."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(job) for job in jobs]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+
+async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
+    """The request's body, refused as soon as it is too large."""
+    too_large = InvalidRequest(f"The body is larger than {bytes_max} bytes.", code="request_too_large", status=413)
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > bytes_max:
+        raise too_large
+    pieces: list[bytes] = []
+    size, more = 0, True
+    try:
+        async with asyncio.timeout(BODY_READ_S):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                pieces.append(message.get("body", b""))
+                size += len(pieces[-1])
+                if size > bytes_max:
+                    raise too_large
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise InvalidRequest("The body did not arrive in time.", code="request_timeout", status=408) from None
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def tidy_path(path: str) -> str:
+    """Clients are configured with and without /v1, twice, and with a slash at the end."""
+    if len(path) > 1:
+        path = path.rstrip("/") or "/"
+    while path.startswith("/v1/v1/"):
+        path = path[3:]
+    if path.startswith(("/chat/completions", "/models", "/responses")):
+        return "/v1" + path
+    return path
+
+
+def credential(headers: dict[bytes, bytes]) -> bytes:
+    """The key a client sent: as bearer token, or as the header its own protocol uses."""
+    given = headers.get(b"authorization", b"")
+    if given[:7].lower() == b"bearer ":
+        return given[7:].strip()
+    return given.strip() or headers.get(b"x-api-key", b"") or headers.get(b"api-key", b"")
+
+
+def host_name(host: bytes) -> str:
+    """A Host header without its port and brackets."""
+    text = host.decode("latin-1").lower()
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0]
+
+
+def with_request_id(send: Send, id: str) -> Send:
+    async def sender(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", id.encode())]}
+        await send(message)
+
+    return sender
+
+
+async def not_found(scope: Any, receive: Receive, send: Send) -> None:
+    raise HTTPException(404, "Not found")
+
+
+async def send_error(send: Send, error: GatewayError, exchange: Exchange) -> None:
+    """The one place where an error becomes a response."""
+    body = error.body()
+    headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode()), *route_headers(exchange)]
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send(response_start(error.status, headers))
+    await send({"type": "http.response.body", "body": body})
+
+
+def traced(error: BaseException) -> list[str]:
+    """Where it happened, innermost last; no values, which might be secrets."""
+    places, frame = [], error.__traceback__
+    while frame is not None:
+        code = frame.tb_frame.f_code
+        places.append(f"{Path(code.co_filename).name}:{frame.tb_lineno} {code.co_name}")
+        frame = frame.tb_next
+    return places[-8:]
+
+
+def uvicorn_config(app: Gateway) -> uvicorn.Config:
+    """The server as in production."""
+    return uvicorn.Config(
+        app,
+        host=app.settings.host,
+        port=app.settings.port,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=STOP_S,
+        timeout_keep_alive=65,  # longer than the pools of common clients keep a connection, so that they close it
+    )
+
+
+def listen(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        where = f"GATEWAY_HOST={settings.host!r}, GATEWAY_PORT={settings.port}"
+        raise SettingsError(f"{where}: cannot listen there: {error.strerror or error}") from None
+    return listener
+
+
+def announce(app: Gateway, port: int) -> None:
+    host = f"[{app.settings.host}]" if ":" in app.settings.host else app.settings.host
+    catalog = app.engine.router.catalog
+    served = [p.name for p in catalog.platforms.values() if catalog.keys.get(p.id) or (p.keyless and not is_demo(p))]
+    print(f"Freeway is listening on http://{host}:{port}/v1")
+    print(f"  dashboard:  http://{host}:{port}/")
+    print(f"  platforms:  {', '.join(served) or 'none has a key yet: the built-in demo answers'}")
+    if app.made_key:
+        print(f"  API key:    {app.api_key}   (made just now and kept encrypted; clients send it as bearer token)")
+    for warning in app.warnings:
+        print(f"  warning:    {warning}")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    """Run until a signal; 0 after an orderly stop, 2 when it cannot start."""
+    try:
+        settings = load_settings(sys.argv[1:], os.environ, Path.cwd())
+        listener = listen(settings)
+        app = Gateway(settings)
+    except (SettingsError, StoreError) as error:
+        print(f"freeway: {error}", file=sys.stderr)
+        return 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # uvicorn raises it once more after the orderly stop
+    announce(app, listener.getsockname()[1])
+    uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

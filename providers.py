@@ -1,0 +1,450 @@
+"""How to ask: one HTTP session to all platforms, and what comes back turned into a committed `Reply` or a failure.
+
+`Providers.open` returns when the answer is committed: whole, or with its first meaningful event decoded. Everything
+that goes wrong, before or after, leaves here as an `UpstreamError` that protection.classify has named. The connection
+lives exactly as long as the `async with` block. The only aiohttp client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any, Protocol, Self
+
+import aiohttp
+
+import faults
+from adapters import OpenAIAdapter, Request, as_chunks, note, note_completion
+from catalog import Key, Model, is_demo
+from protection import Failure, UpstreamError, classify
+from router import Route
+from wire import Chat, Completion, Event, EventTooLarge, SSEDecoder, Tally, dump, frame, load_lenient
+
+COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
+ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
+HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
+AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
+CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
+KEEPALIVE_S = 15.0  # idle provider connections; many servers close theirs after 20 s and more
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long to wait for a provider, in seconds."""
+
+    connect_s: float
+    request_s: float
+    stall_s: float
+    first_token_s: float
+
+
+class Translator(Protocol):
+    """One stream's chunks, from the adapter's wire to OpenAI's chat form."""
+
+    def feed(self, raw: bytes, chunk: dict[str, Any]) -> list[Event]: ...
+
+
+class Adapter(Protocol):
+    """One wire format."""
+
+    def request(self, model: Model, key: Key, chat: Chat) -> Request: ...
+
+    def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion: ...
+
+    def translator(self, chat: Chat, tally: Tally) -> Translator: ...
+
+
+class Incoming:
+    """One provider's stream on its way from bytes to events: decoded once, checked, counted."""
+
+    def __init__(self, translator: Translator, tally: Tally, route: Route) -> None:
+        self.done = False  # [DONE] has been seen
+        self.error: UpstreamError | None = None  # found behind the events that `feed` returned
+        self.bytes_seen = 0
+        self._decoder = SSEDecoder()
+        self._translator = translator
+        self._tally = tally
+        self._route = route
+
+    def feed(self, data: bytes) -> tuple[list[Event], bool]:
+        """The events in these bytes, and whether one of them may open the answer."""
+        self.bytes_seen += len(data)
+        try:
+            return self._events(self._decoder.feed(data))
+        except EventTooLarge:
+            self.error = UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
+            return [], False
+
+    def flush(self) -> tuple[list[Event], bool]:
+        return self._events(self._decoder.flush())
+
+    def _events(self, frames: list[tuple[bytes, bytes]]) -> tuple[list[Event], bool]:
+        events: list[Event] = []
+        meaningful = False
+        for raw, payload in frames:
+            if payload == b"[DONE]":
+                self.done = True
+                break
+            try:
+                chunk = load_lenient(payload)
+            except ValueError:
+                chunk = None
+            if not well_formed(chunk):
+                self._tally.malformed += 1
+                continue
+            if fault := faults.wrapped(chunk):
+                self.error = failure_inside(fault, chunk, self._route)
+                break
+            for event in self._translator.feed(raw, chunk):
+                meaningful |= note(event.chunk, self._tally)
+                events.append(event)
+        return events, meaningful
+
+    def ending(self) -> UpstreamError | None:
+        """What is wrong with a stream that ends here, if anything."""
+        tally = self._tally
+        if not self.done and tally.finish is None:
+            if self.bytes_seen and not tally.head:
+                return UpstreamError(Failure.MALFORMED, "The provider's stream held no events.", status=200)
+            return UpstreamError(Failure.TRUNCATED, "The provider's stream ended before the answer did.")
+        if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
+            return UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
+        return None
+
+
+def well_formed(chunk: Any) -> bool:
+    """Whether a parsed event has the types that reading it relies on."""
+    if type(chunk) is not dict:
+        return False
+    choices = chunk.get("choices")
+    if not choices:
+        return True
+    if type(choices) is not list or type(choices[0]) is not dict:
+        return False
+    delta = choices[0].get("delta")
+    if not delta:
+        return True
+    if type(delta) is not dict:
+        return False
+    calls = delta.get("tool_calls")
+    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
+
+
+def well_formed_call(call: Any) -> bool:
+    return type(call) is dict and isinstance(call.get("function"), dict | None)
+
+
+def well_formed_answer(body: Any) -> bool:
+    """The same for a whole answer."""
+    if type(body) is not dict or type(body.get("choices")) is not list or not body["choices"]:
+        return False
+    choice = body["choices"][0]
+    if type(choice) is not dict or type(choice.get("message")) is not dict:
+        return False
+    calls = choice["message"].get("tool_calls")
+    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
+
+
+def failure_inside(fault: faults.Fault, body: object, route: Route) -> UpstreamError:
+    """The failure that a 200 carried."""
+    status = fault.status if fault.status is not None and fault.status >= 300 else 200
+    return named_failure(status, fault, {}, body, route)
+
+
+def named_failure(
+    status: int, fault: faults.Fault, headers: Mapping[str, str], body: object, route: Route
+) -> UpstreamError:
+    message = faults.redact(fault.message, route.key.secret)
+    return UpstreamError(
+        classify(status, fault.code, fault.message),
+        message or f"HTTP {status}",
+        status=status,
+        code=faults.redact(fault.code, route.key.secret) if fault.code else None,
+        retry_after_s=faults.retry_after_s(headers, body, fault.message, time.time()),
+    )
+
+
+class Reply:
+    """A committed answer: whole, or a stream that has begun."""
+
+    def __init__(self, tally: Tally, *, completion: Completion | None = None, first: Sequence[Event] = ()) -> None:
+        self.tally = tally
+        self.completion = completion
+        self._first = list(first)
+
+    async def batches(self, idle_s: float) -> AsyncGenerator[list[Event], None]:
+        """The events as they arrive; one list holds what arrived together, and an empty one says that nothing has
+        come for `idle_s`. Raises UpstreamError."""
+        if self._first:
+            yield self._first
+
+
+class LiveReply(Reply):
+    """A stream that is still arriving."""
+
+    def __init__(
+        self, tally: Tally, first: Sequence[Event], incoming: Incoming, content: aiohttp.StreamReader, stall_s: float
+    ) -> None:
+        super().__init__(tally, first=first)
+        self._incoming = incoming
+        self._content = content
+        self._stall_s = stall_s
+
+    async def batches(self, idle_s: float) -> AsyncGenerator[list[Event], None]:
+        incoming, tally = self._incoming, self.tally
+        stall_left_s = self._stall_s
+        if self._first:
+            yield self._first
+        last_events = now = monotonic()
+        while not (incoming.error or incoming.done):
+            data: bytes | None
+            if tally.finish is not None:
+                data = await self._read(min(self._stall_s, AFTER_FINISH_S)) or b""
+            else:
+                data = await self._read(min(stall_left_s, last_events + idle_s - now))
+            waited_since, now = now, monotonic()
+            if data is None:  # only this waiting counts as a stall, never the time our client takes
+                stall_left_s -= now - waited_since
+                if stall_left_s <= 0:
+                    raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
+            else:
+                stall_left_s = self._stall_s
+                events, _ = incoming.feed(data) if data else incoming.flush()
+                if events:
+                    yield events
+                    last_events = now = monotonic()
+                if not data:
+                    break
+            if now >= last_events + idle_s:
+                yield []
+                last_events = now = monotonic()
+        if error := incoming.error or incoming.ending():
+            raise error
+        if tally.finish is None:  # [DONE] alone: clients want to be told how it ended
+            chunk = closing_chunk(tally)
+            note(chunk, tally)
+            yield [Event(frame(chunk), chunk)]
+        if incoming.done and not self._content.is_eof():  # lets the connection go back to the pool
+            await self._read(CONNECTION_END_S)
+
+    async def _read(self, wait_s: float) -> bytes | None:
+        """More bytes; b"" at the end, None when there were none in time."""
+        try:
+            async with asyncio.timeout(wait_s):
+                return await self._content.readany()
+        except TimeoutError:
+            return None
+        except (aiohttp.ClientError, OSError) as error:
+            if self.tally.finish is not None:  # the answer is complete; how the connection ends says nothing of it
+                return b""
+            raise UpstreamError(Failure.CONNECTION, f"The connection broke: {type(error).__name__}") from None
+
+
+def closing_chunk(tally: Tally) -> dict[str, Any]:
+    head: dict[str, Any] = {
+        name: tally.head[name] for name in ("id", "object", "created", "model") if name in tally.head
+    }
+    finish = "tool_calls" if tally.has_tool_calls else "stop"
+    return {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}
+
+
+def cut_short(tally: Tally, chat: Chat, model: Model) -> bool:
+    """Whether an answer that ended for length stopped far below every length that was allowed (SPEC 7.8)."""
+    limits = [limit for limit in (chat.max_tokens, model.max_output) if limit is not None]
+    return tally.finish == "length" and bool(limits) and all(tally.output_tokens() * 2 < limit for limit in limits)
+
+
+class Providers:
+    """All platforms behind one HTTP session. Open it in the lifespan: `async with Providers(limits) as providers`."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._openai = OpenAIAdapter()
+        self._adapters: dict[str, Adapter] = {"openai": self._openai}
+
+    async def __aenter__(self) -> Self:
+        self._http = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=300),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._limits.connect_s),
+        )
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._http.close()
+
+    @asynccontextmanager
+    async def open(self, route: Route, chat: Chat) -> AsyncIterator[Reply]:
+        """Call the route's provider; gives its committed answer. Raises UpstreamError, then and while it is read."""
+        if is_demo(route.model.platform):
+            yield demo_reply(chat)
+            return
+        adapter = self._adapters[route.model.platform.adapter]
+        request = adapter.request(route.model, route.key, chat)
+        response: aiohttp.ClientResponse | None = None
+        whole = not chat.stream or bool(route.model.platform.quirks.get("no_stream"))
+        wait_s = self._limits.request_s if whole else min(self._limits.stall_s, self._limits.first_token_s)
+        try:
+            deadline = None if whole else asyncio.get_running_loop().time() + self._limits.first_token_s
+            with at_the_border(route, deadline):
+                async with asyncio.timeout(wait_s) as timer:
+                    response = await self._http.post(
+                        request.url, data=request.body, headers=request.headers, allow_redirects=False
+                    )
+                    if not 200 <= response.status < 300:
+                        raise await refusal(response, route)
+                    if deadline is None:
+                        reply = whole_reply(await read_body(response.content, b""), adapter, chat, route)
+                    else:
+                        opening = Opening(self._limits, timer, deadline)
+                        reply = await opening.reply(response.content, adapter, chat, route)
+            yield reply
+        finally:
+            if response is not None:
+                response.close()  # a no-op once the body has been read to its end
+
+
+@contextmanager
+def at_the_border(route: Route, deadline: float | None) -> Iterator[None]:
+    """Name what can go wrong before an answer is committed; `deadline` is a stream's for its first token."""
+    try:
+        yield
+    except aiohttp.ServerTimeoutError:
+        raise UpstreamError(Failure.TIMEOUT, "The provider could not be reached in time.", status=504) from None
+    except TimeoutError:
+        late = deadline is None or asyncio.get_running_loop().time() >= deadline
+        failure, words = (Failure.TIMEOUT, "answer in time") if late else (Failure.STALL, "send anything for too long")
+        raise UpstreamError(failure, f"The provider did not {words}.", status=504) from None
+    except (aiohttp.ClientError, OSError, UnicodeError) as error:
+        words = faults.redact(f"{type(error).__name__}: {error}", route.key.secret)
+        raise UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}") from None
+
+
+async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
+    pieces, size = [begun], len(begun)
+    while data := await content.readany():
+        pieces.append(data)
+        size += len(data)
+        if size > bytes_max:
+            raise UpstreamError(Failure.MALFORMED, f"The answer is larger than {bytes_max} bytes.", status=200)
+    return b"".join(pieces)
+
+
+async def refusal(response: aiohttp.ClientResponse, route: Route) -> UpstreamError:
+    """The failure that a status other than 2xx means."""
+    raw = b""
+    while len(raw) < ERROR_BYTES_MAX and (data := await response.content.readany()):
+        raw += data
+    try:
+        body: object = load_lenient(raw)
+    except ValueError:
+        words = raw[:300].decode(errors="replace").strip()
+        body = None if not words or words.startswith("<") else words
+    fault = faults.read(body)
+    return named_failure(response.status, fault, response.headers, body, route)
+
+
+def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route) -> Reply:
+    """A committed answer from a whole body."""
+    tally = Tally()
+    body = parsed_answer(raw, route)
+    completion = adapter.completion(raw, body, chat)
+    if not well_formed_answer(completion.body):
+        raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
+    note_completion(completion.body, tally)
+    if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
+        raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
+    if not chat.stream:
+        return Reply(tally, completion=completion)
+    return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in as_chunks(completion.body)])
+
+
+def parsed_answer(raw: bytes, route: Route) -> dict[str, Any]:
+    try:
+        body = load_lenient(raw)
+    except ValueError:
+        raise UpstreamError(Failure.MALFORMED, "The provider's answer is not JSON.", status=200) from None
+    if isinstance(body, list) and body and isinstance(body[0], dict) and "error" in body[0]:
+        body = body[0]
+    if not isinstance(body, dict):
+        raise UpstreamError(Failure.MALFORMED, "The provider's answer is not a JSON object.", status=200)
+    if fault := faults.wrapped(body):
+        raise failure_inside(fault, body, route)
+    return body
+
+
+class Opening:
+    """The time between a stream's headers and its first meaningful event, in which it can still be swapped."""
+
+    def __init__(self, limits: Limits, timer: asyncio.Timeout, first_token_deadline: float) -> None:
+        self._limits = limits
+        self._timer = timer
+        self._deadline = first_token_deadline
+
+    async def reply(self, content: aiohttp.StreamReader, adapter: Adapter, chat: Chat, route: Route) -> Reply:
+        tally = Tally()
+        incoming = Incoming(adapter.translator(chat, tally), tally, route)
+        held: list[Event] = []
+        held_bytes = 0
+        while True:
+            data = await self._read(content)
+            if not incoming.bytes_seen and data.lstrip()[:1] in (b"{", b"["):  # not a stream, whatever was asked
+                return whole_reply(await read_body(content, data), adapter, chat, route)
+            events, meaningful = incoming.feed(data) if data else incoming.flush()
+            held += events
+            if meaningful:
+                return LiveReply(tally, held, incoming, content, self._limits.stall_s)
+            if incoming.error:
+                raise incoming.error
+            if incoming.done or not data:
+                if error := incoming.ending() or self._cut(tally, chat, route):
+                    raise error
+                return LiveReply(tally, held, incoming, content, self._limits.stall_s)
+            held_bytes += len(data)
+            if held_bytes > HELD_BYTES_MAX:
+                raise UpstreamError(Failure.EMPTY, "The provider sent 1 MiB without a word of an answer.", status=200)
+
+    async def _read(self, content: aiohttp.StreamReader) -> bytes:
+        now = asyncio.get_running_loop().time()
+        if now >= self._deadline:  # a provider that never pauses would never let the timer run
+            raise TimeoutError
+        self._timer.reschedule(min(now + self._limits.stall_s, self._deadline))
+        return await content.readany()
+
+    @staticmethod
+    def _cut(tally: Tally, chat: Chat, route: Route) -> UpstreamError | None:
+        if not tally.has_text and not tally.has_tool_calls and cut_short(tally, chat, route.model):
+            return UpstreamError(Failure.TRUNCATED, "The provider cut the answer off before its first word.")
+        return None
+
+
+DEMO_WORDS = (
+    "This is Freeway's built-in demo model, not a language model: no provider key is configured yet, so the gateway "
+    "wrote this answer itself. It shows that your client, its key and streaming work. Set a provider's key in the "
+    "environment and restart, and the same request will be answered by a real model."
+)
+
+
+def demo_reply(chat: Chat) -> Reply:
+    """An answer made in-process, so that the first request works without a key and without a network."""
+    words = DEMO_WORDS.split(" ")
+    usage = {"prompt_tokens": chat.prompt_tokens, "completion_tokens": len(words)}
+    usage["total_tokens"] = usage["prompt_tokens"] + usage["completion_tokens"]
+    head = {"id": f"chatcmpl-demo-{time.time_ns():x}", "created": int(time.time()), "model": "demo"}
+    message = {"role": "assistant", "content": DEMO_WORDS}
+    choice = {"index": 0, "message": message, "finish_reason": "stop", "logprobs": None}
+    body = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+    tally = Tally()
+    note_completion(body, tally)
+    if not chat.stream:
+        return Reply(tally, completion=Completion(dump(body), body))
+    head["object"] = "chat.completion.chunk"
+    deltas: list[dict[str, Any]] = [{"content": word if index == 0 else f" {word}"} for index, word in enumerate(words)]
+    deltas[0]["role"] = "assistant"
+    chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    chunks.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
+    return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in chunks])

@@ -1,0 +1,410 @@
+"""Who could serve a request, and in which order.
+
+Owns the catalogue as routing sees it (`Catalog`, one immutable snapshot), scores and pools (SPEC 4), the choice of a
+key, the rate ledger and penalties. No I/O; `now` (monotonic seconds), the UTC day and `rng` are arguments.
+
+A request gets a `Plan` from `Router.plan`: its models in order, and what failed so far. `Router.next_route` walks that
+plan: it skips what has been ruled out since, picks a key and reserves capacity. When nothing is left, `plan.blocked`
+says what stood in the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from catalog import KEYLESS, Catalog, Key, KeyStatus, Model, Pool, is_demo
+from ledger import Ledger, Penalties, Reservation
+from protection import NO_STANDING, RULES, Cooldowns, Cooling, Failure, Standing, UpstreamError
+from wire import Chat, GatewayError, InvalidRequest, Mode, NoProviders
+
+WAITING = {f for f, rule in RULES.items() if rule.cooling in (Cooling.KEY, Cooling.INVALID)}
+REFUSAL_STATUSES = {400, 422}  # with these a provider calls the request itself bad
+TOO_LONG_OR_FILTERED = {Failure.CONTEXT_LENGTH, Failure.CONTENT_FILTER}
+REFUSALS_MAX = 3  # platforms in a row that call a request bad are believed (SPEC 5.3)
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What the log says of one model over the analytics window. Rates and times are of successes only."""
+
+    successes: float = 0.0  # recency-weighted
+    total: float = 0.0  # recency-weighted
+    raw_successes: int = 0
+    raw_total: int = 0
+    tok_per_sec: float = 0.0
+    avg_ttfb_ms: float | None = None
+
+
+UNSEEN = Stats()
+
+
+def ttfb_score(avg_ms: float) -> float:
+    """The reward for a quick first token: a line through (500, .25), (1000, .15), (2000, 0), (10000, -.5)."""
+    if avg_ms < 500:
+        return 0.25
+    if avg_ms <= 1000:
+        return 0.25 - 0.10 * (avg_ms - 500) / 500
+    if avg_ms <= 2000:
+        return 0.15 - 0.15 * (avg_ms - 1000) / 1000
+    if avg_ms <= 10_000:
+        return -0.5 * (avg_ms - 2000) / 8000
+    return -0.5
+
+
+def speed_score(tok_s: float, tok_s_max: float) -> float:
+    score = 0.3 * tok_s / tok_s_max if tok_s_max else 0.0
+    return score - 0.35 * (1 - tok_s / 10) if tok_s < 10 else score
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    speed: float
+    ttfb: float
+    intelligence: float
+
+
+WEIGHTS = {
+    Mode.BALANCED: Weights(speed=1.0, ttfb=1.0, intelligence=0.1),
+    Mode.SMART: Weights(speed=0.2, ttfb=0.2, intelligence=0.6),
+    Mode.FAST: Weights(speed=2.0, ttfb=2.0, intelligence=0.0),
+}
+UNSEEN_SPEED, UNSEEN_TTFB = 0.3, 0.25 * 0.75  # hope, so that new models are tried
+PENALTY_WEIGHT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """What scores are relative to: the fastest, the best and the worst of the models compared."""
+
+    tok_s_max: float
+    rank_best: float
+    rank_worst: float
+
+    @classmethod
+    def of(cls, models: Sequence[Model], stats: Mapping[int, Stats]) -> Yardstick:
+        ranks = [m.intelligence_rank for m in models]
+        return cls(max((stats.get(m.id, UNSEEN).tok_per_sec for m in models), default=0.0), min(ranks), max(ranks))
+
+    def intelligence(self, rank: float) -> float:
+        width = self.rank_worst - self.rank_best
+        return (self.rank_worst - rank) / width if width else 1.0
+
+
+def merit(model: Model, stats: Stats, weights: Weights, yardstick: Yardstick, *, hope: bool = True) -> float:
+    """The part of a score that is not chance: speed, time to first token, intelligence (SPEC 4.2)."""
+    if stats.raw_successes:
+        speed = speed_score(stats.tok_per_sec, yardstick.tok_s_max)
+        ttfb = ttfb_score(stats.avg_ttfb_ms) if stats.avg_ttfb_ms is not None else 0.0
+    else:
+        seen = stats.raw_total > 0 or not hope
+        speed, ttfb = (0.0, 0.0) if seen else (UNSEEN_SPEED, UNSEEN_TTFB)
+    intelligence = yardstick.intelligence(model.intelligence_rank)
+    return weights.speed * speed + weights.ttfb * ttfb + weights.intelligence * intelligence
+
+
+def belief(stats: Stats) -> tuple[float, float]:
+    """The parameters of the Beta distribution over a model's success rate."""
+    return 2 + max(0.1, stats.successes), 2 + max(0.1, stats.total - stats.successes)
+
+
+@dataclass(slots=True)
+class Blocked:
+    """Why a model was passed over when its turn came."""
+
+    transient: bool  # else its keys rest or are out of capacity
+    left_s: float | None  # until it may be available again, where known
+
+    @property
+    def reason(self) -> str:
+        return "transient" if self.transient else "keys"
+
+
+@dataclass(slots=True)
+class Plan:
+    """One request's way through the models: the order, and what has been ruled out so far."""
+
+    order: list[Model]
+    tokens: int
+    preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
+    banned: set[str] = field(default_factory=set)
+    skipped: dict[int, Model] = field(default_factory=dict)
+    failed_keys: set[tuple[int, int]] = field(default_factory=set)  # (key, model)
+    blocked: dict[int, Blocked] = field(default_factory=dict)
+    cooling: list[str] = field(default_factory=list)  # labels of models left out by transient cooldowns and bans
+
+    def skip(self, model: Model) -> None:
+        self.skipped[model.id] = model
+
+    def skip_window(self, model: Model) -> None:
+        """The request is too long for this model, so for every model that holds no more."""
+        for other in self.order:
+            if other.context_window <= model.context_window:
+                self.skip(other)
+        self.skip(model)
+
+    def ban(self, platform: str) -> None:
+        self.banned.add(platform)
+
+    def allows(self, model: Model) -> bool:
+        return model.id not in self.skipped and model.platform.id not in self.banned
+
+    def skipped_labels(self) -> list[str]:
+        return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """A (model, key) pair chosen for one attempt."""
+
+    model: Model
+    key: Key
+    reservation: Reservation | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call to a provider that failed."""
+
+    route: Route
+    error: UpstreamError
+    ms: int
+
+    @property
+    def calls_request_bad(self) -> bool:
+        return self.error.failure is Failure.BAD_REQUEST and self.error.status in REFUSAL_STATUSES
+
+    def as_json(self) -> dict[str, Any]:
+        model, error = self.route.model, self.error
+        return {
+            "platform": model.platform.id,
+            "model": model.model_id,
+            "status": error.status,
+            "kind": str(error.failure),
+            "ms": self.ms,
+            "message": error.message,
+        }
+
+
+class Router:
+    """The catalogue in force, and what traffic has taught about its keys and models."""
+
+    def __init__(self, transient: Cooldowns[int], key_cooldowns: Cooldowns[tuple[int, int]]) -> None:
+        self.ledger = Ledger()
+        self.penalties = Penalties()
+        self.stats: Mapping[int, Stats] = {}
+        self.key_status: dict[int, KeyStatus] = {}
+        self._transient = transient
+        self._key_cooldowns = key_cooldowns
+        self._turn: dict[int, int] = {}  # model: where its round-robin goes on
+        self.catalog = Catalog((), (), ())
+        self._usable_keys: dict[str, list[Key]] = {}
+        self._pools: dict[Mode, list[Model]] = {}
+
+    def load(self, catalog: Catalog, key_status: Mapping[int, KeyStatus]) -> None:
+        """Route by this snapshot from now on."""
+        self.catalog = catalog
+        self.key_status = dict(key_status)
+        self._index()
+
+    def set_key_status(self, key: int, status: KeyStatus) -> bool:
+        """Whether this was news."""
+        if self.key_status.get(key) == status:
+            return False
+        was_invalid = self.key_status.get(key) is KeyStatus.INVALID
+        self.key_status[key] = status
+        if was_invalid or status is KeyStatus.INVALID:
+            self._index()
+        return True
+
+    def _index(self) -> None:
+        """What depends on the snapshot only is worked out once, not per request."""
+        self._usable_keys = {}
+        for platform in self.catalog.platforms.values():
+            keys = self.catalog.keys.get(platform.id, [])
+            valid = [key for key in keys if self.key_status.get(key.id) is not KeyStatus.INVALID]
+            self._usable_keys[platform.id] = valid or ([KEYLESS] if platform.keyless else [])
+        self._pools = {
+            mode: [m for m in self.catalog.auto_chain if mode not in m.exclude_from and self.has_key(m)]
+            for mode in Mode
+        }
+
+    def has_key(self, model: Model) -> bool:
+        return bool(self._usable_keys.get(model.platform.id))
+
+    def plan(self, chat: Chat, standing: Standing, now: float, rng: Random, *, strict: bool = False) -> Plan:
+        """The models able to serve this chat, best first. `strict`: the pinned model or nothing.
+
+        Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
+        """
+        asked: list[Model] = []
+        chain = self._pools[chat.mode]
+        if chat.pinned is not None:
+            asked = [m for m in self.catalog.resolve(chat.pinned) if self.has_key(m)]
+            chain = [] if strict else [m for m in chain if m not in asked and not is_demo(m.platform)]
+        fitting = fit(chat, asked + chain)
+        plan = Plan([], chat.tokens, (standing.preferred_model, standing.preferred_key), set(standing.banned))
+        asked = [m for m in fitting if m in asked]
+        plan.order = asked + self._ordered(fitting[len(asked) :], chat.mode, standing, plan, now, rng)
+        if plan.banned or len(self._transient):
+            plan.cooling = [m.label for m in plan.order if not plan.allows(m) or self._transient.left(m.id, now)]
+        return plan
+
+    def next_route(self, plan: Plan, now: float) -> Route | None:
+        """The next (model, key) of this plan with its capacity reserved; None when nothing is left."""
+        plan.blocked.clear()
+        for model in plan.order:
+            if not (plan.allows(model) and self.has_key(model)):
+                continue
+            if left_s := self._transient.left(model.id, now):
+                plan.blocked[model.id] = Blocked(transient=True, left_s=left_s)
+                continue
+            key, wait_s = self._available(model, plan, now)
+            if key is None:
+                plan.blocked[model.id] = Blocked(transient=False, left_s=wait_s)
+                continue
+            self._turn[model.id] = self._turn.get(model.id, 0) + 1
+            return Route(model, key, self.ledger.reserve(model, key.id, plan.tokens, now))
+        return None
+
+    def usable_key(self, model: Model, plan: Plan, now: float) -> Key | None:
+        """The key that this request would use for this model now."""
+        return self._available(model, plan, now)[0]
+
+    def soonest_s(self, plan: Plan, now: float) -> float | None:
+        """When the first of the plan's models may be available again, if that is known."""
+        waits = [self._transient.left(m.id, now) or self._available(m, plan, now)[1] for m in plan.order]
+        return min((wait_s for wait_s in waits if wait_s), default=None)
+
+    def _available(self, model: Model, plan: Plan, now: float) -> tuple[Key | None, float | None]:
+        """A key with capacity whose turn it is, else the shortest known wait in seconds for one."""
+        keys = self._usable_keys[model.platform.id]
+        if len(keys) > 1:
+            start = self._turn.get(model.id, 0) % len(keys)
+            keys = keys[start:] + keys[:start]
+            if plan.preferred[0] == model.id:
+                keys.sort(key=lambda key: key.id != plan.preferred[1])
+        soonest: float | None = None
+        for key in keys:
+            wait_s: float | None = self._key_cooldowns.left((key.id, model.id), now)
+            if not wait_s:
+                wait_s = self.ledger.wait_s(model, key.id, plan.tokens, now)
+            if wait_s == 0 and (key.id, model.id) not in plan.failed_keys:
+                return key, None
+            if wait_s and (soonest is None or wait_s < soonest):
+                soonest = wait_s
+        return None, soonest
+
+    def _ordered(
+        self, models: list[Model], mode: Mode, standing: Standing, plan: Plan, now: float, rng: Random
+    ) -> list[Model]:
+        """Models of the chain: by the mode's own order, then what it prefers, then what the session prefers first."""
+        ranked = models if mode is Mode.PRIORITY else self._sampled(models, mode, now, rng)
+        liked = [m for m in ranked if mode in m.prefer_in and self.usable_key(m, plan, now)]
+        if liked:
+            liked.sort(key=lambda m: self.catalog.position[m.id])
+            ranked = liked + [m for m in ranked if m not in liked]
+        if standing is NO_STANDING:
+            return ranked
+        ranked = sorted(ranked, key=lambda m: m.id != standing.preferred_model)
+        return sorted(ranked, key=lambda m: standing.holds_back(m.id, m.platform.id))
+
+    def _sampled(self, models: list[Model], mode: Mode, now: float, rng: Random) -> list[Model]:
+        """Best first by Thompson sampling: each score draws anew from what is believed of the model."""
+        if len(models) < 2:
+            return models
+        weights, yardstick = WEIGHTS[mode], Yardstick.of(models, self.stats)
+        scores: dict[int, float] = {}
+        for model in models:
+            stats = self.stats.get(model.id, UNSEEN)
+            score = rng.betavariate(*belief(stats)) + merit(model, stats, weights, yardstick)
+            scores[model.id] = score - PENALTY_WEIGHT * self.penalties.points(model.id, now)
+        pool_of = self.catalog.pools
+        if mode is Mode.FAST:
+            return sorted(models, key=lambda m: (pool_of.get(m.id) is not Pool.FAST, -scores[m.id]))
+        return sorted(models, key=lambda m: -scores[m.id])
+
+    def displayed_scores(self, now: float) -> dict[int, float]:
+        """Balanced scores with the expectation in place of the sample, and no bonus for the unseen (SPEC 10.3)."""
+        models = self.catalog.chain
+        if not models:
+            return {}
+        yardstick, scores = Yardstick.of(models, self.stats), {}
+        for model in models:
+            stats = self.stats.get(model.id, UNSEEN)
+            alpha, beta = belief(stats)
+            score = alpha / (alpha + beta) + merit(model, stats, WEIGHTS[Mode.BALANCED], yardstick, hope=False)
+            scores[model.id] = score - PENALTY_WEIGHT * self.penalties.points(model.id, now)
+        return scores
+
+
+def fit(chat: Chat, models: list[Model]) -> list[Model]:
+    """The models this request fits (SPEC 3.7); raises a GatewayError that says what is missing when there is none."""
+    if not models:
+        raise NoProviders
+    if chat.has_images and not (models := [m for m in models if m.vision]):
+        raise InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
+    if chat.has_tools and not (models := [m for m in models if m.tools]):
+        raise InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
+    if not (fitting := [m for m in models if chat.tokens <= m.context_window]):
+        largest = max(m.context_window for m in models)
+        raise InvalidRequest(
+            f"The request needs about {chat.tokens} tokens, and the largest context window here is {largest}. "
+            "Shorten the messages or lower max_tokens.",
+            status=413,
+            code="context_length_exceeded",
+            param="messages",
+        )
+    return fitting
+
+
+def request_is_bad(attempts: Sequence[Attempt]) -> bool:
+    """Whether so many platforms in a row have called the request itself bad that they are believed."""
+    platforms = set()
+    for attempt in reversed(attempts):
+        if not attempt.calls_request_bad:
+            break
+        platforms.add(attempt.route.model.platform.id)
+    return len(platforms) >= REFUSALS_MAX
+
+
+def refusal(attempts: Sequence[Attempt]) -> GatewayError:
+    """The provider's own verdict on the request, as the client's 400."""
+    error = attempts[-1].error
+    codes = {Failure.CONTEXT_LENGTH: "context_length_exceeded", Failure.CONTENT_FILTER: "content_filter"}
+    return GatewayError(
+        error.message,
+        status=error.status if error.status and 400 <= error.status < 500 else 400,
+        type="invalid_request_error",
+        code=error.code or codes.get(error.failure, "bad_request"),
+        attempts=[attempt.as_json() for attempt in attempts],
+    )
+
+
+def exhausted(
+    plan: Plan, attempts: Sequence[Attempt], *, stream: bool, retry_after_s: float | None = None
+) -> GatewayError:
+    """What the client is told when nothing is left to try (SPEC 5.3)."""
+    failures = [attempt.error.failure for attempt in attempts]
+    waiting = all(f in WAITING for f in failures)  # a later request may find these keys usable again
+    blocked = plan.blocked.values()
+    details: dict[str, Any] = {"retry_after_s": retry_after_s, "attempts": [attempt.as_json() for attempt in attempts]}
+    refused = [a for a in attempts if a.calls_request_bad or a.error.failure in TOO_LONG_OR_FILTERED]
+    if request_is_bad(attempts) or (attempts and len(refused) == len(attempts)):
+        return refusal(attempts)
+    if waiting and (plan.banned or any(b.transient for b in blocked)):
+        message = "Every model that could serve this is resting after failures. Try again shortly."
+        return GatewayError(message, status=503, type="routing_error", code="all_models_exhausted", **details)
+    if waiting and (blocked or any(f is not Failure.AUTH for f in failures)):
+        message = "Every key that could serve this is rate-limited. Wait, or add another key or platform."
+        return GatewayError(message, status=429, type="rate_limit_error", code="rate_limited", **details)
+    if not failures:
+        return NoProviders()
+    if failures[-1] in (Failure.STALL, Failure.TIMEOUT):
+        name = "stream_timeout" if stream else "timeout"
+        message = "The last provider tried did not answer in time. Try again, or add another platform."
+        return GatewayError(message, status=504, type=name, code=name, **details)
+    message = "Every provider that could serve this failed. Try again; error.attempts says what each one answered."
+    return GatewayError(message, status=502, type="provider_error", code="all_attempts_failed", **details)

@@ -1,0 +1,542 @@
+"""What survives a restart: SQLite, and the credentials encrypted in it.
+
+One thread owns the connection that writes; a second one reads, so that a long query never holds up the log. Request
+rows wait in a bounded queue and are written in batches, off the event loop; a locked or full database makes them wait
+longer and never fails a request. The only sqlite3 and cryptography.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import secrets
+import sqlite3
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+from catalog import Catalog, Key, KeyStatus, Model, Platform
+from router import Stats
+
+SCHEMA = Path(__file__).with_name("schema.sql")
+MIGRATIONS: Sequence[str] = ()  # the n-th brings a file from user_version n to n + 1; a fresh file starts at the last
+SCHEMA_VERSION = 1 + len(MIGRATIONS)
+ROWS_MAX = 20_000  # waiting to be written; about 10 MB, and hours of a laptop's traffic
+FLUSH_S = 0.04  # half of the 100 ms that a kill may cost (SPEC 12.2), the other half is for the write itself
+RETRY_S = 0.5  # after a write that failed
+CLOSE_S = 5.0  # for the last rows, when the database is locked while we stop
+BUSY_MS = 250  # SQLite's own wait for another process's lock
+TAG_BYTES, IV_BYTES = 16, 12
+T = TypeVar("T")
+
+
+class StoreError(Exception):
+    """The database cannot be used; the text is one line for the operator."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One row of `requests`, by column name; `created_at` in seconds since 1970 until it is written."""
+
+    request_id: str
+    created_at: float
+    platform: str | None = None
+    model_id: str | None = None
+    key_id: int | None = None
+    requested_model: str | None = None
+    routing_mode: str | None = None
+    status: str = "error"
+    error_kind: str | None = None
+    http_status: int | None = None
+    error: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    latency_ms: int | None = None
+    ttfb_ms: int | None = None
+    attempt: int = 0
+    streamed: bool = False
+    skipped_models: str | None = None
+
+    def values(self) -> list[Any]:
+        return [iso(self.created_at), *(getattr(self, name) for name in ROW_COLUMNS[1:])]
+
+
+ROW_COLUMNS = ("created_at", *(f.name for f in fields(Row) if f.name != "created_at"))
+INSERT_ROW = f"INSERT INTO requests ({', '.join(ROW_COLUMNS)}) VALUES ({', '.join('?' * len(ROW_COLUMNS))})"
+
+# Recency: a row weighs 1 now and 0 at the window's far end (SPEC 10.1). One pass, the window bound once.
+STATS_QUERY = """
+WITH weighed AS (
+    SELECT platform, model_id, status, output_tokens, latency_ms, ttfb_ms,
+           MIN(1.0, MAX(0.0, 1.0 - (julianday('now') - julianday(created_at)) / :days)) AS weight
+    FROM requests
+    WHERE created_at >= strftime('%Y-%m-%dT%H:%M:%fZ', julianday('now') - :days)
+      AND platform IS NOT NULL AND status <> 'cancelled'
+)
+SELECT platform, model_id,
+       SUM(weight) AS total,
+       SUM(CASE status WHEN 'success' THEN weight ELSE 0 END) AS successes,
+       COUNT(*) AS raw_total,
+       SUM(status = 'success') AS raw_successes,
+       SUM(CASE status WHEN 'success' THEN output_tokens END) * 1000.0
+           / NULLIF(SUM(CASE status WHEN 'success' THEN latency_ms END), 0) AS tok_per_sec,
+       AVG(CASE status WHEN 'success' THEN ttfb_ms END) AS avg_ttfb_ms
+FROM weighed
+GROUP BY platform, model_id
+"""
+
+
+def iso(utc: float) -> str:
+    return datetime.fromtimestamp(utc, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+class Vault:
+    """AES-256-GCM with one key; encrypts credentials, and recognises them without reading them."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._cipher = AESGCM(key)
+
+    def encrypt(self, secret: str) -> tuple[bytes, bytes, bytes]:
+        """Ciphertext, iv, tag."""
+        iv = secrets.token_bytes(IV_BYTES)
+        sealed = self._cipher.encrypt(iv, secret.encode(), None)
+        return sealed[:-TAG_BYTES], iv, sealed[-TAG_BYTES:]
+
+    def decrypt(self, ciphertext: bytes, iv: bytes, tag: bytes) -> str:
+        try:
+            return self._cipher.decrypt(iv, ciphertext + tag, None).decode()
+        except InvalidTag:
+            raise StoreError(
+                "ENCRYPTION_KEY (or the key file) is not the one this database was encrypted with. "
+                "Nothing was changed; start with the right key, or with another database."
+            ) from None
+
+    def fingerprint(self, platform: str, secret: str) -> bytes:
+        return hmac.digest(self._key, f"{platform}\0{secret}".encode(), "sha256")
+
+    def seal(self, text: str) -> str:
+        """For `settings`: ciphertext, iv and tag in one hex text."""
+        return ".".join(part.hex() for part in self.encrypt(text))
+
+    def unseal(self, sealed: str) -> str:
+        ciphertext, iv, tag = (bytes.fromhex(part) for part in sealed.split("."))
+        return self.decrypt(ciphertext, iv, tag)
+
+
+def mask(secret: str) -> str:
+    """What may be shown of a key: `gsk_…a1b2`."""
+    if len(secret) < 12:
+        return "…"
+    prefix = secret[: secret.find("_") + 1] if 0 < secret.find("_") <= 5 else secret[:3]
+    return f"{prefix}…{secret[-4:]}"
+
+
+class Store:
+    """The database of one gateway. Construct it to open; `close` writes what is pending."""
+
+    def __init__(self, path: Path, encryption_key: bytes | None) -> None:
+        self.dropped = 0  # rows lost because the queue was full
+        self._path = path
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
+        self._rows: deque[Row] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+        self._writing: Future[None] | None = None
+        self.first_start = False
+        try:
+            self._db: sqlite3.Connection = self._writer.submit(self._open, encryption_key).result()
+            self._read_db: sqlite3.Connection = self._reader.submit(connect, path).result()
+        except sqlite3.Error as error:
+            self._stop_threads()
+            raise StoreError(f"{path}: cannot be used as a database: {error}") from None
+        except BaseException:
+            self._stop_threads()
+            raise
+
+    # Opening: on the writer's thread, before anything is served.
+
+    def _open(self, encryption_key: bytes | None) -> sqlite3.Connection:
+        if not self._path.parent.is_dir():
+            raise StoreError(f"{self._path}: the folder does not exist")
+        db = connect(self._path)
+        try:
+            self.vault = self._unlock(db, encryption_key)
+            db.execute("PRAGMA journal_mode = WAL")
+            migrate(db, self.vault)
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _unlock(self, db: sqlite3.Connection, encryption_key: bytes | None) -> Vault:
+        """The vault for this file. Proves the key on what is stored before anything is written."""
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise StoreError(f"{self._path}: made by a newer version of the gateway (schema {version})")
+        sealed = []
+        if version:
+            sealed = [row[0] for row in db.execute("SELECT value FROM settings WHERE key = 'key_check'")]
+        else:
+            self.first_start = True
+        key_file = self._path.with_name(self._path.name + ".key")
+        if encryption_key is None:
+            encryption_key = read_key_file(key_file, must_exist=bool(sealed))
+        vault = Vault(encryption_key)
+        for value in sealed:
+            vault.unseal(value)
+        return vault
+
+    # Reading and writing on behalf of the event loop.
+
+    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run on the writer's thread, in one transaction, after the rows that are pending now."""
+        self._submit()
+        return await asyncio.wrap_future(self._writer.submit(self._transaction, work))
+
+    async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        return await asyncio.wrap_future(self._reader.submit(lambda: work(self._read_db)))
+
+    def write_now(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """`write` for the start, before there is an event loop."""
+        return self._writer.submit(self._transaction, work).result()
+
+    def write_later(self, work: Callable[[sqlite3.Connection], object]) -> None:
+        """`write` without waiting; a failure is counted, not raised."""
+        self._writer.submit(self._transaction, work).add_done_callback(self._count_failure)
+
+    def _count_failure(self, future: Future[Any]) -> None:
+        if not future.cancelled() and future.exception() is not None:
+            self.dropped += 1
+
+    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        with transaction(self._db):
+            return work(self._db)
+
+    # The request log.
+
+    @property
+    def pending(self) -> int:
+        return len(self._rows)
+
+    def log(self, row: Row) -> None:
+        """Queue one row. Never blocks; when the queue is full the oldest row is lost and counted."""
+        if len(self._rows) >= ROWS_MAX:
+            self._rows.popleft()
+            self.dropped += 1
+        self._rows.append(row)
+        self._arm(FLUSH_S)
+
+    async def flush(self) -> None:
+        """Wait until the rows queued so far have been tried."""
+        self._submit()
+        if self._writing is not None:
+            await asyncio.wrap_future(self._writing)
+
+    def _arm(self, delay_s: float) -> None:
+        if self._timer is None and self._writing is None:
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._submit)
+
+    def _submit(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._writing is not None or not self._rows:
+            return
+        rows = list(self._rows)
+        self._rows.clear()
+        loop = asyncio.get_running_loop()
+        self._writing = self._writer.submit(self._transaction, lambda db: insert_rows(db, rows))
+        self._writing.add_done_callback(lambda done: loop.call_soon_threadsafe(self._written, done, rows))
+
+    def _written(self, done: Future[None], rows: list[Row]) -> None:
+        self._writing = None
+        failed = done.exception() is not None
+        if failed:
+            self._rows.extendleft(reversed(rows))
+            while len(self._rows) > ROWS_MAX:
+                self._rows.popleft()
+                self.dropped += 1
+        if self._rows:
+            self._arm(RETRY_S if failed else FLUSH_S)
+
+    async def close(self) -> None:
+        """Write what is pending, within a limit, and let go of the file."""
+        deadline = time.monotonic() + CLOSE_S
+        while self._rows or self._writing is not None:
+            self._submit()
+            if self._writing is not None:
+                await asyncio.wait([asyncio.wrap_future(self._writing)])
+            await asyncio.sleep(0)  # `_written` runs now
+            if self._rows:
+                if time.monotonic() > deadline:
+                    self.dropped += len(self._rows)
+                    self._rows.clear()
+                    break
+                await asyncio.sleep(0.05)
+        if self._timer is not None:
+            self._timer.cancel()
+        for executor, db in ((self._reader, self._read_db), (self._writer, self._db)):
+            await asyncio.wrap_future(executor.submit(db.close))
+        self._stop_threads()
+
+    def _stop_threads(self) -> None:
+        self._writer.shutdown(wait=False)
+        self._reader.shutdown(wait=False)
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, timeout=BUSY_MS / 1000, isolation_level=None)
+    db.execute("PRAGMA foreign_keys = ON")
+    db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode a kill loses nothing committed; a power cut may
+    return db
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:  # SQLite has rolled back by itself when the disk is full
+            db.execute("ROLLBACK")
+        raise
+
+
+def migrate(db: sqlite3.Connection, vault: Vault) -> None:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    if not version:
+        with transaction(db):
+            run_script(db, SCHEMA.read_text())
+            db.execute("INSERT INTO settings VALUES ('key_check', ?)", (vault.seal("freeway"),))
+            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+    for number in range(max(version, 1), SCHEMA_VERSION if version else 0):
+        with transaction(db):
+            run_script(db, MIGRATIONS[number - 1])
+            db.execute(f"PRAGMA user_version = {number + 1}")
+
+
+def run_script(db: sqlite3.Connection, script: str) -> None:
+    """Like executescript(), which would commit our transaction first."""
+    statement = ""
+    for line in script.splitlines(keepends=True):
+        statement += line
+        if sqlite3.complete_statement(statement):
+            db.execute(statement)
+            statement = ""
+
+
+def read_key_file(path: Path, *, must_exist: bool) -> bytes:
+    """The key in this file, which is made on first start, readable by its owner only."""
+    try:
+        text = path.read_text().strip()
+    except FileNotFoundError:
+        if must_exist:
+            raise StoreError(
+                f"{path} is missing, and the database holds what was encrypted with it. Nothing was changed; "
+                "put the file back, or set ENCRYPTION_KEY."
+            ) from None
+        key = secrets.token_bytes(32)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(key.hex() + "\n")
+        return key
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from None
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise StoreError(f"{path}: expected 64 hex digits (the content is not shown)")
+    return key
+
+
+def insert_rows(db: sqlite3.Connection, rows: Iterable[Row]) -> None:
+    db.executemany(INSERT_ROW, [row.values() for row in rows])
+
+
+# What the gateway asks of the database. Each is one transaction's work, for `write` or `read`.
+
+
+def client_key(db: sqlite3.Connection, vault: Vault) -> tuple[str, bool]:
+    """The API key kept in `settings`, and whether it was made just now."""
+    row = db.execute("SELECT value FROM settings WHERE key = 'api_key'").fetchone()
+    if row is not None:
+        return vault.unseal(row[0]), False
+    key = f"fw-{secrets.token_urlsafe(32)}"
+    db.execute("INSERT INTO settings VALUES ('api_key', ?)", (vault.seal(key),))
+    return key, True
+
+
+def sync_models(db: sqlite3.Connection, models: Sequence[Model]) -> None:
+    """Bring the tables to the catalogue's facts; what the user changed stays, what has gone is disabled (SPEC 2.1)."""
+    known = {(row[1], row[2]): row[0] for row in db.execute("SELECT id, platform, model_id FROM models")}
+    by_rank = sorted(models, key=lambda m: (m.intelligence_rank, m.speed_rank))  # stable: then catalogue order
+    last = db.execute("SELECT COALESCE(MAX(priority), 0) FROM fallback_config").fetchone()[0]
+    for model in by_rank:
+        facts = (
+            model.name, model.intelligence_rank, model.speed_rank, model.context_window, model.rpm, model.rpd,
+            model.tpm, model.tpd, model.tools, model.vision,
+        )  # fmt: skip
+        id = known.pop((model.platform.id, model.model_id), None)
+        if id is not None:
+            db.execute(
+                "UPDATE models SET display_name = ?, intelligence_rank = ?, speed_rank = ?, context_window = ?, "
+                "rpm_limit = ?, rpd_limit = ?, tpm_limit = ?, tpd_limit = ?, supports_tools = ?, supports_vision = ?, "
+                "enabled = COALESCE(enabled_before, enabled), enabled_before = NULL WHERE id = ?",
+                (*facts, id),
+            )
+            continue
+        last += 1
+        cursor = db.execute(
+            "INSERT INTO models (display_name, intelligence_rank, speed_rank, context_window, rpm_limit, rpd_limit, "
+            "tpm_limit, tpd_limit, supports_tools, supports_vision, platform, model_id) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*facts, model.platform.id, model.model_id),
+        )
+        db.execute("INSERT INTO fallback_config (model_db_id, priority) VALUES (?, ?)", (cursor.lastrowid, last))
+    for id in known.values():
+        db.execute(
+            "UPDATE models SET enabled_before = enabled, enabled = 0 WHERE id = ? AND enabled_before IS NULL", (id,)
+        )
+
+
+def add_key(db: sqlite3.Connection, vault: Vault, platform: str, secret: str, label: str) -> int:
+    """Store a key once; the same key of the same platform is the same row. Gives its id."""
+    fingerprint = vault.fingerprint(platform, secret)
+    row = db.execute(
+        "SELECT id FROM api_keys WHERE platform = ? AND fingerprint = ?", (platform, fingerprint)
+    ).fetchone()
+    if row is not None:
+        return int(row[0])
+    ciphertext, iv, tag = vault.encrypt(secret)
+    cursor = db.execute(
+        "INSERT INTO api_keys (platform, label, encrypted_key, iv, auth_tag, fingerprint, created_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (platform, label, ciphertext, iv, tag, fingerprint, iso(time.time())),
+    )
+    return int(cursor.lastrowid or 0)
+
+
+def sync_environment_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
+    """Upsert (platform, secret, `env:NAME`); a key whose variable has gone is disabled until it comes back."""
+    present = set()
+    for platform, secret, label in given:
+        id = add_key(db, vault, platform, secret, label)
+        present.add(id)
+        db.execute("UPDATE api_keys SET label = ? WHERE id = ? AND label LIKE 'env:%'", (label, id))
+        db.execute("UPDATE api_keys SET enabled = 1, gone = 0 WHERE id = ? AND gone = 1", (id,))
+    for (id,) in db.execute("SELECT id FROM api_keys WHERE label LIKE 'env:%'").fetchall():
+        if id not in present:
+            db.execute("UPDATE api_keys SET enabled = 0, gone = 1 WHERE id = ? AND enabled = 1", (id,))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The catalogue in force and the status of every enabled key."""
+
+    catalog: Catalog
+    key_status: dict[int, KeyStatus]
+
+
+def load_snapshot(
+    db: sqlite3.Connection, vault: Vault, platforms: Mapping[str, Platform], models: Sequence[Model]
+) -> Snapshot:
+    """Facts from the catalogue files; ids, switches, order and keys from the database."""
+    state = {
+        (platform, model_id): (id, bool(enabled), priority, bool(in_chain))
+        for id, platform, model_id, enabled, priority, in_chain in db.execute(
+            "SELECT m.id, m.platform, m.model_id, m.enabled, f.priority, f.enabled "
+            "FROM models m JOIN fallback_config f ON f.model_db_id = m.id"
+        )
+    }
+    placed = []
+    for model in models:
+        id, enabled, priority, in_chain = state[model.platform.id, model.model_id]
+        placed.append(replace(model, id=id, enabled=enabled, priority=priority, in_chain=in_chain))
+    keys, status = [], {}
+    for id, platform, label, ciphertext, iv, tag, state_name in db.execute(
+        "SELECT id, platform, label, encrypted_key, iv, auth_tag, status FROM api_keys WHERE enabled = 1 ORDER BY id"
+    ):
+        if platform in platforms:
+            keys.append(Key(id, platform, vault.decrypt(ciphertext, iv, tag), label))
+            status[id] = KeyStatus(state_name)
+    return Snapshot(Catalog(platforms.values(), placed, keys), status)
+
+
+def set_key_status(db: sqlite3.Connection, id: int, status: KeyStatus, last_error: str | None) -> None:
+    db.execute("UPDATE api_keys SET status = ?, last_error = ? WHERE id = ?", (status, last_error, id))
+
+
+def model_stats(db: sqlite3.Connection, window_days: int) -> dict[tuple[str, str], Stats]:
+    """What the log says of each (platform, model_id) over the window."""
+    return {
+        (platform, model_id): Stats(
+            successes=successes,
+            total=total,
+            raw_successes=raw_successes,
+            raw_total=raw_total,
+            tok_per_sec=tok_per_sec or 0.0,
+            avg_ttfb_ms=avg_ttfb_ms,
+        )
+        for platform, model_id, total, successes, raw_total, raw_successes, tok_per_sec, avg_ttfb_ms in db.execute(
+            STATS_QUERY, {"days": window_days}
+        )
+    }
+
+
+def todays_attempts(db: sqlite3.Connection, utc: float) -> list[tuple[str, str, int, float, int]]:
+    """(platform, model_id, key, seconds ago, tokens) of this UTC day's attempts and the last minute's, oldest first."""
+    since = min(utc - utc % 86_400, utc - 60)
+    return [
+        (platform, model_id, key or 0, max(0.0, (utc_day - julian_day) * 86_400), tokens)
+        for platform, model_id, key, utc_day, julian_day, tokens in db.execute(
+            "SELECT platform, model_id, key_id, julianday(?), julianday(created_at), "
+            "COALESCE(input_tokens, 0) + COALESCE(output_tokens, 0) "
+            "FROM requests WHERE created_at >= ? AND platform IS NOT NULL ORDER BY id",
+            (iso(utc), iso(since)),
+        )
+    ]
+
+
+def delete_old_rows(db: sqlite3.Connection, retention_days: int) -> int:
+    """Remove a slice of the rows past retention; gives how many, so that the caller goes on until none is left."""
+    return db.execute(
+        "DELETE FROM requests WHERE id IN (SELECT id FROM requests WHERE created_at < ? LIMIT 5000)",
+        (iso(time.time() - retention_days * 86_400),),
+    ).rowcount
+
+
+FILTERS = {"status": "status", "platform": "platform", "model": "model_id", "request_id": "request_id"}
+
+
+def list_requests(
+    db: sqlite3.Connection, *, limit: int, before_id: int | None, filters: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Rows of the log, newest first; `filters` by the names of FILTERS."""
+    conditions, values = ["id < ?"], [before_id if before_id is not None else 2**62]
+    bound: list[Any] = list(values)
+    for name, value in filters.items():
+        conditions.append(f"{FILTERS[name]} = ?")
+        bound.append(value)
+    cursor = db.execute(
+        f"SELECT * FROM requests WHERE {' AND '.join(conditions)} ORDER BY id DESC LIMIT ?",
+        (*bound, limit),
+    )
+    names = [column[0] for column in cursor.description]
+    return [dict(zip(names, row, strict=True)) for row in cursor]
+
+
+def ping(db: sqlite3.Connection) -> None:
+    db.execute("SELECT 1 FROM settings LIMIT 1").fetchone()
