@@ -18,7 +18,7 @@ from wire import Chat, Completion, Event, Tally, dump, frame
 JSON = dict[str, Any]
 USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
 FINISH_REASONS = {
-    "": None, "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "COMPLETE": "stop",
+    "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "COMPLETE": "stop",
     "tool_use": "tool_calls", "model_length": "length", "max_tokens": "length", "MAX_TOKENS": "length",
     "sensitive": "content_filter", "safety": "content_filter",
 }  # fmt: skip
@@ -63,11 +63,13 @@ class OpenAIAdapter:
         headers.update(model.platform.quirks.get("headers", ()))
         return Request(f"{url}/chat/completions", headers, dump(outgoing(model, chat)))
 
-    def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion:
+    def completion(self, raw: bytes, body: JSON) -> Completion | None:
+        if not well_formed_answer(body):
+            return None
         return Completion(dump(body) if mend_completion(body) else raw, body)
 
-    def translator(self, chat: Chat, tally: Tally) -> ChunkMender:
-        return ChunkMender(chat.include_usage, tally)
+    def translator(self, tally: Tally) -> ChunkMender:
+        return ChunkMender(tally)
 
 
 def outgoing(model: Model, chat: Chat) -> JSON:
@@ -187,6 +189,39 @@ def safe_id(call_id: str, pattern: str) -> str:
     return blake2b(call_id.encode(), digest_size=8).hexdigest()[:9]  # nine characters of [0-9a-f]
 
 
+def well_formed(chunk: Any) -> bool:
+    """Whether a parsed event has the types that reading it relies on."""
+    if type(chunk) is not dict:
+        return False
+    choices = chunk.get("choices")
+    if not choices:
+        return True
+    if type(choices) is not list or type(choices[0]) is not dict:
+        return False
+    delta = choices[0].get("delta")
+    if not delta:
+        return True
+    if type(delta) is not dict:
+        return False
+    calls = delta.get("tool_calls")
+    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
+
+
+def well_formed_call(call: Any) -> bool:
+    return type(call) is dict and isinstance(call.get("function"), dict | None)
+
+
+def well_formed_answer(body: Any) -> bool:
+    """The same for a whole answer."""
+    if type(body) is not dict or type(body.get("choices")) is not list or not body["choices"]:
+        return False
+    choice = body["choices"][0]
+    if type(choice) is not dict or type(choice.get("message")) is not dict:
+        return False
+    calls = choice["message"].get("tool_calls")
+    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
+
+
 def mend_completion(body: JSON) -> bool:
     """Bring a whole answer into the one form; True when something had to change."""
     changed = False
@@ -250,38 +285,37 @@ def mend_finish(choice: JSON, *, has_calls: bool) -> bool:
 class ChunkMender:
     """Brings one stream's chunks into the one form. A chunk that needs no change keeps the bytes it came in."""
 
-    def __init__(self, include_usage: bool, tally: Tally) -> None:
-        self._include_usage = include_usage
+    def __init__(self, tally: Tally) -> None:
         self._tally = tally
         self._calls: dict[int, str] = {}  # ids of the tool calls begun so far, by index
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
-        changed = False
+        choices = chunk.get("choices")
         usage = chunk.get("usage")
+        changed = False
         if usage:
             self._tally.note_usage(usage)
-            if self._include_usage:
-                self._tally.usage_sent = True
-            elif not chunk.get("choices"):
-                return []  # a frame for usage alone, which nobody asked for
-            else:
-                del chunk["usage"]
-                changed = True
-        elif chunk.get("choices") and chunk["choices"][0].get("finish_reason"):
+        if not choices:  # usage goes out once and last; anything else here would only break clients
+            if usage:
+                self._tally.usage_raw = raw
+            return []
+        choice = choices[0]
+        if usage:
+            del chunk["usage"]
+            changed = True
+        delta = choice.get("delta")
+        if delta:
+            if "reasoning" in delta or type(delta.get("content")) is list:
+                changed |= mend_text(delta)
+            if delta.get("tool_calls"):
+                changed |= self._mend_calls(delta["tool_calls"])
+        if choice.get("finish_reason"):
             for name, vendor in chunk.items():  # some tell it in an object of their own: x_vendor.usage
                 if name.startswith("x_") and isinstance(vendor, dict):
                     self._tally.note_usage(vendor.get("usage"))
-        choices = chunk.get("choices")
-        if choices:
-            choice = choices[0]
-            delta = choice.get("delta")
-            if delta:
-                if "reasoning" in delta or type(delta.get("content")) is list:
-                    changed |= mend_text(delta)
-                if delta.get("tool_calls"):
-                    changed |= self._mend_calls(delta["tool_calls"])
-            if choice.get("finish_reason") is not None:
-                changed |= mend_finish(choice, has_calls=bool(self._calls))
+            changed |= mend_finish(choice, has_calls=bool(self._calls))
+        elif choice.get("finish_reason") == "":
+            choice["finish_reason"], changed = None, True
         return [Event(frame(chunk) if changed else raw, chunk)]
 
     def _mend_calls(self, calls: list[JSON]) -> bool:

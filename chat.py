@@ -407,9 +407,9 @@ class ChatEncoder:
         return events[0].raw if len(events) == 1 else b"".join([event.raw for event in events])
 
     def end(self, tally: Tally) -> bytes:
-        if not self._include_usage or tally.usage_sent or tally.usage_object is None:
+        if not self._include_usage or tally.usage_object is None:
             return DONE
-        return frame({**chunk_head(tally), "choices": [], "usage": tally.usage_object}) + DONE
+        return (tally.usage_raw or frame({**chunk_head(tally), "choices": [], "usage": tally.usage_object})) + DONE
 
     def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
         chunk = chunk_head(tally)

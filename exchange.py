@@ -322,19 +322,21 @@ class Engine:
         soonest_s = self.router.soonest_s(plan, now)
         error = exhausted(plan, exchange.failures, stream=chat.stream, retry_after_s=soonest_s)
         self.counters.exhausted += 1
-        blocked = [f"{self.router.catalog.by_id[id].label}={b.reason}" for id, b in plan.blocked.items()]
+        pool = {
+            "candidates": len(plan.order),
+            "skipped": plan.skipped_labels(),
+            "blocked": [f"{self.router.catalog.by_id[id].label}={b.reason}" for id, b in plan.blocked.items()],
+            "transient_cooldowns": len(self.protection.transient),
+            "key_cooldowns": len(self.protection.keys),
+        }
         self.log.write(
             "warning",
             "all_models_exhausted",
             request_id=exchange.id,
             code=error.code,
             attempts=len(exchange.failures),
-            candidates=len(plan.order),
-            skipped=plan.skipped_labels(),
-            blocked=blocked,
-            transient_cooldowns=len(self.protection.transient),
-            key_cooldowns=len(self.protection.keys),
             retry_after_s=soonest_s,
+            pool=pool,
         )
         return error
 

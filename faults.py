@@ -127,7 +127,7 @@ def whole_status(value: object) -> int | None:
 
 def found_code(places: list[dict[str, Any]]) -> str | None:
     """The first code in words; else the first at all."""
-    codes = [place.get(name) for place in places for name in ("code", "status", "type")]
+    codes = [place.get(name) for place in places for name in ("code", "status")]
     names = [code for code in codes if isinstance(code, str) and code and not code.isdecimal()]
     if names:
         return names[0]

@@ -18,7 +18,7 @@ from typing import Any, Protocol, Self
 import aiohttp
 
 import faults
-from adapters import OpenAIAdapter, Request, as_chunks, note, note_completion
+from adapters import OpenAIAdapter, Request, as_chunks, note, note_completion, well_formed
 from catalog import Key, Model, is_demo
 from protection import Failure, UpstreamError, classify
 from router import Route
@@ -53,15 +53,17 @@ class Adapter(Protocol):
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request: ...
 
-    def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion: ...
+    def completion(self, raw: bytes, body: dict[str, Any]) -> Completion | None:
+        """A whole answer; None when this is none."""
 
-    def translator(self, chat: Chat, tally: Tally) -> Translator: ...
+    def translator(self, tally: Tally) -> Translator: ...
 
 
 class Incoming:
     """One provider's stream on its way from bytes to events: decoded once, checked, counted."""
 
-    def __init__(self, translator: Translator, tally: Tally, route: Route) -> None:
+    def __init__(self, translator: Translator, tally: Tally, route: Route, *, is_sse: bool) -> None:
+        self._is_sse = is_sse  # by its own words
         self.done = False  # [DONE] has been seen
         self.error: UpstreamError | None = None  # found behind the events that `feed` returned
         self.bytes_seen = 0
@@ -108,45 +110,14 @@ class Incoming:
         """What is wrong with a stream that ends here, if anything."""
         tally = self._tally
         if not self.done and tally.finish is None:
-            if self.bytes_seen and not tally.head:
-                return UpstreamError(Failure.MALFORMED, "The provider's stream held no events.", status=200)
+            if not tally.head and (self.bytes_seen or not self._is_sse):
+                return UpstreamError(
+                    Failure.MALFORMED, "The provider's answer is neither JSON nor a stream.", status=200
+                )
             return UpstreamError(Failure.TRUNCATED, "The provider's stream ended before the answer did.")
         if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
             return UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
         return None
-
-
-def well_formed(chunk: Any) -> bool:
-    """Whether a parsed event has the types that reading it relies on."""
-    if type(chunk) is not dict:
-        return False
-    choices = chunk.get("choices")
-    if not choices:
-        return True
-    if type(choices) is not list or type(choices[0]) is not dict:
-        return False
-    delta = choices[0].get("delta")
-    if not delta:
-        return True
-    if type(delta) is not dict:
-        return False
-    calls = delta.get("tool_calls")
-    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
-
-
-def well_formed_call(call: Any) -> bool:
-    return type(call) is dict and isinstance(call.get("function"), dict | None)
-
-
-def well_formed_answer(body: Any) -> bool:
-    """The same for a whole answer."""
-    if type(body) is not dict or type(body.get("choices")) is not list or not body["choices"]:
-        return False
-    choice = body["choices"][0]
-    if type(choice) is not dict or type(choice.get("message")) is not dict:
-        return False
-    calls = choice["message"].get("tool_calls")
-    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
 
 
 def failure_inside(fault: faults.Fault, body: object, route: Route) -> UpstreamError:
@@ -301,7 +272,7 @@ class Providers:
                         reply = whole_reply(await read_body(response.content, b""), adapter, chat, route)
                     else:
                         opening = Opening(self._limits, timer, deadline)
-                        reply = await opening.reply(response.content, adapter, chat, route)
+                        reply = await opening.reply(response, adapter, chat, route)
             yield reply
         finally:
             if response is not None:
@@ -352,8 +323,8 @@ def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route) -> Reply
     """A committed answer from a whole body."""
     tally = Tally()
     body = parsed_answer(raw, route)
-    completion = adapter.completion(raw, body, chat)
-    if not well_formed_answer(completion.body):
+    completion = adapter.completion(raw, body)
+    if completion is None:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
     note_completion(completion.body, tally)
     if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
@@ -385,9 +356,10 @@ class Opening:
         self._timer = timer
         self._deadline = first_token_deadline
 
-    async def reply(self, content: aiohttp.StreamReader, adapter: Adapter, chat: Chat, route: Route) -> Reply:
-        tally = Tally()
-        incoming = Incoming(adapter.translator(chat, tally), tally, route)
+    async def reply(self, response: aiohttp.ClientResponse, adapter: Adapter, chat: Chat, route: Route) -> Reply:
+        tally, content = Tally(), response.content
+        is_sse = response.content_type == "text/event-stream"
+        incoming = Incoming(adapter.translator(tally), tally, route, is_sse=is_sse)
         held: list[Event] = []
         held_bytes = 0
         while True:
@@ -396,7 +368,7 @@ class Opening:
                 return whole_reply(await read_body(content, data), adapter, chat, route)
             events, meaningful = incoming.feed(data) if data else incoming.flush()
             held += events
-            if meaningful:
+            if meaningful or (tally.finish == "length" and not cut_short(tally, chat, route.model)):
                 return LiveReply(tally, held, incoming, content, self._limits.stall_s)
             if incoming.error:
                 raise incoming.error

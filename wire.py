@@ -162,7 +162,7 @@ class Tally:
     finish: str | None = None
     usage: Usage | None = None
     usage_object: dict[str, Any] | None = None  # as the provider gave it
-    usage_sent: bool = False  # the client has it already
+    usage_raw: bytes | None = None  # the provider's own event for usage alone
     head: dict[str, Any] = field(default_factory=dict)  # a chunk to take id, created and model from
     text_chars: int = 0
     has_text: bool = False  # other than white space; reasoning and refusals count
@@ -214,16 +214,20 @@ def load_object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def load_lenient(raw: bytes) -> Any:
-    """A provider's JSON. Python's own parser also takes what some send: NaN in logprobs, half an emoji per chunk.
+def no_number(text: str) -> None:
+    raise ValueError(f"{text} is not JSON")
 
-    Raises ValueError for what is no JSON at all.
+
+def load_lenient(raw: bytes) -> Any:
+    """A provider's JSON. Python's own parser also takes half an emoji, which some put into each of two chunks.
+
+    Raises ValueError for what is no JSON.
     """
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError:
         try:
-            return json.loads(raw)
+            return json.loads(raw, parse_constant=no_number)
         except RecursionError:
             raise ValueError("nested too deeply") from None
 
