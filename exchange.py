@@ -8,6 +8,7 @@ one mutable record of a request; what belongs to one attempt lives in `Running` 
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
@@ -25,8 +26,8 @@ from eventlog import EventLog
 from protection import Cooling, Failure, Kind, Phase, Protection, Scope, UpstreamError
 from providers import Providers, Reply, cut_short
 from router import Attempt, Plan, Route, Router, exhausted, refusal, request_is_bad
-from settings import Settings
-from store import Row, Store
+from settings import CatalogFiles, Settings
+from store import Row, Snapshot, Store, load_snapshot
 from wire import KEEP_ALIVE, Chat, Dialect, Encoder, GatewayError, Mode, NoProviders
 
 Receive = Callable[[], Awaitable[Any]]
@@ -101,9 +102,17 @@ class Engine:
     """Serves exchanges. Holds what they share."""
 
     def __init__(
-        self, settings: Settings, protection: Protection, router: Router, store: Store, log: EventLog, rng: Random
+        self,
+        settings: Settings,
+        files: CatalogFiles,
+        protection: Protection,
+        router: Router,
+        store: Store,
+        log: EventLog,
+        rng: Random,
     ) -> None:
         self.settings = settings
+        self.files = files
         self.protection = protection
         self.router = router
         self.store = store
@@ -113,6 +122,19 @@ class Engine:
         self.providers: Providers  # set while the lifespan holds it open
         self._rng = rng
         self._idle_s = settings.keepalive_interval_ms / 1000
+
+    async def apply(self, change: Callable[[sqlite3.Connection], T]) -> T:
+        """Make an operator's change, all of it or nothing; it holds from the next request on."""
+
+        def changed(db: sqlite3.Connection) -> tuple[T, Snapshot]:
+            return change(db), self.snapshot(db)
+
+        result, snapshot = await self.store.write(changed)
+        self.router.load(snapshot.catalog, snapshot.key_status)
+        return result
+
+    def snapshot(self, db: sqlite3.Connection) -> Snapshot:
+        return load_snapshot(db, self.store.vault, self.files.platforms, self.files.models)
 
     def exchange(self, id: str) -> Exchange:
         now = time.monotonic()

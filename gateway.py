@@ -92,8 +92,9 @@ class Gateway:
             thread_cooldown_s=settings.thread_cooldown_ms / 1000,
         )
         router = ModelRouter(protection.transient, protection.keys)
-        self.engine = Engine(settings, protection, router, self.store, self.log, Random())
-        self.store.write_now(self._sync)
+        self.engine = Engine(settings, self.files, protection, router, self.store, self.log, Random())
+        snapshot = self.store.write_now(self._sync)
+        router.load(snapshot.catalog, snapshot.key_status)
         self._restore_ledger()
         self._chat: Dialect = ChatDialect()
         self._started = int(time.time())
@@ -109,8 +110,8 @@ class Gateway:
             default=not_found,
         )
 
-    def _sync(self, db: sqlite3.Connection) -> None:
-        """Bring catalogue and keys into the database, and load what routing needs out of it."""
+    def _sync(self, db: sqlite3.Connection) -> store.Snapshot:
+        """Bring catalogue and keys into the database; gives what routing needs out of it."""
         store.sync_models(db, self.files.models)
         vault = self.store.vault
         for key in self.files.keys:
@@ -118,8 +119,7 @@ class Gateway:
                 store.add_key(db, vault, key.platform, key.secret, key.label)
         from_environment = [(key.platform, key.secret, key.label) for key in self.files.keys if key.env]
         store.sync_environment_keys(db, vault, from_environment)
-        snapshot = store.load_snapshot(db, vault, self.files.platforms, self.files.models)
-        self.engine.router.load(snapshot.catalog, snapshot.key_status)
+        return self.engine.snapshot(db)
 
     def _restore_ledger(self) -> None:
         """Quotas go on where the last process stopped."""

@@ -118,6 +118,7 @@ class Chat:
     prompt_tokens: int  # estimated
     max_tokens: int | None
     first_user_text: str = field(repr=False)
+    origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
 
 
 @dataclass(frozen=True, slots=True)
