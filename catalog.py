@@ -24,7 +24,7 @@ class KeyStatus(StrEnum):
     INVALID = "invalid"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Platform:
     """A provider account type. `quirks` are its differences from its adapter's plain wire format."""
 
@@ -40,7 +40,7 @@ class Platform:
     quirks: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Model:
     """A `model_id` on a platform. Ranks: lower is better. A limit of None is no limit."""
 

@@ -224,6 +224,10 @@ class Gateway:
             else:
                 await self._cold({**scope, "app": self}, receive, with_request_id(send, exchange.id))
         except GatewayError as error:
+            if exchange.chat is None:  # what got further has a line of its own
+                self.log.write(
+                    "info", "refused", request_id=exchange.id, path=path, status=error.status, code=error.code
+                )
             await send_error(send, error, exchange)
         except HTTPException as error:
             code = "method_not_allowed" if error.status_code == 405 else "not_found"
@@ -232,7 +236,11 @@ class Gateway:
         except ClientGone:
             return
         except Exception as error:  # a defect of ours: the client gets an error, the operator its place
-            self.log.write("error", "defect", request_id=exchange.id, message=repr(error), traceback=traced(error))
+            self.log.write(
+                "error", "defect", request_id=exchange.id, type=type(error).__name__, traceback=traced(error)
+            )
+            if exchange.first_event_ms is not None:
+                raise  # the server cuts the connection: a broken answer must not look like a finished one
             await send_error(send, GatewayError("Internal error.", code="internal_error"), exchange)
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
