@@ -11,7 +11,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from random import Random
@@ -176,13 +176,11 @@ class Engine:
     async def _relay(self, exchange: Exchange, running: Running, reply: Reply, encoder: Encoder, send: Send) -> bytes:
         """Send a stream's events as they arrive; gives its last bytes."""
         try:
-            async with aclosing(reply.batches(self._idle_s)) as batches:
-                async for events in batches:
-                    body = encoder.feed(events) if events else KEEP_ALIVE
-                    if body:
-                        exchange.blocked_since = time.monotonic()
-                        await send({"type": "http.response.body", "body": body, "more_body": True})
-                        exchange.blocked_since = None
+            while (events := await reply.next_batch(self._idle_s)) is not None:
+                if body := encoder.feed(events) if events else KEEP_ALIVE:
+                    exchange.blocked_since = time.monotonic()
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    exchange.blocked_since = None
         except UpstreamError as error:  # the client has bytes already: say so in the stream, then end it
             running.error = error
             stalled = error.failure is Failure.STALL

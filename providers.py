@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, Protocol, Self
 
 import aiohttp
@@ -139,80 +138,136 @@ def named_failure(
     )
 
 
+class WaitLimit:
+    """Limits one wait after another with a single timer, which is set anew only when it fires (a timer for each read
+    would cost more than the read). Belongs to the task that made it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due: float | None = None  # None: nobody waits
+        self._expired = False
+
+    async def read(self, content: aiohttp.StreamReader, wait_s: float) -> bytes | None:
+        """What has arrived, b"" at the end, None when nothing did in time."""
+        self._due = due = self._loop.time() + wait_s
+        if self._timer is None or self._timer.when() > due:
+            self._set(due)
+        try:
+            return await content.readany()
+        except asyncio.CancelledError:
+            if self._expired:
+                self._expired = False
+                assert self._task is not None
+                if self._task.uncancel() == 0:  # else somebody else has cancelled too
+                    return None
+            raise
+        finally:
+            self._due = None
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set(self, at: float) -> None:
+        self.stop()
+        self._timer = self._loop.call_at(at, self._fire)
+
+    def _fire(self) -> None:
+        self._timer = None
+        if self._due is None:
+            return
+        if self._loop.time() < self._due:
+            self._set(self._due)
+            return
+        self._expired = True
+        assert self._task is not None
+        self._task.cancel()
+
+
 class Reply:
     """A committed answer: whole, or a stream that has begun."""
 
-    def __init__(self, tally: Tally, *, completion: Completion | None = None, first: Sequence[Event] = ()) -> None:
+    def __init__(self, tally: Tally, *, completion: Completion | None = None, first: list[Event] | None = None) -> None:
         self.tally = tally
         self.completion = completion
-        self._first = list(first)
+        self._first = first
 
-    async def batches(self, idle_s: float) -> AsyncGenerator[list[Event], None]:
-        """The events as they arrive; one list holds what arrived together, and an empty one says that nothing has
-        come for `idle_s`. Raises UpstreamError."""
-        if self._first:
-            yield self._first
+    async def next_batch(self, idle_s: float) -> list[Event] | None:
+        """The next events, those that arrived together; [] when none came for `idle_s`, None at the end.
+
+        Raises UpstreamError.
+        """
+        events, self._first = self._first, None
+        return events
+
+    def close(self) -> None:
+        """Whoever opened it calls this; nothing is read afterwards."""
 
 
 class LiveReply(Reply):
     """A stream that is still arriving."""
 
     def __init__(
-        self, tally: Tally, first: Sequence[Event], incoming: Incoming, content: aiohttp.StreamReader, stall_s: float
+        self, tally: Tally, first: list[Event], incoming: Incoming, content: aiohttp.StreamReader, stall_s: float
     ) -> None:
         super().__init__(tally, first=first)
         self._incoming = incoming
         self._content = content
-        self._stall_s = stall_s
+        self._stall_s = self._stall_left_s = stall_s
+        self._at_end = False
+        self._limit = WaitLimit()
+        self._clock = asyncio.get_running_loop().time
 
-    async def batches(self, idle_s: float) -> AsyncGenerator[list[Event], None]:
-        incoming, tally = self._incoming, self.tally
-        stall_left_s = self._stall_s
+    async def next_batch(self, idle_s: float) -> list[Event] | None:
         if self._first:
-            yield self._first
-        last_events = now = monotonic()
-        while not (incoming.error or incoming.done):
-            data: bytes | None
-            if tally.finish is not None:
-                data = await self._read(min(self._stall_s, AFTER_FINISH_S)) or b""
-            else:
-                data = await self._read(min(stall_left_s, last_events + idle_s - now))
-            waited_since, now = now, monotonic()
-            if data is None:  # only this waiting counts as a stall, never the time our client takes
-                stall_left_s -= now - waited_since
-                if stall_left_s <= 0:
+            return await super().next_batch(idle_s)
+        incoming = self._incoming
+        now = self._clock()
+        idle_at = now + idle_s
+        while not (self._at_end or incoming.done or incoming.error):
+            finished = self.tally.finish is not None
+            wait_s = min(self._stall_s, AFTER_FINISH_S) if finished else min(self._stall_left_s, idle_at - now)
+            data = await self._read(wait_s)
+            waited_since, now = now, self._clock()
+            if data:
+                self._stall_left_s = self._stall_s
+                events, _ = incoming.feed(data)
+            elif data is not None or finished:
+                self._at_end = True
+                events, _ = incoming.flush()
+            else:  # only this waiting counts as a stall, never the time our client takes
+                self._stall_left_s -= now - waited_since
+                if self._stall_left_s <= 0:
                     raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
-            else:
-                stall_left_s = self._stall_s
-                events, _ = incoming.feed(data) if data else incoming.flush()
-                if events:
-                    yield events
-                    last_events = now = monotonic()
-                if not data:
-                    break
-            if now >= last_events + idle_s:
-                yield []
-                last_events = now = monotonic()
-        if error := incoming.error or incoming.ending():
+                events = []
+            if events or now >= idle_at:
+                return events
+        return await self._ending()
+
+    async def _ending(self) -> list[Event] | None:
+        if error := self._incoming.error or self._incoming.ending():
             raise error
-        if tally.finish is None:  # [DONE] alone: clients want to be told how it ended
-            chunk = closing_chunk(tally)
-            note(chunk, tally)
-            yield [Event(frame(chunk), chunk)]
-        if incoming.done and not self._content.is_eof():  # lets the connection go back to the pool
+        if self.tally.finish is None:  # [DONE] alone: clients want to be told how it ended
+            chunk = closing_chunk(self.tally)
+            note(chunk, self.tally)
+            return [Event(frame(chunk), chunk)]
+        if self._incoming.done and not self._content.is_eof():  # lets the connection go back to the pool
             await self._read(CONNECTION_END_S)
+        return None
 
     async def _read(self, wait_s: float) -> bytes | None:
         """More bytes; b"" at the end, None when there were none in time."""
         try:
-            async with asyncio.timeout(wait_s):
-                return await self._content.readany()
-        except TimeoutError:
-            return None
+            return await self._limit.read(self._content, wait_s)
         except (aiohttp.ClientError, OSError) as error:
             if self.tally.finish is not None:  # the answer is complete; how the connection ends says nothing of it
                 return b""
             raise UpstreamError(Failure.CONNECTION, f"The connection broke: {type(error).__name__}") from None
+
+    def close(self) -> None:
+        self._limit.stop()
 
 
 def closing_chunk(tally: Tally) -> dict[str, Any]:
@@ -273,7 +328,10 @@ class Providers:
                     else:
                         opening = Opening(self._limits, timer, deadline)
                         reply = await opening.reply(response, adapter, chat, route)
-            yield reply
+            try:
+                yield reply
+            finally:
+                reply.close()
         finally:
             if response is not None:
                 response.close()  # a no-op once the body has been read to its end
