@@ -28,7 +28,7 @@ from providers import Providers, Reply, cut_short
 from router import Attempt, Plan, Route, Router, exhausted, refusal, request_is_bad
 from settings import CatalogFiles, Settings
 from store import Row, Snapshot, Store, load_snapshot
-from wire import KEEP_ALIVE, Chat, Dialect, Encoder, GatewayError, Mode, NoProviders
+from wire import KEEP_ALIVE, Chat, Dialect, Encoder, GatewayError, Mode, NoProviders, Tally
 
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
@@ -63,6 +63,7 @@ class Exchange:
     route: Route | None = None  # of the attempt that is running or has answered
     status: str = "error"
     first_event_ms: int | None = None
+    tally: Tally | None = None  # of a stream that has begun
     blocked_since: float | None = None  # when the client stopped taking bytes
     task: asyncio.Task[Any] | None = None
 
@@ -144,8 +145,13 @@ class Engine:
         """Serve a parsed exchange to its end. Raises GatewayError while nothing has been sent."""
         self.running.add(exchange)
         exchange.task = asyncio.current_task()
+        assert exchange.chat is not None
+        encoder = dialect.encoder(exchange.chat, exchange.utc)
         try:
-            last = await unless_disconnected(receive, self._answer(exchange, dialect, send))
+            try:
+                last = await unless_disconnected(receive, self._answer(exchange, exchange.chat, encoder, send))
+            except asyncio.CancelledError:
+                last = stopping(exchange, encoder)
             exchange.blocked_since = time.monotonic()
             await send(last)  # the last await: from here on receive() would report a disconnect of our own making
         except ClientGone:
@@ -154,11 +160,8 @@ class Engine:
             self.running.discard(exchange)
             self._close(exchange)
 
-    async def _answer(self, exchange: Exchange, dialect: Dialect, send: Send) -> dict[str, Any]:
+    async def _answer(self, exchange: Exchange, chat: Chat, encoder: Encoder, send: Send) -> dict[str, Any]:
         """Everything but the last message, which it returns: by then the provider's connection is closed."""
-        chat = exchange.chat
-        assert chat is not None
-        encoder = dialect.encoder(chat, exchange.utc)
         async with self.first_success(exchange, chat) as running:
             reply = running.reply
             assert reply is not None
@@ -169,6 +172,7 @@ class Engine:
                 length = (b"content-length", str(len(body)).encode())
                 await send(response_start(200, [*JSON_HEADERS, length, *route_headers(exchange)]))
                 return {"type": "http.response.body", "body": body}
+            exchange.tally = reply.tally
             await send(response_start(200, [*STREAM_HEADERS, *route_headers(exchange)]))
             last = await self._relay(exchange, running, reply, encoder, send)
         return {"type": "http.response.body", "body": last}
@@ -389,6 +393,16 @@ class Engine:
             first_event_ms=exchange.first_event_ms,
             total_ms=round((time.monotonic() - exchange.started) * 1000),
         )
+
+
+def stopping(exchange: Exchange, encoder: Encoder) -> dict[str, Any]:
+    """The last message of an exchange that has been cancelled from outside: even then no stream just stops."""
+    if exchange.blocked_since is not None:  # because its client takes nothing: then nothing can be said either
+        raise ClientGone
+    message = "The gateway is stopping. Send the request again."
+    if exchange.tally is None:
+        raise GatewayError(message, status=503, type="routing_error", code="gateway_stopping")
+    return {"type": "http.response.body", "body": encoder.fail(message, "stream_error", 503, exchange.tally)}
 
 
 def skipped_text(plan: Plan | None) -> str | None:
