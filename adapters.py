@@ -189,6 +189,31 @@ def safe_id(call_id: str, pattern: str) -> str:
     return blake2b(call_id.encode(), digest_size=8).hexdigest()[:9]  # nine characters of [0-9a-f]
 
 
+PLAIN_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"})
+PLAIN_CHOICE = frozenset({"index", "delta", "finish_reason", "logprobs"})
+PLAIN_DELTA = frozenset({"content", "role"})
+
+
+def plain_text(chunk: Any) -> str | None:
+    """The text of a chunk that holds nothing else: most of every stream. None when it needs a closer look.
+
+    What passes here has no error, no usage and nothing to mend, so that it costs one look instead of four.
+    """
+    if type(chunk) is not dict or not PLAIN_CHUNK.issuperset(chunk) or chunk.get("usage"):
+        return None
+    choices = chunk.get("choices")
+    if type(choices) is not list or len(choices) != 1:
+        return None
+    choice = choices[0]
+    if type(choice) is not dict or not PLAIN_CHOICE.issuperset(choice) or choice.get("finish_reason") is not None:
+        return None
+    delta = choice.get("delta")
+    if type(delta) is not dict or not PLAIN_DELTA.issuperset(delta):
+        return None
+    text = delta.get("content")
+    return text if type(text) is str and text else None
+
+
 def well_formed(chunk: Any) -> bool:
     """Whether a parsed event has the types that reading it relies on."""
     if type(chunk) is not dict:
@@ -288,6 +313,9 @@ class ChunkMender:
     def __init__(self, tally: Tally) -> None:
         self._tally = tally
         self._calls: dict[int, str] = {}  # ids of the tool calls begun so far, by index
+
+    def plain_text(self, chunk: Any) -> str | None:
+        return plain_text(chunk)
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
         choices = chunk.get("choices")

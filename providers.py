@@ -44,7 +44,11 @@ class Limits:
 class Translator(Protocol):
     """One stream's chunks, from the adapter's wire to OpenAI's chat form."""
 
-    def feed(self, raw: bytes, chunk: dict[str, Any]) -> list[Event]: ...
+    def plain_text(self, chunk: Any) -> str | None:
+        """The text of a chunk in OpenAI's form that holds nothing else, so that it need not be fed."""
+
+    def feed(self, raw: bytes, chunk: dict[str, Any]) -> list[Event]:
+        """The events that this chunk amounts to; its raw frame goes out unchanged where nothing had to change."""
 
 
 class Adapter(Protocol):
@@ -86,6 +90,7 @@ class Incoming:
     def _events(self, frames: list[tuple[bytes, bytes]]) -> tuple[list[Event], bool]:
         events: list[Event] = []
         meaningful = False
+        tally, plain_text = self._tally, self._translator.plain_text
         for raw, payload in frames:
             if payload == b"[DONE]":
                 self.done = True
@@ -94,14 +99,22 @@ class Incoming:
                 chunk = load_lenient(payload)
             except ValueError:
                 chunk = None
+            if (text := plain_text(chunk)) is not None:
+                tally.text_chars += len(text)
+                if tally.has_text or not text.isspace():
+                    tally.has_text = meaningful = True
+                if not tally.head:
+                    tally.head = chunk
+                events.append(Event(raw, chunk))
+                continue
             if not well_formed(chunk):
-                self._tally.malformed += 1
+                tally.malformed += 1
                 continue
             if fault := faults.wrapped(chunk):
                 self.error = failure_inside(fault, chunk, self._route)
                 break
             for event in self._translator.feed(raw, chunk):
-                meaningful |= note(event.chunk, self._tally)
+                meaningful |= note(event.chunk, tally)
                 events.append(event)
         return events, meaningful
 
