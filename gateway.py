@@ -357,7 +357,7 @@ def credential(headers: dict[bytes, bytes]) -> bytes:
     given = headers.get(b"authorization", b"")
     if given[:7].lower() == b"bearer ":
         return given[7:].strip()
-    return given.strip() or headers.get(b"x-api-key", b"") or headers.get(b"api-key", b"")
+    return b"" if given else headers.get(b"x-api-key", b"") or headers.get(b"api-key", b"")
 
 
 def host_name(host: bytes) -> str:
