@@ -28,7 +28,7 @@ class EventLog:
         self._least = LEVELS.index(level)
         self._lines: deque[bytes] = deque()
         self._wake = threading.Event()
-        self._stopping = False
+        self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -36,7 +36,7 @@ class EventLog:
         self._thread.start()
 
     def stop(self) -> None:
-        self._stopping = True
+        self._stopping.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join(STOP_S)
@@ -56,14 +56,11 @@ class EventLog:
             self._wake.set()
 
     def _run(self) -> None:
-        pause = threading.Event()
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._wake.wait()
             self._wake.clear()
-            if not self._stopping:
-                pause.wait(PAUSE_S)
+            self._stopping.wait(PAUSE_S)
             self._drain()
-        self._drain()
 
     def _drain(self) -> None:
         lines = []

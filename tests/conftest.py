@@ -1,0 +1,400 @@
+"""The gateway as tests see it: a real server with fake providers behind it, and clients that look at every byte.
+
+`start_gateway` runs it in the test's own loop, `start_process` as `python gateway.py`. Platforms are given by name:
+`{"a": {}, "b": {"keys": ["k1", "k2"], "model": {"rpm": 1}}}`. Each has one model `<name>-model` (or those in
+`models`), one key (or those in `keys`) and the place in the chain that it has in the dict.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import aiohttp
+import pytest
+import uvicorn
+from fake_provider import FakeProvider, until
+from openai import AsyncOpenAI
+
+import gateway
+
+ROOT = Path(__file__).resolve().parent.parent
+API_KEY = "fw-test-0123456789abcdef"
+IN_ORDER = "auto-priority"  # the mode without sampling: platforms are tried as the test lists them
+
+Platforms = Mapping[str, Mapping] | list[str]
+
+
+# --- The catalogue of a test ----------------------------------------------------------------------------------------
+
+
+def default_key(platform: str) -> str:
+    return f"sk-{platform}-secret-0001"
+
+
+def catalog_of(platforms: Platforms, fake: FakeProvider) -> dict:
+    """A catalogue file in the shape of CONTRACT.md."""
+    options = platforms if isinstance(platforms, Mapping) else {name: {} for name in platforms}
+    catalog: dict[str, list] = {"platforms": [], "models": [], "keys": []}
+    for rank, (name, given) in enumerate(options.items(), start=1):
+        own = {k: v for k, v in given.items() if k not in ("keys", "model", "models")}
+        catalog["platforms"].append({"id": name, "adapter": "openai", "base_url": fake.url(name)} | own)
+        for model in given.get("models", [given.get("model", {})]):
+            base = {"platform": name, "model_id": f"{name}-model", "intelligence_rank": rank, "speed_rank": rank}
+            catalog["models"].append(base | {"context_window": 100_000 * rank} | model)
+        keys = given.get("keys", [] if given.get("keyless") else [default_key(name)])
+        catalog["keys"] += [{"platform": name, "key": key, "label": f"{name}-{n}"} for n, key in enumerate(keys)]
+    return catalog
+
+
+# --- What clients get back ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole response."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.body)
+
+    @property
+    def text(self) -> str:
+        assert self.status == 200, self.body
+        return self.json["choices"][0]["message"]["content"]
+
+    @property
+    def error(self) -> dict:
+        return self.json["error"]
+
+
+@dataclass(frozen=True)
+class Stream(Answer):
+    """A streamed response, read to its end."""
+
+    @property
+    def data(self) -> list[str]:
+        blocks = self.body.decode().replace("\r\n", "\n").split("\n\n")
+        lines = [line for block in blocks for line in block.split("\n")]
+        return [line.removeprefix("data:").removeprefix(" ") for line in lines if line.startswith("data:")]
+
+    @property
+    def comments(self) -> list[str]:
+        return [line for line in self.body.decode().split("\n") if line.startswith(":")]
+
+    @property
+    def chunks(self) -> list[dict]:
+        return [json.loads(data) for data in self.data if data != "[DONE]"]
+
+    @property
+    def deltas(self) -> list[dict]:
+        return [choice["delta"] for chunk in self.chunks for choice in chunk.get("choices") or []]
+
+    @property
+    def text(self) -> str:
+        assert self.status == 200, self.body
+        return "".join(delta.get("content") or "" for delta in self.deltas)
+
+    @property
+    def finishes(self) -> list[str]:
+        choices = [choice for chunk in self.chunks for choice in chunk.get("choices") or []]
+        return [choice["finish_reason"] for choice in choices if choice.get("finish_reason")]
+
+    @property
+    def error(self) -> dict:
+        if self.status != 200:
+            return self.json["error"]
+        (found,) = [chunk["error"] for chunk in self.chunks if chunk.get("error")]
+        return found
+
+    def assert_whole(self, text: str) -> None:
+        """Finished as a good answer does: text, one finish reason, no error, one [DONE] at the very end."""
+        assert self.text == text
+        assert self.finishes == ["stop"]
+        assert not any(chunk.get("error") for chunk in self.chunks)
+        self.assert_done_once()
+
+    def assert_done_once(self) -> None:
+        assert self.data.count("[DONE]") == 1, self.data
+        assert self.data[-1] == "[DONE]"
+        assert self.body.endswith(b"\n\n")
+
+
+def assert_error(got: Answer, status: int, kind: str, code: object) -> None:
+    """CONTRACT's error shape with these values."""
+    assert got.headers["content-type"].startswith("application/json")
+    assert got.status == status, got.body
+    assert (got.error["type"], got.error["code"]) == (kind, code)
+    assert got.error["message"]
+    assert "param" in got.error
+
+
+# --- The gateway ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Client:
+    """Calls to one running gateway."""
+
+    base_url: str
+    http: aiohttp.ClientSession
+    api_key: str = API_KEY
+
+    def request(self, content: str = "hi", **fields: object) -> dict:
+        """The usual body of a chat request; a field given as `...` is left out."""
+        request = {"model": IN_ORDER, "messages": [{"role": "user", "content": content}]} | fields
+        return {name: value for name, value in request.items() if value is not ...}
+
+    def post(self, request: object, *, path: str = "/v1/chat/completions", headers: Mapping[str, str] | None = None):
+        """The raw exchange, as a context manager; bytes are sent as they are, everything else as JSON."""
+        data = request if isinstance(request, bytes) else json.dumps(request).encode()
+        authorized = {"authorization": f"Bearer {self.api_key}", "content-type": "application/json"}
+        return self.http.post(self.base_url + path, data=data, headers=authorized | dict(headers or {}))
+
+    async def send(self, request: object, *, path: str = "/v1/chat/completions", headers=None) -> Answer:
+        async with self.post(request, path=path, headers=headers) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    async def chat(self, content: str = "hi", *, headers: Mapping[str, str] | None = None, **fields) -> Answer:
+        return await self.send(self.request(content, **fields), headers=headers)
+
+    async def stream(self, content: str = "hi", *, headers: Mapping[str, str] | None = None, **fields) -> Stream:
+        async with self.post(self.request(content, stream=True, **fields), headers=headers) as response:
+            return Stream(response.status, response.headers, await response.read())
+
+    async def ask(self, content: str = "hi", *, streaming: bool, **fields) -> Answer:
+        """For what holds in both cases."""
+        return await (self.stream if streaming else self.chat)(content, **fields)
+
+    async def get(self, path: str, *, headers: Mapping[str, str] | None = None) -> Answer:
+        authorized = {"authorization": f"Bearer {self.api_key}"} | dict(headers or {})
+        async with self.http.get(self.base_url + path, headers=authorized) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    async def protection(self) -> dict:
+        return (await self.get("/api/protection")).json
+
+    async def cooled_models(self) -> dict[str, int]:
+        """Milliseconds left of each transient cooldown, by model."""
+        return {c["model_id"]: c["ms_left"] for c in (await self.protection())["transient_cooldowns"]}
+
+    async def uncooled(self) -> None:
+        """Wait until no model is on a transient cooldown any more."""
+        async with asyncio.timeout(3):
+            while await self.cooled_models():  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+
+    async def cooled_keys(self) -> dict[str, int]:
+        """Milliseconds left of each key cooldown, by model (the longest where several keys cool)."""
+        cooldowns = sorted((await self.protection())["key_cooldowns"], key=lambda c: c["ms_left"])
+        return {c["model_id"]: c["ms_left"] for c in cooldowns}
+
+    async def rows(self, count: int, **filters: str) -> list[dict]:
+        """Exactly that many rows of the log, oldest first; they are written within 100 ms."""
+        query = "&".join(f"{name}={value}" for name, value in {"limit": "1000", **filters}.items())
+        async with asyncio.timeout(3):
+            while len(rows := (await self.get(f"/api/requests?{query}")).json["rows"]) < count:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        assert len(rows) == count, [(row["platform"], row["status"], row["error_kind"]) for row in rows]
+        return rows[::-1]
+
+    async def row(self, **filters: str) -> dict:
+        """The only row."""
+        return (await self.rows(1, **filters))[0]
+
+
+@dataclass
+class Gateway(Client):
+    """A gateway in the test's own loop."""
+
+    db: Path = Path()
+    _server: uvicorn.Server | None = None
+    _serving: asyncio.Task | None = None
+
+    @cached_property
+    def openai(self) -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.base_url}/v1", api_key=self.api_key, max_retries=0)
+
+    async def stop(self) -> None:
+        """As SIGTERM does; a second call does nothing."""
+        if self._serving is None:
+            return
+        if "openai" in vars(self):
+            await self.openai.close()
+        await self.http.close()
+        self._server.should_exit = True
+        await self._serving
+        self._serving = None
+
+
+class PromptServer(uvicorn.Server):
+    """uvicorn looks ten times a second whether it may stop and end; a suite of some hundred servers cannot wait."""
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        await until(lambda: self.should_exit, within_s=60)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for listener in (*self.servers, *(sockets or [])):
+            listener.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        await until(lambda: not self.server_state.connections and not self.server_state.tasks)
+        await self.lifespan.shutdown()
+
+
+async def run_gateway(settings: dict[str, str], cwd: Path) -> Gateway:
+
+    loaded = gateway.load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **settings}, cwd)
+    listener = socket.socket(proto=socket.IPPROTO_TCP)  # without it asyncio sets no TCP_NODELAY
+    listener.bind(("127.0.0.1", 0))
+    server = PromptServer(gateway.uvicorn_config(gateway.Gateway(loaded)))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    await until(lambda: server.started or serving.done())
+    if serving.done():
+        serving.result()
+    base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20), connector=aiohttp.TCPConnector(limit=0))
+    api_key = settings.get("GATEWAY_API_KEY", API_KEY)
+    return Gateway(base_url, http, api_key, cwd / "gateway.db", server, serving)
+
+
+@pytest.fixture
+async def fake() -> AsyncIterator[FakeProvider]:
+    async with FakeProvider().serving() as provider:
+        yield provider
+
+
+@pytest.fixture
+async def start_gateway(fake: FakeProvider, tmp_path: Path):
+    """Start a gateway over these platforms. A second call uses the same database: a restart, after `stop`."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(platforms: Platforms = ("a", "b", "c"), settings: dict[str, str] | None = None) -> Gateway:
+            catalog = tmp_path / "test-catalog.json"
+            catalog.write_text(json.dumps(catalog_of(platforms, fake)))
+            running = await run_gateway({"GATEWAY_CATALOG": str(catalog), **(settings or {})}, tmp_path)
+            stack.push_async_callback(running.stop)
+            return running
+
+        yield start
+
+
+# --- The gateway as a process ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Process:
+    """`python gateway.py` in a directory of its own."""
+
+    process: asyncio.subprocess.Process
+    output: list[str] = field(default_factory=list)
+    _readers: list[asyncio.Task] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for pipe in (self.process.stdout, self.process.stderr):
+            self._readers.append(asyncio.create_task(self._read(pipe)))
+
+    async def _read(self, pipe: asyncio.StreamReader) -> None:
+        async for line in pipe:
+            self.output.append(line.decode())
+
+    @property
+    def text(self) -> str:
+        return "".join(self.output)
+
+    @property
+    def running(self) -> bool:
+        return self.process.returncode is None
+
+    async def ready(self) -> str:
+        """The base URL, once the gateway answers there."""
+        pattern = re.compile(r"http://[\w.\[\]:]+:\d+")
+        await until(lambda: pattern.search(self.text) or not self.running, within_s=20)
+        found = pattern.search(self.text)
+        assert found, f"stopped with {self.process.returncode}: {self.text}"
+        async with aiohttp.ClientSession() as http, asyncio.timeout(10):
+            while True:
+                with contextlib.suppress(aiohttp.ClientConnectionError):
+                    async with http.get(f"{found[0]}/healthz") as response:
+                        if response.status == 200:
+                            return found[0]
+                await asyncio.sleep(0.01)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    async def ended(self, within_s: float = 20) -> int:
+        """Its exit status, once it has ended and all its output has been read."""
+        async with asyncio.timeout(within_s):
+            status = await self.process.wait()
+            await asyncio.gather(*self._readers)
+        return status
+
+
+@pytest.fixture
+async def start_process(fake: FakeProvider, tmp_path: Path):
+    """Start `python gateway.py` with these settings only; `platforms=None` leaves the built-in catalogue alone."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(
+            platforms: Platforms | None = None, settings: dict[str, str] | None = None, flags: tuple[str, ...] = ()
+        ) -> Process:
+            environ = {"PATH": os.environ["PATH"], "GATEWAY_PORT": "0", **(settings or {})}
+            if platforms is not None:
+                environ["GATEWAY_CATALOG"] = str(tmp_path / "test-catalog.json")
+                (tmp_path / "test-catalog.json").write_text(json.dumps(catalog_of(platforms, fake)))
+            pipes = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.PIPE}
+            started = await asyncio.create_subprocess_exec(
+                sys.executable, str(ROOT / "gateway.py"), *flags, cwd=tmp_path, env=environ, limit=1 << 26, **pipes
+            )
+            running = Process(started)
+            stack.push_async_callback(end, running)
+            return running
+
+        yield start
+
+
+async def end(running: Process) -> None:
+    if running.running:
+        running.signal(signal.SIGKILL)
+    await running.ended()
+
+
+@contextlib.asynccontextmanager
+async def client_of(running: Process, api_key: str = API_KEY) -> AsyncIterator[Client]:
+    base_url = await running.ready()
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as http:
+        yield Client(base_url, http, api_key)
+
+
+def logged(db: Path) -> list[dict]:
+    """All rows of the log, read from the file itself, oldest first."""
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute("SELECT * FROM requests ORDER BY id")]
+
+
+def stored_keys(db: Path) -> dict[str, dict]:
+    """The rows of `api_keys`, by label."""
+    with contextlib.closing(sqlite3.connect(db)) as connection:
+        connection.row_factory = sqlite3.Row
+        return {row["label"]: dict(row) for row in connection.execute("SELECT * FROM api_keys")}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The database, its companions and its key, byte for byte."""
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("gateway.db*"))}

@@ -1,0 +1,167 @@
+"""SPEC 8.6: a client that leaves takes its provider's connection with it, at once and without a trace."""
+
+import asyncio
+import contextlib
+import os
+import time
+
+import pytest
+from fake_provider import CUT, PAUSE, answer, chunk, chunked, head, raw, silent_url, sse, until
+
+CLOSE_WITHIN_S = 0.1
+ROLE = chunk(role="assistant", content="")
+PROMISED = head(200, {"content-type": "application/json", "content-length": "99"})
+
+# How far the exchange has got when the client leaves: is it a stream, what has the provider done so far.
+MOMENTS = {
+    "waiting for a whole answer": (False, raw(PAUSE)),
+    "in the middle of the body": (False, raw(PROMISED, b'{"id":', PAUSE)),
+    "waiting for the provider's headers": (True, raw(PAUSE)),
+    "waiting for the first token": (True, chunked(PAUSE)),
+    "after a role": (True, sse(ROLE, PAUSE)),
+    "in mid-stream": (True, sse(ROLE, chunk("half an ans"), PAUSE)),
+}
+
+
+async def leave_when(gateway, condition, *, streaming: bool) -> float:
+    """Send a request and close its connection when the condition holds; returns when that was."""
+    response = None
+
+    async def exchange() -> None:
+        nonlocal response
+        response = await gateway.post(gateway.request("I will not wait", stream=streaming))
+        await response.read()
+
+    task = asyncio.create_task(exchange())
+    await until(condition)
+    left_at = time.monotonic()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    if response is not None:
+        response.close()
+    return left_at
+
+
+@pytest.mark.parametrize(("streaming", "reply"), MOMENTS.values(), ids=MOMENTS)
+async def test_a_client_that_leaves_ends_the_providers_work(start_gateway, fake, streaming, reply):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", reply)
+
+    left_at = await leave_when(gateway, lambda: fake.requests and fake.requests[0].paused, streaming=streaming)
+
+    assert await fake.closed(0) - left_at < CLOSE_WITHIN_S
+    row = await gateway.row()
+    assert (row["status"], row["platform"], row["streamed"]) == ("cancelled", "a", int(streaming))
+    assert fake.called == ["a"]
+    assert await gateway.cooled_models() == await gateway.cooled_keys() == {}
+    assert (await gateway.protection())["active"] == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_client_that_leaves_while_connecting_ends_the_attempt(start_gateway, fake, streaming):
+    with silent_url() as url:
+        gateway = await start_gateway({"a": {"base_url": url}, "b": {}})
+        port = int(url.split(":")[2].split("/")[0])
+        before = connecting_to(port)
+
+        left_at = await leave_when(gateway, lambda: connecting_to(port) > before, streaming=streaming)
+
+        await until(lambda: connecting_to(port) == before)
+        assert time.monotonic() - left_at < CLOSE_WITHIN_S
+        assert (await gateway.row())["status"] == "cancelled"
+        assert fake.called == []
+        assert await gateway.cooled_models() == {}
+
+
+def connecting_to(port: int) -> int:
+    """Connections of this machine to that port which are still waiting for an answer (SYN_SENT)."""
+    with open("/proc/net/tcp") as table:
+        fields = [line.split() for line in table.readlines()[1:]]
+    return sum(1 for field in fields if field[2].endswith(f":{port:04X}") and field[3] == "02")
+
+
+async def test_a_client_that_leaves_after_a_failover_cancels_only_the_last_attempt(start_gateway, fake):
+    gateway = await start_gateway(["a", "b", "c"])
+    fake.script("a", raw(CUT))
+    fake.script("b", raw(PAUSE))
+
+    left_at = await leave_when(gateway, lambda: len(fake.requests) == 2, streaming=True)
+
+    assert await fake.closed(1) - left_at < CLOSE_WITHIN_S
+    assert [row["status"] for row in await gateway.rows(2)] == ["error", "cancelled"]
+    assert fake.called == ["a", "b"]
+
+
+async def test_a_client_that_sends_only_half_its_body_reaches_no_provider(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    port = int(gateway.base_url.rsplit(":", 1)[1])
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    lines = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nauthorization: Bearer {gateway.api_key}"
+    writer.write(f'{lines}\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{{"model":'.encode())
+    await writer.drain()
+    writer.transport.abort()
+
+    assert (await gateway.chat()).status == 200
+
+    assert fake.called == ["a"]
+    assert (await gateway.row())["status"] == "success"
+
+
+async def test_a_client_that_has_its_answer_and_leaves_is_a_success(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    for streaming in (False, True) * 5:
+        async with gateway.post(gateway.request(stream=streaming), headers={"connection": "close"}) as response:
+            await response.read()
+
+    assert {row["status"] for row in await gateway.rows(10)} == {"success"}
+
+
+async def test_other_requests_are_served_while_clients_leave(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    fake.script("a", lambda request: raw(PAUSE) if "not wait" in request.prompt else answer("served")(request))
+    async with asyncio.TaskGroup() as group:
+        for _ in range(20):
+            group.create_task(leave_when(gateway, lambda: len(fake.requests) >= 20, streaming=True))
+        served = [group.create_task(gateway.ask(streaming=bool(n % 2))) for n in range(40)]
+
+    assert {(await task).text for task in served} == {"served"}
+
+
+async def test_three_hundred_clients_that_leave_leak_nothing(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    await leave_in_batches(gateway, fake, count=30)
+    await settled(gateway, fake)
+    before = resources()
+
+    await leave_in_batches(gateway, fake, count=300)
+
+    await settled(gateway, fake)
+    await until(lambda: all(now <= then for now, then in zip(resources(), before, strict=True)))
+    rows = await gateway.rows(330)
+    assert {row["status"] for row in rows} == {"cancelled"}
+
+
+async def leave_in_batches(gateway, fake, *, count: int) -> None:
+    """In batches of 30, five of each moment."""
+    moments = list(MOMENTS.values())
+    for _ in range(count // 30):
+        fake.clear()
+        for streaming, reply in moments:
+            fake.script("a", reply)
+            expected = len(fake.requests) + 5
+
+            def all_there(expected: int = expected) -> bool:
+                return len(fake.requests) == expected and all(request.paused for request in fake.requests)
+
+            await asyncio.gather(*[leave_when(gateway, all_there, streaming=streaming) for _ in range(5)])
+
+
+async def settled(gateway, fake) -> None:
+    """All connections of those who left are gone; those that are kept for later are as many as ever."""
+    await until(lambda: all(request.closed_at for request in fake.requests))
+    assert (await gateway.get("/healthz")).status == 200
+
+
+def resources() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())

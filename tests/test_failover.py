@@ -1,0 +1,453 @@
+"""SPEC 5.1 and 5.2: what each failure before the first token leads to, and that the client sees none of it."""
+
+import asyncio
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from conftest import stored_keys
+from fake_provider import (
+    CUT,
+    PAUSE,
+    RESET,
+    Every,
+    Reply,
+    Wait,
+    answer,
+    body,
+    chunk,
+    chunked,
+    completion,
+    error,
+    head,
+    not_tls_url,
+    raw,
+    refusing_url,
+    silent_url,
+    sse,
+    until,
+)
+
+SHORT_TIMES = {
+    "CONNECT_TIMEOUT_MS": "60",
+    "REQUEST_TIMEOUT_MS": "80",
+    "MAX_STREAM_STALL_MS": "60",
+    "FIRST_TOKEN_TIMEOUT_MS": "150",
+}
+KINDS = {"server_error", "connection", "timeout", "stall", "rate_limited", "auth", "forbidden", "out_of_credit"}
+KINDS |= {"bad_request", "not_found", "context_length", "content_filter", "truncated", "empty", "malformed", "wrapped"}
+TWO_KEYS = {"keys": ["sk-a-secret-0001", "sk-a-secret-0002"]}
+
+
+UNSAID = -1
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A reply and its row of the table. A kind of None: the spec names none, any of the list will do."""
+
+    reply: Reply
+    kind: str | None
+    http_status: int | None  # UNSAID: the spec says nothing about it
+    cools: str | None = None  # "model", "key" or nothing
+    next_key: bool = False  # the model's other key is tried before another model
+
+
+def of_status(status: int, kind: str | None, cools: str | None = None, *, next_key: bool = False) -> Failure:
+    return Failure(error(status), kind, status, cools, next_key)
+
+
+HTML = {"content-type": "text/html"}
+EITHER = {
+    "500": of_status(500, "server_error", "model"),
+    "502": of_status(502, "server_error", "model"),
+    "503": of_status(503, "server_error", "model"),
+    "504": of_status(504, "server_error", "model"),
+    "529": of_status(529, "server_error", "model"),
+    "a 500 that is HTML": Failure(body("<h1>oops</h1>", status=500, headers=HTML), "server_error", 500, "model"),
+    "a 500 that talks of truncation": Failure(error(500, "output truncated"), "server_error", 500, "model"),
+    "cut before any byte": Failure(raw(CUT), "connection", None, "model"),
+    "reset before any byte": Failure(raw(RESET), "connection", None, "model"),
+    "cut in the headers": Failure(raw(b"HTTP/1.1 200 OK\r\ncontent-ty", CUT), "connection", None, "model"),
+    "reset in the headers": Failure(raw(b"HTTP/1.1 200 OK\r\ncontent-ty", RESET), "connection", None, "model"),
+    "not HTTP at all": Failure(raw(b"220 mail.example ESMTP\r\n\r\n", CUT), None, None, "model"),
+    "429": of_status(429, "rate_limited", "key", next_key=True),
+    "401": of_status(401, "auth", None, next_key=True),
+    "402": of_status(402, "out_of_credit", "key", next_key=True),
+    "403": of_status(403, "forbidden", "key", next_key=True),
+    "400": of_status(400, "bad_request"),
+    "404": of_status(404, "not_found"),
+    "409": of_status(409, None),
+    "413": of_status(413, None),
+    "422": of_status(422, "bad_request"),
+    "418": of_status(418, None),
+    "301": Failure(error(301, headers={"location": "/c/v1/chat/completions"}), None, 301),
+    "307": Failure(error(307, headers={"location": "/c/v1/chat/completions"}), None, 307),
+    "a 200 that is HTML": Failure(body("<html>hello</html>", headers=HTML), "malformed", 200),
+    "a 200 that is an empty body": Failure(body(""), "malformed", 200),
+    "a 400 that says truncated": Failure(error(400, "the response was truncated"), "truncated", 400),
+    "context length exceeded": Failure(error(400, code="context_length_exceeded"), "context_length", 400),
+}
+PROMISED = head(200, {"content-type": "application/json", "content-length": "99"})  # 99 bytes that never come
+WHOLE = {
+    "no answer": Failure(raw(PAUSE), "timeout", UNSAID, "model"),
+    "no end of the headers": Failure(raw(b"HTTP/1.1 200 OK\r\n", PAUSE), "timeout", UNSAID, "model"),
+    "no end of the body": Failure(raw(PROMISED, b'{"id":', PAUSE), "timeout", UNSAID, "model"),
+    "cut in the body": Failure(raw(PROMISED, b'{"id":', CUT), "connection", None, "model"),
+    "reset in the body": Failure(raw(PROMISED, b'{"id":', RESET), "connection", None, "model"),
+    "half a JSON object": Failure(body('{"id": "x", "choices": ['), "malformed", 200),
+    "JSON that is a list": Failure(body([1, 2]), None, 200),
+    "JSON without choices": Failure(body({"id": "x"}), None, 200),
+    "an empty answer": Failure(completion(""), "empty", 200),
+    "an answer of null": Failure(completion(None), "empty", 200),
+    "an answer of white space": Failure(completion(" \n\t"), "empty", 200),
+    "an answer with an empty list of tool calls": Failure(completion("", message={"tool_calls": []}), "empty", 200),
+}
+ROLE = chunk(role="assistant", content="")
+STREAMED = {
+    "no answer": Failure(raw(PAUSE), "stall", UNSAID, "model"),
+    "nothing after the headers": Failure(chunked(PAUSE), "stall", UNSAID, "model"),
+    "nothing after the role": Failure(sse(ROLE, PAUSE), "stall", UNSAID, "model"),
+    "nothing but comments": Failure(sse(Every(0.01, b": still working\n\n")), "timeout", UNSAID, "model"),
+    "cut after the headers": Failure(chunked(CUT), "connection", None, "model"),
+    "cut after the role": Failure(sse(ROLE, CUT), "connection", None, "model"),
+    "reset after the role": Failure(sse(ROLE, RESET), "connection", None, "model"),
+    "ended without an event": Failure(chunked(), "truncated", UNSAID),
+    "ended after the role": Failure(sse(ROLE, done=False), "truncated", UNSAID),
+    "only [DONE]": Failure(sse(), "empty", 200),
+    "only a role and [DONE]": Failure(sse(ROLE), "empty", 200),
+    "finished without text": Failure(sse(ROLE, chunk(finish="stop")), "empty", 200),
+    "only white space": Failure(sse(ROLE, chunk(" \n"), chunk(finish="stop")), "empty", 200),
+}
+CASES = [
+    pytest.param(failure, streaming, id=f"{name}, {'streaming' if streaming else 'whole'}")
+    for table, ways in ((EITHER, (False, True)), (WHOLE, (False,)), (STREAMED, (True,)))
+    for name, failure in table.items()
+    for streaming in ways
+]
+
+
+@pytest.mark.parametrize(("failure", "streaming"), CASES)
+async def test_a_failing_provider_is_replaced_before_the_client_sees_anything(start_gateway, fake, failure, streaming):
+    gateway = await start_gateway({"a": TWO_KEYS, "b": {}, "c": {}}, SHORT_TIMES)
+    fake.script("a", failure.reply)
+    failed = ["a", "a"] if failure.next_key else ["a"]
+    unusable = failure.cools or failure.kind == "auth"
+
+    got = await gateway.ask(streaming=streaming)
+
+    assert got.text == "hello from b"
+    assert fake.called == [*failed, "b"]
+    assert len({request.key for request in fake.requests}) == len(fake.requests)
+    assert got.headers["X-Routed-Via"] == "b/b-model"
+    assert got.headers["X-Fallback-Attempts"] == str(len(failed))
+    rows = await gateway.rows(len(failed) + 1)
+    kind = rows[0]["error_kind"]
+    assert kind == failure.kind if failure.kind else kind in KINDS
+    assert got.headers["X-Fallback-Trail"] == "; ".join([f"a/a-model={kind}"] * len(failed))
+    for number, row in enumerate(rows[:-1], start=1):
+        assert (row["platform"], row["model_id"], row["status"], row["attempt"]) == ("a", "a-model", "error", number)
+        assert row["error_kind"] == kind
+        assert failure.http_status in (UNSAID, row["http_status"])
+    assert (rows[-1]["platform"], rows[-1]["status"], rows[-1]["error_kind"]) == ("b", "success", None)
+    assert {row["request_id"] for row in rows} == {got.headers["X-Request-Id"]}
+    assert set(await gateway.cooled_models()) == ({"a-model"} if failure.cools == "model" else set())
+    assert set(await gateway.cooled_keys()) == ({"a-model"} if failure.cools == "key" else set())
+
+    fake.script("a", answer("recovered"))  # the next request leaves alone what cools, and asks again what does not
+    assert (await gateway.ask(streaming=streaming)).text == ("hello from b" if unusable else "recovered")
+    assert fake.called == [*failed, "b", "b" if unusable else "a"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("place", ["refused", "unresolvable", "silent", "not TLS"])
+async def test_a_platform_that_cannot_be_reached_is_replaced(start_gateway, fake, place, streaming):
+    with refusing_url() as refusing, silent_url() as silent:
+        async with not_tls_url() as not_tls:
+            urls = {"refused": refusing, "unresolvable": "http://host.invalid/v1", "silent": silent, "not TLS": not_tls}
+            gateway = await start_gateway({"a": {"base_url": urls[place]}, "b": {}}, {"CONNECT_TIMEOUT_MS": "300"})
+
+            got = await gateway.ask(streaming=streaming)
+
+    assert got.text == "hello from b"
+    failed, succeeded = await gateway.rows(2)
+    assert failed["error_kind"] in ({"connection", "timeout"} if place == "silent" else {"connection"})
+    assert place == "silent" or failed["http_status"] is None
+    assert succeeded["platform"] == "b"
+    assert set(await gateway.cooled_models()) == {"a-model"}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_failures_in_a_row_lead_down_the_chain_each_with_its_row(start_gateway, fake, streaming):
+    gateway = await start_gateway(["a", "b", "c", "d"])
+    fake.script("a", error(503))
+    fake.script("b", error(429, headers={"retry-after": "9"}))
+    fake.script("c", raw(RESET))
+
+    got = await gateway.ask(streaming=streaming)
+
+    assert got.text == "hello from d"
+    trail = "a/a-model=server_error; b/b-model=rate_limited; c/c-model=connection"
+    assert got.headers["X-Fallback-Trail"] == trail
+    assert got.headers["X-Fallback-Attempts"] == "3"
+    rows = await gateway.rows(4)
+    assert [(row["platform"], row["attempt"]) for row in rows] == [("a", 1), ("b", 2), ("c", 3), ("d", 4)]
+    assert all(row["streamed"] == int(streaming) for row in rows)
+    assert [row["http_status"] for row in rows] == [503, 429, None, 200]
+
+
+@pytest.mark.parametrize("ending", [CUT, RESET], ids=["closed", "reset"])
+async def test_a_connection_that_ends_after_an_answer_is_no_failure(start_gateway, fake, ending):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", raw(*completion("all well").steps, ending))
+
+    for _ in range(5):
+        assert (await gateway.chat()).text == "all well"
+
+    assert {row["status"] for row in await gateway.rows(5)} == {"success"}
+
+
+# --- Keys -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_rate_limited_key_still_serves_the_platforms_other_models(start_gateway, fake):
+    models = [{"model_id": "first", "intelligence_rank": 1}, {"model_id": "second", "intelligence_rank": 2}]
+    gateway = await start_gateway({"a": {"models": models}})
+    fake.script("a", error(429), answer("from the second model"))
+
+    assert (await gateway.chat()).text == "from the second model"
+
+    assert [request.json["model"] for request in fake.requests] == ["first", "second"]
+    assert len({request.key for request in fake.requests}) == 1
+    assert set(await gateway.cooled_keys()) == {"first"}
+
+
+def in_an_hour() -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "low_ms", "high_ms"),
+    [
+        (429, lambda: {"retry-after": "7"}, 5_000, 7_000),
+        (429, lambda: {"retry-after": in_an_hour()}, 3_590_000, 3_600_000),
+        (429, dict, 28_000, 30_000),
+        (429, lambda: {"retry-after": "soon"}, 28_000, 30_000),
+        (402, dict, 3_595_000, 3_600_000),
+        (402, lambda: {"retry-after": "60"}, 55_000, 60_000),
+    ],
+    ids=["seconds", "date", "none", "nonsense", "402", "402 that tells its reset"],
+)
+async def test_a_key_cools_for_as_long_as_the_platform_says_or_the_setting(
+    start_gateway, fake, status, headers, low_ms, high_ms
+):
+    gateway = await start_gateway(["a", "b"], {"RATE_LIMIT_COOLDOWN_MS": "30000"})
+    fake.script("a", error(status, headers=headers()))
+
+    assert (await gateway.chat()).text == "hello from b"
+
+    left_ms = (await gateway.cooled_keys())["a-model"]
+    assert low_ms <= left_ms <= high_ms
+
+
+async def test_a_later_failure_never_shortens_a_key_cooldown(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    second_may_fail = asyncio.Event()
+    late = error(429, headers={"retry-after": "5"})
+    fake.script("a", raw(Wait(second_may_fail), *late.steps), error(429, headers={"retry-after": "100"}))
+    waiting = asyncio.create_task(gateway.chat())
+    await fake.arrived(1)
+    assert (await gateway.chat()).text == "hello from b"
+
+    second_may_fail.set()
+
+    assert (await waiting).text == "hello from b"
+    assert (await gateway.cooled_keys())["a-model"] > 90_000
+
+
+async def test_an_unauthorized_key_is_marked_invalid_and_never_used_again(start_gateway, fake):
+    gateway = await start_gateway({"a": TWO_KEYS})
+    bad, good = TWO_KEYS["keys"]
+    fake.script("a", lambda request: error(401, f"wrong key {bad}") if request.key == bad else answer()(request))
+    for _ in range(4):
+        assert (await gateway.chat()).text == "hello"
+    assert [request.key for request in fake.requests].count(bad) == 1
+
+    await until(lambda: stored_keys(gateway.db)["a-0"]["status"] == "invalid")
+    assert stored_keys(gateway.db)["a-0"]["last_error"]
+    await until(lambda: stored_keys(gateway.db)["a-1"]["status"] == "healthy")
+    await gateway.stop()
+    fake.clear()
+    restarted = await start_gateway({"a": TWO_KEYS})
+    assert (await restarted.chat()).text == (await restarted.chat()).text == "hello"
+    assert {request.key for request in fake.requests} == {good}
+
+
+async def test_a_rate_limited_key_is_marked_so_until_it_works_again(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"], {"RATE_LIMIT_COOLDOWN_MS": "30"})
+    fake.script("a", error(429), answer())
+
+    await gateway.chat()
+
+    await until(lambda: stored_keys(gateway.db)["a-0"]["status"] == "rate_limited")
+    while not (await gateway.chat()).headers["X-Routed-Via"].startswith("a/"):
+        pass
+    await until(lambda: stored_keys(gateway.db)["a-0"]["status"] == "healthy")
+
+
+# --- Skipping within the request --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_context_length_exceeded_skips_every_model_whose_window_is_not_larger(start_gateway, fake, streaming):
+    windows = {"a": 8_000, "b": 8_000, "c": 4_000, "d": 32_000}
+    gateway = await start_gateway({name: {"model": {"context_window": size}} for name, size in windows.items()})
+    fake.script("a", error(400, "maximum context length is 8000 tokens", code="context_length_exceeded"))
+
+    assert (await gateway.ask(streaming=streaming)).text == "hello from d"
+
+    assert fake.called == ["a", "d"]
+    assert await gateway.cooled_models() == await gateway.cooled_keys() == {}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("code", ["content_filter", "content_policy_violation"])
+async def test_a_content_filter_reaches_the_client_at_once(start_gateway, fake, code, streaming):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", error(400, "this prompt violates our rules", code=code))
+
+    got = await gateway.ask(streaming=streaming)
+
+    assert got.status == 400
+    assert got.error["code"] == code
+    assert "this prompt violates our rules" in got.error["message"]
+    assert fake.called == ["a"]
+    assert (await gateway.row())["error_kind"] == "content_filter"
+    assert await gateway.cooled_models() == await gateway.cooled_keys() == {}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_content_filter_can_be_set_to_fail_over(start_gateway, fake, streaming):
+    gateway = await start_gateway({"a": TWO_KEYS, "b": {}}, {"CONTENT_FILTER": "failover"})
+    fake.script("a", error(400, code="content_filter"))
+
+    got = await gateway.ask(streaming=streaming)
+
+    assert got.text == "hello from b"
+    assert got.headers["X-Fallback-Trail"] == "a/a-model=content_filter"
+    assert fake.called == ["a", "b"]
+    assert await gateway.cooled_models() == await gateway.cooled_keys() == {}
+
+
+TOOL_CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+NOT_EMPTY = {
+    "stopped by length": ({"finish": "length"}, {}),
+    "stopped by a filter": ({"finish": "content_filter"}, {}),
+    "reasoning": ({}, {"reasoning_content": "thinking"}),
+    "refusal": ({}, {"refusal": "no"}),
+    "a tool call": (
+        {"finish": "tool_calls"},
+        {"tool_calls": [{"index": 0, "id": "x", "type": "function", "function": {"name": "f"}}]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("how", "message"), NOT_EMPTY.values(), ids=NOT_EMPTY)
+async def test_an_answer_without_text_can_still_be_an_answer(start_gateway, fake, how, message):
+    gateway = await start_gateway(["a", "b"])
+    finish = how.get("finish", "stop")
+    fake.script("a", completion("", finish=finish, message=message), sse(chunk(**message), chunk(finish=finish)))
+
+    whole = await gateway.chat()
+    streamed = await gateway.stream()
+
+    assert whole.status == streamed.status == 200
+    assert streamed.finishes == [finish]
+    assert whole.json["choices"][0]["finish_reason"] == finish
+    assert fake.called == ["a", "a"]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+async def test_redirects_are_not_followed(start_gateway, fake, status):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", error(status, headers={"location": fake.url("elsewhere") + "/chat/completions"}))
+
+    assert (await gateway.chat()).text == "hello from b"
+
+    assert fake.called == ["a", "b"]
+
+
+# --- Transient cooldowns (7.4) ----------------------------------------------------------------------------------
+
+
+async def test_a_transient_cooldown_ends_by_itself(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"], {"TRANSIENT_COOLDOWN_MS": "150"})
+    fake.script("a", error(500), answer("back again"))
+    assert (await gateway.chat()).text == "hello from b"
+    assert 0 < (await gateway.cooled_models())["a-model"] <= 150
+
+    await gateway.uncooled()
+
+    assert (await gateway.chat()).text == "back again"
+
+
+async def test_a_success_that_began_before_a_cooldown_does_not_lift_it(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    first_may_end = asyncio.Event()
+    fake.script("a", raw(Wait(first_may_end), *completion("late success").steps), error(500))
+    early = asyncio.create_task(gateway.chat())
+    await fake.arrived(1)
+    assert (await gateway.chat()).text == "hello from b"
+
+    first_may_end.set()
+
+    assert (await early).text == "late success"
+    assert set(await gateway.cooled_models()) == {"a-model"}
+
+
+async def test_a_transient_cooldown_overrides_a_clients_choice_of_model(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", error(500))
+    await gateway.chat()
+    fake.clear()
+
+    assert (await gateway.chat(model="a-model")).text == "hello from b"
+
+    assert fake.called == ["b"]
+
+
+# --- Limits of one request --------------------------------------------------------------------------------------
+
+
+async def test_a_request_makes_no_more_attempts_than_it_may(start_gateway, fake):
+    gateway = await start_gateway(["a", "b", "c"], {"MAX_FALLBACK_ATTEMPTS": "2"})
+    fake.script("a", error(500))
+    fake.script("b", error(500))
+
+    got = await gateway.chat()
+
+    assert fake.called == ["a", "b"]
+    assert got.status == 502
+    assert got.error["code"] == "all_attempts_failed"
+    assert [attempt["platform"] for attempt in got.error["attempts"]] == ["a", "b"]
+
+
+async def test_no_attempt_starts_when_the_budget_is_used_up(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"], {"REQUEST_BUDGET_MS": "50", "REQUEST_TIMEOUT_MS": "80"})
+    fake.script("a", raw(PAUSE))
+
+    got = await gateway.chat()
+
+    assert fake.called == ["a"]
+    assert (got.status, got.error["code"]) == (504, "timeout")
+
+
+async def test_a_body_without_end_is_given_up_at_its_limit(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", chunked(Every(0, b"x" * (1 << 20)), headers={"content-type": "application/json"}))
+
+    assert (await gateway.chat()).text == "hello from b"
+
+    await fake.closed(0)
+    assert 64 << 20 <= fake.requests[0].written <= 80 << 20

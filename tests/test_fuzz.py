@@ -1,0 +1,140 @@
+"""Whatever bytes or JSON come in, from a client or from a provider: a clear verdict, never a crash."""
+
+from typing import ClassVar
+
+import orjson
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import faults
+from adapters import OpenAIAdapter, as_chunks, note_completion
+from chat import chat_from
+from protection import Failure, UpstreamError, classify
+from providers import Incoming
+from wire import EventTooLarge, GatewayError, InvalidRequest, SSEDecoder, Tally, load_object
+
+NAMES = st.sampled_from(
+    [
+        "id", "model", "choices", "index", "delta", "message", "content", "role", "tool_calls", "function", "name",
+        "arguments", "finish_reason", "usage", "prompt_tokens", "completion_tokens", "error", "errors", "code",
+        "status", "type", "text", "detail", "metadata", "raw", "success", "messages", "tools", "stream", "stop", "n",
+        "max_tokens", "response_format", "json_schema", "image_url", "url", "reasoning", "reasoning_content", "x_y",
+        "stream_options", "tool_choice", "parameters", "tool_call_id", "function_call", "refusal", "retry_after",
+    ]
+)  # fmt: skip
+WORDS = st.sampled_from(
+    ["", " ", "user", "assistant", "tool", "stop", "length", "error", "429", "NaN", "RESOURCE_EXHAUSTED", "{}", '"{}"',
+     "text", "image_url", "input_audio", "function", "true", "1e400", "json_schema", "x" * 50, "é", "\u2028", "\x00"]
+)  # fmt: skip
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | WORDS
+)
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=5), max_leaves=25
+)
+OBJECTS = st.dictionaries(NAMES, JSON, max_size=6)
+
+
+TOOLS = [{"type": "function", "function": {"name": "text", "parameters": {"type": "object"}}}]
+CHAT = chat_from({"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS})
+
+
+class Keyless:
+    """Of a route, a failure reads the key, to redact it, and the quirks of its model."""
+
+    class key:
+        secret = ""
+
+    class model:
+        quirks: ClassVar = {}
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = sorted({cut % (len(data) + 1) for cut in cuts})
+    return [data[a:b] for a, b in zip([0, *places], [*places, len(data)], strict=True)]
+
+
+@given(st.lists(OBJECTS, max_size=8), st.lists(st.integers(0, 5000), max_size=12), st.booleans())
+def test_a_stream_cut_anywhere_gives_the_same_events(chunks, cuts, crlf):
+    end = b"\r\n\r\n" if crlf else b"\n\n"
+    stream = b": hello" + end + b"".join(b"data: " + orjson.dumps(chunk) + end for chunk in chunks)
+    decoder = SSEDecoder()
+
+    got = [event for piece in pieces(stream, cuts) for event in decoder.feed(piece)] + decoder.flush()
+
+    assert [orjson.loads(data) for _, data in got] == chunks
+    assert b"".join(raw for raw, _ in got) == stream[len(b": hello" + end) :]
+
+
+@given(st.lists(st.binary(max_size=60) | st.sampled_from([b"\n\n", b"data: ", b"\r\n", b": c\n"]), max_size=20))
+def test_any_bytes_can_be_decoded_as_a_stream(parts):
+    decoder = SSEDecoder()
+    for part in parts:
+        decoder.feed(part)
+    decoder.flush()
+
+
+@given(st.lists(OBJECTS, max_size=6))
+def test_any_events_end_in_an_answer_or_in_a_named_failure(chunks):
+    tally = Tally()
+    incoming = Incoming(OpenAIAdapter().translator(tally, CHAT), tally, Keyless, is_sse=True)
+
+    incoming.feed(b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks))
+    error = incoming.error or incoming.ending()
+
+    assert error is None or (isinstance(error, UpstreamError) and error.failure in Failure)
+
+
+@given(OBJECTS)
+def test_any_body_is_an_answer_or_none(body):
+    try:
+        completion = OpenAIAdapter().completion(orjson.dumps(body), body, CHAT)
+    except UpstreamError as error:
+        assert error.failure in Failure
+        return
+    if completion is not None:
+        note_completion(completion.body, Tally())
+        as_chunks(completion.body)
+
+
+@given(JSON)
+def test_any_error_body_has_a_finite_status_and_words(body):
+    fault = faults.read(body)
+
+    assert fault.status is None or (isinstance(fault.status, int) and 100 <= fault.status <= 599)
+    assert isinstance(fault.message, str)
+    assert classify(fault.status or 200, fault.code, fault.message) in Failure
+    retry = faults.retry_after_s(fault, {}, body, 1e9)
+    assert retry is None or 0 <= retry <= faults.RETRY_AFTER_MAX_S
+
+
+@given(OBJECTS)
+def test_an_error_inside_a_200_is_found_or_not_but_never_breaks(body):
+    faults.wrapped(body)
+
+
+@settings(max_examples=300)
+@given(OBJECTS)
+def test_any_request_is_understood_or_refused_with_400(body):
+    try:
+        chat_from(body)
+    except InvalidRequest as error:
+        assert error.status == 400
+
+
+@given(st.binary(max_size=200))
+def test_any_request_bytes_are_an_object_or_refused_with_400(raw):
+    try:
+        load_object(raw)
+    except GatewayError as error:
+        assert error.status == 400
+
+
+def test_an_event_without_end_is_refused_at_its_limit():
+    decoder = SSEDecoder()
+    try:
+        for _ in range(2000):
+            decoder.feed(b"x" * 1024)
+    except EventTooLarge:
+        return
+    raise AssertionError("took more than 1 MiB for one event")

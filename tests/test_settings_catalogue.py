@@ -1,0 +1,368 @@
+"""SPEC 1.2 to 1.5, 2.1 to 2.3 and CONTRACT's catalogue: what is accepted, what is merged, what survives a restart."""
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+from pathlib import Path
+
+import pytest
+from conftest import catalog_of, client_of, default_key, stored_keys
+from fake_provider import until
+
+import gateway
+
+KEY = {"GATEWAY_API_KEY": "fw-test-0123456789abcdef"}
+
+
+def execute(db: Path, statement: str, *values: object) -> list[dict]:
+    with contextlib.closing(sqlite3.connect(db)) as connection, connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(statement, values)]
+
+
+# --- Settings ---------------------------------------------------------------------------------------------------
+
+DURATIONS = [
+    "TRANSIENT_COOLDOWN_MS",
+    "THREAD_COOLDOWN_MS",
+    "STICKY_TTL_MS",
+    "RATE_LIMIT_COOLDOWN_MS",
+    "KEEPALIVE_INTERVAL_MS",
+    "MAX_STREAM_STALL_MS",
+    "FIRST_TOKEN_TIMEOUT_MS",
+    "CONNECT_TIMEOUT_MS",
+    "REQUEST_TIMEOUT_MS",
+    "REQUEST_BUDGET_MS",
+    "STATS_REFRESH_MS",
+    "ANALYTICS_WINDOW_DAYS",
+    "LOG_RETENTION_DAYS",
+    "MAX_FALLBACK_ATTEMPTS",
+    "MAX_BODY_BYTES",
+]
+NO_DURATIONS = ["0", "-5", "1.5", "ten", "10ms", "0x10", "1_000", "NaN"]
+MALFORMED = [
+    *[(name, value) for name in DURATIONS for value in NO_DURATIONS],
+    ("GATEWAY_PORT", "65536"),
+    ("GATEWAY_PORT", "-1"),
+    ("GATEWAY_PORT", "http"),
+    ("LOG_LEVEL", "loud"),
+    ("CONTENT_FILTER", "maybe"),
+    ("GROQ_BASE_URL", "not a url"),
+    ("GROQ_BASE_URL", "ftp://files.example"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), MALFORMED)
+def test_a_malformed_setting_is_named_with_its_value_in_one_line(tmp_path, name, value):
+    with pytest.raises(gateway.SettingsError) as refused:
+        gateway.Gateway(gateway.load_settings([], {**KEY, name: value}, tmp_path))
+
+    message = str(refused.value)
+    assert name in message
+    assert value in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("value", ["00" * 31, "00" * 33, "zz" * 32, "secret"])
+def test_a_malformed_encryption_key_is_never_shown(tmp_path, value):
+    with pytest.raises(gateway.SettingsError) as refused:
+        gateway.load_settings([], {**KEY, "ENCRYPTION_KEY": value}, tmp_path)
+
+    assert "ENCRYPTION_KEY" in str(refused.value)
+    assert "64" in str(refused.value)
+    assert value not in str(refused.value)
+
+
+def test_settings_have_the_defaults_of_the_table(tmp_path):
+    settings = gateway.load_settings([], KEY, tmp_path)
+
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert (settings.transient_cooldown_ms, settings.rate_limit_cooldown_ms) == (15_000, 120_000)
+    assert (settings.keepalive_interval_ms, settings.max_stream_stall_ms) == (15_000, 45_000)
+    assert (settings.connect_timeout_ms, settings.request_timeout_ms) == (5_000, 120_000)
+    assert (settings.max_fallback_attempts, settings.request_budget_ms) == (10, 300_000)
+    assert settings.max_body_bytes == 33_554_432
+    assert "fw-test-0123456789abcdef" not in repr(settings)
+
+
+def test_flags_beat_the_environment_which_beats_the_env_file(tmp_path):
+    (tmp_path / ".env").write_text(
+        '# a comment\n\nGATEWAY_PORT=1111\nLOG_LEVEL="debug"\nexport STICKY_TTL_MS = 77\nGATEWAY_HOST=::1\n'
+    )
+    environment = {**KEY, "GATEWAY_PORT": "2222", "GATEWAY_HOST": "localhost"}
+
+    settings = gateway.load_settings(["--port", "3333"], environment, tmp_path)
+
+    assert (settings.port, settings.host) == (3333, "localhost")
+    assert (settings.log_level, settings.sticky_ttl_ms) == ("debug", 77)
+
+
+# --- Catalogue files --------------------------------------------------------------------------------------------
+
+PLATFORM = {"id": "a", "adapter": "openai", "base_url": "http://127.0.0.1:9/v1"}
+MODEL = {"platform": "a", "model_id": "m"}
+BAD_CATALOGS = {
+    "not JSON": "{",
+    "a list": "[]",
+    "platforms as an object": {"platforms": {}},
+    "a platform without id": {"platforms": [{"adapter": "openai", "base_url": "http://x/v1"}]},
+    "a platform without adapter": {"platforms": [{"id": "a", "base_url": "http://x/v1"}]},
+    "a platform without base_url": {"platforms": [{"id": "a", "adapter": "openai"}]},
+    "an unknown adapter": {"platforms": [PLATFORM | {"adapter": "smtp"}]},
+    "a base_url that is none": {"platforms": [PLATFORM | {"base_url": "nowhere"}]},
+    "an unknown protection": {"platforms": [PLATFORM | {"protection": "maybe"}]},
+    "keyless as text": {"platforms": [PLATFORM | {"keyless": "yes"}]},
+    "quirks as a list": {"platforms": [PLATFORM | {"quirks": ["drop"]}]},
+    "a model without model_id": {"platforms": [PLATFORM], "models": [{"platform": "a"}]},
+    "a model of an unknown platform": {"models": [MODEL | {"platform": "nowhere"}]},
+    "a rank as text": {"platforms": [PLATFORM], "models": [MODEL | {"intelligence_rank": "best"}]},
+    "a window of a fraction": {"platforms": [PLATFORM], "models": [MODEL | {"context_window": 1.5}]},
+    "tools as text": {"platforms": [PLATFORM], "models": [MODEL | {"tools": "yes"}]},
+    "a limit as a list": {"platforms": [PLATFORM], "models": [MODEL | {"rpm": [1]}]},
+    "exclude_from as text": {"platforms": [PLATFORM], "models": [MODEL | {"exclude_from": "balanced"}]},
+    "an unknown mode": {"platforms": [PLATFORM], "models": [MODEL | {"prefer_in": ["clever"]}]},
+    "a key of an unknown platform": {"keys": [{"platform": "nowhere", "key": "sk-secret-value"}]},
+    "a key of a number": {"platforms": [PLATFORM], "keys": [{"platform": "a", "key": 7}]},
+    "a key with a line break": {"platforms": [PLATFORM], "keys": [{"platform": "a", "key": "sk-secret\nvalue"}]},
+    "a key beyond ASCII": {"platforms": [PLATFORM], "keys": [{"platform": "a", "key": "sk-schlüssel"}]},
+}
+
+
+@pytest.mark.parametrize("content", BAD_CATALOGS.values(), ids=BAD_CATALOGS)
+def test_a_bad_catalogue_stops_the_start_with_its_place_in_one_line(tmp_path, content):
+    file = tmp_path / "mine.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    with pytest.raises(gateway.SettingsError) as refused:
+        gateway.Gateway(gateway.load_settings([], {**KEY, "GATEWAY_CATALOG": str(file)}, tmp_path))
+
+    assert any(place in str(refused.value) for place in ("mine.json", "platform a", "model "))
+    assert "\n" not in str(refused.value)
+    assert "secret" not in str(refused.value)
+    assert not (tmp_path / "gateway.db").exists()
+
+
+def test_a_missing_catalogue_is_named_in_one_line(tmp_path):
+    with pytest.raises(gateway.SettingsError, match=r"gone\.json"):
+        gateway.Gateway(gateway.load_settings([], {**KEY, "GATEWAY_CATALOG": str(tmp_path / "gone.json")}, tmp_path))
+
+
+async def test_an_unknown_field_is_ignored_with_a_warning(start_process, fake):
+    running = await start_process({"a": {"colour_of_the_logo": "red"}}, KEY)
+    async with client_of(running) as client:
+        assert (await client.chat()).text == "hello from a"
+    running.signal(signal.SIGTERM)
+    await running.ended()
+
+    assert "colour_of_the_logo" in running.text
+
+
+async def test_a_platform_and_a_model_given_again_are_merged_field_by_field(start_gateway, fake, tmp_path):
+    mine = catalog_of({"a": {"model": {"context_window": 2_000, "tools": False, "vision": True}}}, fake)
+    mine["platforms"].append({"id": "a", "name": "My own A"})
+    mine["models"].append({"platform": "a", "model_id": "a-model", "context_window": 9_000})
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    running = await start_gateway(["ignored"], {"GATEWAY_CATALOG": str(tmp_path / "mine.json")})
+
+    (row,) = execute(running.db, "SELECT * FROM models WHERE platform = 'a'")
+
+    assert (row["context_window"], row["supports_tools"], row["supports_vision"]) == (9_000, 0, 1)
+    assert (await running.chat()).text == "hello from a"
+
+
+async def test_what_a_model_does_not_say_has_the_defaults(start_gateway, fake, tmp_path):
+    mine = catalog_of(["a"], fake) | {"models": [{"platform": "a", "model_id": "plain"}]}
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    running = await start_gateway(["ignored"], {"GATEWAY_CATALOG": str(tmp_path / "mine.json")})
+
+    (row,) = execute(running.db, "SELECT * FROM models WHERE platform = 'a'")
+
+    assert (row["intelligence_rank"], row["speed_rank"], row["context_window"]) == (50, 50, 32_768)
+    assert [row[name] for name in ("rpm_limit", "rpd_limit", "tpm_limit", "tpd_limit")] == [None] * 4
+    assert (row["supports_tools"], row["supports_vision"], row["enabled"]) == (1, 0, 1)
+
+
+async def test_the_built_in_catalogue_works_with_a_key_and_an_address_from_the_environment(start_gateway, fake):
+    keys = {"GROQ_API_KEY": "gsk_first_0001, gsk_second_0002", "GROQ_BASE_URL": fake.url("groq")}
+    running = await start_gateway([], keys)
+
+    for _ in range(2):
+        assert (await running.chat()).text == "hello from groq"
+
+    assert {request.key for request in fake.requests} == {"gsk_first_0001", "gsk_second_0002"}
+    assert fake.requests[0].path == "/groq/v1/chat/completions"
+
+
+# --- Keys -------------------------------------------------------------------------------------------------------
+
+
+async def test_keys_are_stored_once_and_encrypted(start_gateway, fake):
+    platforms = {"a": {"keys": ["sk-same", "sk-other"]}, "b": {"keys": ["sk-same"]}}
+    for _ in range(3):
+        running = await start_gateway(platforms)
+        await running.stop()
+
+    rows = execute(running.db, "SELECT * FROM api_keys ORDER BY id")
+    assert [row["platform"] for row in rows] == ["a", "a", "b"]
+    assert {len(bytes_of(row["iv"])) for row in rows} == {12}
+    assert {len(bytes_of(row["auth_tag"])) for row in rows} == {16}
+    assert len({bytes_of(row["iv"]) for row in rows}) == 3
+    assert len({bytes_of(row["encrypted_key"]) for row in rows}) == 3
+    assert all(row["created_at"].endswith("Z") for row in rows)
+
+
+def bytes_of(value: bytes | str) -> bytes:
+    return value if isinstance(value, bytes) else bytes.fromhex(value)
+
+
+async def test_a_key_of_the_environment_comes_and_goes_with_its_name(start_gateway, fake):
+    platforms = {"a": {"keys": [], "env": ["A_KEY", "A_TOKEN"]}, "b": {}}
+    label = "env:A_KEY"
+    running = await start_gateway(platforms, {"A_KEY": "sk-from-environment"})
+    assert (await running.chat()).text == "hello from a"
+    assert fake.requests[-1].key == "sk-from-environment"
+    await running.stop()
+    assert stored_keys(running.db)[label]["enabled"] == 1
+
+    running = await start_gateway(platforms)
+    assert (await running.chat()).text == "hello from b"
+    await running.stop()
+    assert stored_keys(running.db)[label]["enabled"] == 0
+
+    running = await start_gateway(platforms, {"A_KEY": "sk-from-environment"})
+    assert (await running.chat()).text == "hello from a"
+    assert len([row for row in execute(running.db, "SELECT * FROM api_keys") if row["platform"] == "a"]) == 1
+
+
+async def test_a_disabled_key_is_never_used(start_gateway, fake):
+    platforms = {"a": {}, "b": {}}
+    running = await start_gateway(platforms)
+    await running.stop()
+    execute(running.db, "UPDATE api_keys SET enabled = 0 WHERE platform = 'a'")
+
+    running = await start_gateway(platforms)
+
+    assert (await running.chat(model="a-model")).text == "hello from b"
+    assert {request.key for request in fake.requests} == {default_key("b")}
+
+
+async def test_the_demo_serves_while_no_key_is_enabled(start_gateway, fake):
+    running = await start_gateway(["a"])
+    await running.stop()
+    execute(running.db, "UPDATE api_keys SET enabled = 0")
+
+    running = await start_gateway(["a"])
+
+    got = await running.chat()
+    assert got.headers["X-Routed-Via"].startswith("demo/")
+    assert fake.called == []
+
+
+# --- Sync -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_model_gone_from_the_catalogue_is_disabled_and_not_deleted(start_gateway, fake):
+    running = await start_gateway(["a", "b"])
+    await running.stop()
+    (before,) = execute(running.db, "SELECT * FROM models WHERE platform = 'a'")
+
+    running = await start_gateway(["b"])
+    assert (await running.chat(model="a-model")).error["code"] == "model_not_found"
+    assert "a-model" not in (await running.get("/v1/models")).body.decode()
+    await running.stop()
+    (gone,) = execute(running.db, "SELECT * FROM models WHERE platform = 'a'")
+    assert (gone["id"], gone["enabled"]) == (before["id"], 0)
+
+    running = await start_gateway(["a", "b"])
+    assert (await running.chat(model="a-model")).text == "hello from a"
+
+
+async def test_the_users_order_of_the_chain_survives_a_sync(start_gateway, fake):
+    running = await start_gateway(["a", "b"])
+    await running.stop()
+    (last,) = execute(running.db, "SELECT MAX(priority) AS priority FROM fallback_config")
+    where = "model_db_id = (SELECT id FROM models WHERE platform = 'a')"
+    execute(running.db, f"UPDATE fallback_config SET priority = ? WHERE {where}", last["priority"] + 1)
+
+    for _ in range(2):
+        running = await start_gateway(["a", "b", "new"])
+        assert (await running.chat()).text == "hello from b"
+        await running.stop()
+
+
+async def test_a_model_switched_off_in_the_chain_can_still_be_pinned(start_gateway, fake):
+    running = await start_gateway(["a", "b"])
+    await running.stop()
+    where = "model_db_id = (SELECT id FROM models WHERE platform = 'a')"
+    execute(running.db, f"UPDATE fallback_config SET enabled = 0 WHERE {where}")
+
+    running = await start_gateway(["a", "b"])
+
+    assert (await running.chat()).text == "hello from b"
+    assert (await running.chat(model="a-model")).text == "hello from a"
+
+
+async def test_a_model_the_user_disabled_stays_so_and_is_unknown_to_clients(start_gateway, fake):
+    running = await start_gateway(["a", "b"])
+    await running.stop()
+    execute(running.db, "UPDATE models SET enabled = 0 WHERE platform = 'a'")
+
+    running = await start_gateway(["a", "b"])
+
+    assert (await running.chat()).text == "hello from b"
+    got = await running.chat(model="a-model")
+    assert (got.status, got.error["code"]) == (400, "model_not_found")
+    assert "a-model" in got.error["message"]
+    assert (await running.get("/v1/models/a-model")).status == 404
+
+
+async def test_nothing_enabled_gives_no_providers(start_gateway, fake):
+    running = await start_gateway(["a"])
+    await running.stop()
+    execute(running.db, "UPDATE models SET enabled = 0 WHERE platform = 'a'")
+
+    running = await start_gateway(["a"])
+
+    got = await running.chat()
+    assert (got.status, got.error["code"]) == (503, "no_providers")
+
+
+async def test_facts_of_the_catalogue_are_brought_up_to_date(start_gateway, fake):
+    running = await start_gateway({"a": {"model": {"rpm": 5}}})
+    await running.stop()
+
+    running = await start_gateway({"a": {"model": {"rpm": 6}}})
+
+    assert execute(running.db, "SELECT rpm_limit FROM models WHERE platform = 'a'") == [{"rpm_limit": 6}]
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------
+
+TABLES = {
+    "models": "id platform model_id display_name intelligence_rank speed_rank context_window rpm_limit rpd_limit "
+    "tpm_limit tpd_limit supports_tools supports_vision enabled",
+    "fallback_config": "model_db_id priority enabled",
+    "api_keys": "id platform label encrypted_key iv auth_tag status enabled last_error created_at",
+    "requests": "id request_id created_at platform model_id key_id requested_model routing_mode status error_kind "
+    "http_status error input_tokens output_tokens latency_ms ttfb_ms attempt streamed skipped_models",
+    "settings": "key value",
+}
+
+
+async def test_the_tables_have_the_columns_of_the_contract(start_gateway, fake):
+    running = await start_gateway()
+
+    for table, columns in TABLES.items():
+        found = {row["name"] for row in execute(running.db, f"PRAGMA table_info({table})")}
+        assert set(columns.split()) <= found, table
+    assert execute(running.db, "PRAGMA journal_mode") == [{"journal_mode": "wal"}]
+    assert execute(running.db, "PRAGMA user_version")[0]["user_version"] >= 1
+
+
+async def test_the_key_file_is_for_its_owner_only(start_gateway, fake):
+    running = await start_gateway()
+    await until(lambda: running.db.with_name("gateway.db.key").exists())
+
+    assert os.stat(running.db.with_name("gateway.db.key")).st_mode & 0o777 == 0o600

@@ -1,0 +1,134 @@
+"""Many requests at once to platforms that fail in all ways at random: every client gets its own whole answer."""
+
+import asyncio
+from collections import Counter
+from random import Random
+
+from conftest import Stream
+from fake_provider import (
+    CUT,
+    PAUSE,
+    RESET,
+    Every,
+    Reply,
+    Request,
+    answer,
+    body,
+    chunk,
+    chunked,
+    completion,
+    error,
+    head,
+    raw,
+    sse,
+)
+
+REQUESTS = 200
+AT_ONCE = 50
+SEED = 20_261_124
+ROLE = chunk(role="assistant", content="")
+PROMISED = head(200, {"content-type": "application/json", "content-length": "99"})
+SETTINGS = {
+    # Long enough for fifty requests at once on a busy machine, where gateway and providers share one loop.
+    "MAX_STREAM_STALL_MS": "500",
+    "FIRST_TOKEN_TIMEOUT_MS": "900",
+    "REQUEST_TIMEOUT_MS": "900",
+    "TRANSIENT_COOLDOWN_MS": "1",  # so that no platform rests: they fail until the last request
+    "RATE_LIMIT_COOLDOWN_MS": "1",
+}
+NOW = {"retry-after": "0"}
+
+ANY = [
+    error(500),
+    error(502, "<html>"),
+    error(503),
+    error(429, headers=NOW),
+    error(402, headers=NOW),
+    error(403, headers=NOW),
+    error(404),
+    error(409),
+    raw(CUT),
+    raw(RESET),
+    raw(b"HTTP/1.1 200 OK\r\ncontent-", CUT),
+    raw(b"HTTP/1.1 200 OK\r\ncontent-", RESET),
+    raw(PAUSE),
+    body("<html>hello</html>", headers={"content-type": "text/html"}),
+    body({"error": {"message": "wrapped", "code": "503"}}),
+    body({"error": "wrapped"}),
+    body({"success": False, "errors": [{"message": "wrapped"}]}),
+]
+WHOLE = [
+    completion(""),
+    completion(" \n"),
+    body('{"choices": ['),
+    raw(PROMISED, b'{"id":', CUT),
+    raw(PROMISED, b'{"id":', RESET),
+    raw(PROMISED, b'{"id":', PAUSE),
+]
+STREAMED = [
+    chunked(PAUSE),
+    sse(ROLE, PAUSE),
+    sse(ROLE, CUT),
+    sse(ROLE, RESET),
+    sse(ROLE, done=False),
+    sse(ROLE, chunk(finish="stop")),
+    sse(Every(0.02, b": working\n\n")),
+    sse({"error": {"message": "wrapped", "code": 429}}),
+    sse(ROLE, {"error": {"message": "wrapped"}}),
+]
+# Three platforms in a row that call a request bad end it (SPEC 5.3), so only two of them may.
+BAD_REQUESTS = [error(400), error(422)]
+
+
+class Weather:
+    """Decides about every request; the same seed gives each platform the same weather."""
+
+    def __init__(self, platform: str, *, failing: float, bad_requests: bool) -> None:
+        self.rng = Random(f"{SEED}{platform}")
+        self.failing = failing
+        self.bad_requests = bad_requests
+        self.failed: list[Request] = []
+
+    def __call__(self, request: Request) -> Reply:
+        if self.rng.random() >= self.failing:
+            return answer(f"echo of {request.prompt}: größer 🦊")(request)
+        self.failed.append(request)
+        failures = ANY + (STREAMED if request.streaming else WHOLE) + (BAD_REQUESTS if self.bad_requests else [])
+        return self.rng.choice(failures)
+
+
+async def test_two_hundred_requests_through_a_storm_are_all_answered(start_gateway, fake):
+    gateway = await start_gateway(["a", "b", "c", "d"], SETTINGS)
+    weathers = {
+        "a": Weather("a", failing=0.8, bad_requests=True),
+        "b": Weather("b", failing=0.6, bad_requests=True),
+        "c": Weather("c", failing=0.5, bad_requests=False),
+    }
+    for name, weather in weathers.items():
+        fake.script(name, weather)
+    fake.script("d", Weather("d", failing=0, bad_requests=False))
+    turns = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number: int) -> None:
+        async with turns:
+            got = await gateway.ask(f"request {number}", streaming=bool(number % 2))
+        expected = f"echo of request {number}: größer 🦊"
+        assert got.text == expected
+        if isinstance(got, Stream):
+            got.assert_whole(expected)
+
+    async with asyncio.TaskGroup() as group:
+        for number in range(REQUESTS):
+            group.create_task(one(number))
+
+    rows = await gateway.rows(len(fake.requests))
+    failures = Counter(row["platform"] for row in rows if row["status"] == "error")
+    assert failures == {name: len(weather.failed) for name, weather in weathers.items()}
+    assert sum(failures.values()) > 150  # it was a storm
+    assert Counter(row["status"] for row in rows)["success"] == REQUESTS
+    assert all(row["error_kind"] for row in rows if row["status"] == "error")
+    by_request = Counter(row["request_id"] for row in rows)
+    assert len(by_request) == REQUESTS
+    attempts = {row["request_id"]: row["attempt"] for row in rows if row["status"] == "success"}
+    assert attempts == dict(by_request)
+    assert (await gateway.protection())["active"] == []
