@@ -55,14 +55,14 @@ class Ledger:
         if any(limit is not None and tokens > limit for limit in (model.tpm, model.tpd)):
             return None
         account = self._account(model.id, key, now)
-        used = account.day_requests, account.day_tokens + tokens
-        if exceeds(model.rpd, used[0] + 1) or exceeds(model.tpd, used[1]):
+        if exceeds(model.rpd, account.day_requests + 1) or exceeds(model.tpd, account.day_tokens + tokens):
             return DAY_S - (now + self.utc_offset_s) % DAY_S
+        wait_s = 0.0
         if exceeds(model.rpm, len(account.minute) + 1):
-            return max(0.001, account.minute[0].at + MINUTE_S - now)
+            wait_s = account.minute[0].at + MINUTE_S - now
         if model.tpm is not None:
-            return self._tokens_wait_s(account, model.tpm, tokens, now)
-        return 0.0
+            wait_s = max(wait_s, self._tokens_wait_s(account, model.tpm, tokens, now))
+        return wait_s
 
     def reserve(self, model: Model, key: int, tokens: int, now: float) -> Reservation | None:
         if not model.limited:
@@ -107,7 +107,7 @@ class Ledger:
                 return 0.0
             used -= entry.tokens
             if used + tokens <= tpm:
-                return max(0.001, entry.at + MINUTE_S - now)
+                return entry.at + MINUTE_S - now
         return 0.0
 
 
@@ -119,23 +119,29 @@ class Penalties:
     """Points against models whose keys run dry; they fall by one every two minutes and with every success."""
 
     def __init__(self) -> None:
-        self._points: dict[int, tuple[float, float]] = {}  # model: (points, since)
+        self._points: dict[int, tuple[float, float]] = {}  # model: (points, when they last fell by themselves)
 
     def points(self, model: int, now: float) -> float:
         if not self._points or model not in self._points:
             return 0.0
         points, since = self._points[model]
-        left = points - (now - since) // PENALTY_DECAY_S
-        if left <= 0:
-            del self._points[model]
-            return 0.0
-        return left
+        steps = (now - since) // PENALTY_DECAY_S
+        if steps:
+            points, since = points - steps, since + steps * PENALTY_DECAY_S
+            self._set(model, points, since)
+        return max(0.0, points)
 
     def add(self, model: int, now: float, step: float = PENALTY_STEP) -> None:
-        points = min(PENALTY_MAX, self.points(model, now) + step)
-        if points > 0:
-            self._points[model] = (points, now)
+        points = self.points(model, now)
+        since = self._points[model][1] if points else now
+        self._set(model, min(PENALTY_MAX, points + step), since)
 
     def success(self, model: int, now: float) -> None:
         if self._points and (points := self.points(model, now)):
-            self._points[model] = (points - 1, now)
+            self._set(model, points - 1, self._points[model][1])
+
+    def _set(self, model: int, points: float, since: float) -> None:
+        if points > 0:
+            self._points[model] = (points, since)
+        else:
+            self._points.pop(model, None)

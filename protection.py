@@ -234,12 +234,13 @@ def evaluate(context: Context) -> Action:
 def parse_levels(text: str, defaults: Mapping[str, Level]) -> tuple[dict[str, Level], list[str]]:
     """Read `platform:level,…` over the defaults; gives the levels and one warning per malformed pair."""
     levels, warnings = dict(defaults), []
+    spelling = {platform.lower(): platform for platform in defaults}
     for pair in filter(None, (part.strip() for part in text.split(","))):
         platform, colon, name = (word.strip().lower() for word in pair.partition(":"))
         if not (platform and colon) or name not in LEVELS:
             warnings.append(f"ignored {pair!r}: expected platform:level with level provider-ban, model-skip or off")
         else:
-            levels[platform] = Level(name)
+            levels[spelling.get(platform, platform)] = Level(name)
     return levels, warnings
 
 

@@ -234,6 +234,11 @@ class Router:
     def has_key(self, model: Model) -> bool:
         return bool(self._usable_keys.get(model.platform.id))
 
+    def count_usable_keys(self, model: Model, now: float) -> int:
+        """How many of the platform's keys this model could be asked with now; no key needed counts as one."""
+        keys = self._usable_keys.get(model.platform.id, [])
+        return sum(not self._key_cooldowns.left((key.id, model.id), now) for key in keys)
+
     def plan(self, chat: Chat, standing: Standing, now: float, rng: Random, *, strict: bool = False) -> Plan:
         """The models able to serve this chat, best first. `strict`: the pinned model or nothing.
 

@@ -1,0 +1,463 @@
+"""Scores, pools and marks as tables (SPEC 4.2 to 4.8, 10.3), over catalogues whose names nobody has heard of."""
+
+import json
+from random import Random
+
+import pytest
+
+from catalog import Catalog, Key, KeyStatus, Model, Platform, Pool, pools
+from chat import ChatDialect
+from ledger import Penalties
+from protection import NO_STANDING, Cooldowns, Standing
+from router import Router, Stats, Weights, Yardstick, belief, merit, speed_score, ttfb_score
+from wire import Chat, Mode
+
+NOW = 1000.0
+NO_LIMITS = {"rpm": None, "rpd": None, "tpm": None, "tpd": None}
+DRAWS = 200  # of a random choice that must hold each time
+
+# --- A catalogue --------------------------------------------------------------------------------------------------
+
+
+def a_model(id: int, platform: Platform, **given) -> Model:
+    """A model like any other but for what is given."""
+    facts = {
+        "model_id": f"m{id}", "name": f"m{id}", "intelligence_rank": 10, "speed_rank": 10, "context_window": 100_000,
+        "max_output": None, "tools": True, "vision": False, "exclude_from": frozenset(), "prefer_in": frozenset(),
+        "enabled": True, "priority": id, "in_chain": True, **NO_LIMITS,
+    }  # fmt: skip
+    marks = {name: frozenset(given[name]) for name in ("exclude_from", "prefer_in") if name in given}
+    return Model(id=id, platform=platform, **{**facts, **given, **marks})
+
+
+def a_platform(id: str) -> Platform:
+    return Platform(id=id, name=id, adapter="openai", base_url="http://127.0.0.1:1/v1")
+
+
+def models_of(*given: dict) -> list[Model]:
+    """One model for each dict, numbered from 1, each on a platform of its own unless one is named."""
+    platforms: dict[str, Platform] = {}
+    models = []
+    for id, facts in enumerate(given, start=1):
+        name = facts.get("platform", f"p{id}")
+        platform = platforms.setdefault(name, a_platform(name))
+        models.append(a_model(id, platform, **{k: v for k, v in facts.items() if k != "platform"}))
+    return models
+
+
+class World:
+    """A router over these models, each platform with one key; a key's id is 100 + its platform's number."""
+
+    def __init__(self, *given: dict) -> None:
+        self.models = models_of(*given)
+        self.transient, self.key_cooldowns = Cooldowns[int](), Cooldowns[tuple[int, int]]()
+        self.router = Router(self.transient, self.key_cooldowns)
+        platforms = list(dict.fromkeys(model.platform for model in self.models))
+        self.keys = {p.id: Key(100 + n, p.id, "secret") for n, p in enumerate(platforms, start=1)}
+        self.router.load(
+            Catalog(platforms, self.models, self.keys.values()),
+            {key.id: KeyStatus.UNKNOWN for key in self.keys.values()},
+        )
+
+    def order(self, model: str, seed: int = 0, standing: Standing = NO_STANDING, now: float = NOW) -> list[int]:
+        return [m.id for m in self.router.plan(a_chat(model), standing, now, Random(seed)).order]
+
+    def orders(self, model: str, standing: Standing = NO_STANDING) -> list[list[int]]:
+        return [self.order(model, seed, standing) for seed in range(DRAWS)]
+
+    def first(self, model: str, standing: Standing = NO_STANDING) -> set[int]:
+        """Every model that came first in one of the draws."""
+        return {order[0] for order in self.orders(model, standing)}
+
+    def rest_key(self, id: int, seconds: float = 60.0) -> None:
+        """The model's only key rests for it."""
+        model = self.models[id - 1]
+        self.key_cooldowns.set((self.keys[model.platform.id].id, id), NOW + seconds, NOW)
+
+
+def a_chat(model: str = "auto", **fields) -> Chat:
+    body = {"model": model, "messages": [{"role": "user", "content": "hi"}], **fields}
+    return ChatDialect().parse(json.dumps(body).encode(), 0.0)
+
+
+def seen(successes: float, failures: float, *, tok_s: float = 50.0, ttfb_ms: float | None = 800.0) -> Stats:
+    """Statistics of rows that all weigh 1."""
+    total = successes + failures
+    if not successes:
+        tok_s, ttfb_ms = 0.0, None
+    return Stats(successes, total, int(successes), int(total), tok_s, ttfb_ms)
+
+
+# --- The parts of a score (SPEC 4.2) ------------------------------------------------------------------------------
+
+TTFB = [
+    (0, 0.25), (499.9, 0.25), (500, 0.25), (750, 0.20), (1000, 0.15), (1500, 0.075), (2000, 0.0), (6000, -0.25),
+    (10_000, -0.5), (10_001, -0.5), (1e9, -0.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("avg_ms", "score"), TTFB)
+def test_a_quick_first_token_is_worth(avg_ms, score):
+    assert ttfb_score(avg_ms) == pytest.approx(score, abs=1e-9)
+
+
+@pytest.mark.parametrize("corner", [500, 1000, 2000, 10_000])
+def test_the_reward_for_a_quick_first_token_has_no_step(corner):
+    assert ttfb_score(corner - 1e-6) == pytest.approx(ttfb_score(corner + 1e-6), abs=1e-6)
+
+
+SPEED = [
+    (100.0, 100.0, 0.3), (50.0, 100.0, 0.15), (10.0, 100.0, 0.03), (10.0, 10.0, 0.3), (9.0, 9.0, 0.3 - 0.035),
+    (5.0, 100.0, 0.015 - 0.175), (0.0, 100.0, -0.35), (0.0, 0.0, -0.35),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tok_s", "tok_s_max", "score"), SPEED)
+def test_speed_counts_relative_to_the_fastest_and_crawling_costs(tok_s, tok_s_max, score):
+    assert speed_score(tok_s, tok_s_max) == pytest.approx(score)
+
+
+BELIEFS = [
+    (Stats(), (2.1, 2.1)),
+    (Stats(successes=0.05, total=0.08), (2.1, 2.1)),
+    (Stats(successes=10.0, total=12.5), (12.0, 4.5)),
+    (Stats(successes=10.0, total=10.0), (12.0, 2.1)),
+    (Stats(successes=0.0, total=7.0), (2.1, 9.0)),
+]
+
+
+@pytest.mark.parametrize(("stats", "parameters"), BELIEFS)
+def test_belief_in_a_model_is_a_beta_distribution(stats, parameters):
+    assert belief(stats) == pytest.approx(parameters)
+
+
+@pytest.mark.parametrize(("rank", "score"), [(3, 1.0), (8, 0.5), (13, 0.0)])
+def test_intelligence_is_linear_between_the_best_and_the_worst_candidate(rank, score):
+    models = models_of({"intelligence_rank": 3}, {"intelligence_rank": 13})
+
+    assert Yardstick.of(models, {}).intelligence(rank) == pytest.approx(score)
+
+
+def test_intelligence_is_1_when_all_are_equal():
+    assert Yardstick.of(models_of({}, {}), {}).intelligence(10) == 1.0
+
+
+MERITS = {
+    "never seen": (Stats(), 0.3, 0.25 * 0.75),
+    "seen, never successful": (seen(0, 5), 0.0, 0.0),
+    "successful": (seen(5, 5, tok_s=50.0, ttfb_ms=1000.0), 0.15, 0.15),
+    "the fastest": (seen(5, 0, tok_s=100.0, ttfb_ms=100.0), 0.3, 0.25),
+    "slow": (seen(1, 0, tok_s=4.0, ttfb_ms=20_000.0), 0.012 - 0.21, -0.5),
+}
+
+
+@pytest.mark.parametrize(("stats", "speed", "ttfb"), MERITS.values(), ids=MERITS)
+@pytest.mark.parametrize("weights", [Weights(1, 0, 0), Weights(0, 1, 0), Weights(0, 0, 1), Weights(0.2, 3, 0.6)])
+def test_merit_weighs_speed_first_token_and_intelligence(stats, speed, ttfb, weights):
+    (model,) = models_of({"intelligence_rank": 8})
+    yardstick = Yardstick(tok_s_max=100.0, rank_best=3, rank_worst=13)
+
+    expected = weights.speed * speed + weights.ttfb * ttfb + weights.intelligence * 0.5
+    assert merit(model, stats, weights, yardstick) == pytest.approx(expected)
+
+
+# --- The score of each mode ---------------------------------------------------------------------------------------
+
+# Each case: two models' facts and statistics, and the modes in which the first one wins every draw. The statistics
+# are of so many requests that the samples differ by less than 0.01.
+MANY = 1_000_000
+CLEARLY = {
+    "the more reliable": (
+        ({}, {}), (seen(0.9 * MANY, 0.1 * MANY), seen(0.6 * MANY, 0.4 * MANY)), "balanced smart fast"
+    ),
+    "the faster by 0.15": (
+        ({}, {}), (seen(MANY, 0, tok_s=100.0), seen(MANY, 0, tok_s=50.0)), "balanced smart fast"
+    ),
+    "0.1 less reliable, 0.2 quicker to begin": (
+        ({}, {}), (seen(0.9 * MANY, 0.1 * MANY, ttfb_ms=100.0), seen(MANY, 0, ttfb_ms=1700.0)), "balanced fast"
+    ),
+    "0.3 less reliable, 0.2 quicker to begin": (
+        ({}, {}), (seen(0.7 * MANY, 0.3 * MANY, ttfb_ms=100.0), seen(MANY, 0, ttfb_ms=1700.0)), "fast"
+    ),
+    "0.5 less reliable, the more intelligent": (
+        ({"intelligence_rank": 1}, {}), (seen(MANY / 2, MANY / 2), seen(MANY, 0)), "smart"
+    ),
+    "0.05 less reliable, the more intelligent": (
+        ({"intelligence_rank": 1}, {}), (seen(0.95 * MANY, 0.05 * MANY), seen(MANY, 0)), "balanced smart"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("facts", "stats", "modes"), CLEARLY.values(), ids=CLEARLY)
+@pytest.mark.parametrize("mode", ["balanced", "smart", "fast"])
+def test_each_mode_weighs_in_its_own_way(facts, stats, modes, mode):
+    world = World(*facts)
+    world.router.stats = dict(enumerate(stats, start=1))
+
+    assert world.first(f"auto-{mode}") == ({1} if mode in modes.split() else {2})
+
+
+def test_scores_are_sampled_anew_for_each_request():
+    world = World({}, {})
+
+    assert world.first("auto-balanced") == {1, 2}
+
+
+def test_the_same_draws_give_the_same_order():
+    world = World({}, {}, {}, {})
+
+    assert world.order("auto-balanced", seed=7) == world.order("auto-balanced", seed=7)
+
+
+def test_priority_follows_the_chain_whatever_the_statistics_say():
+    world = World({"priority": 3}, {"priority": 1}, {"priority": 2})
+    world.router.stats = {1: seen(1000, 0), 2: seen(0, 1000), 3: seen(10, 10)}
+
+    assert world.order("auto-priority") == [2, 3, 1]
+
+
+def test_fast_puts_the_fast_pool_before_all_others():
+    world = World({"speed_rank": 20}, {"speed_rank": 1}, {"speed_rank": 3}, {"speed_rank": 19})
+    world.router.stats = {1: seen(1000, 0, tok_s=500.0), 2: seen(1, 99), 3: seen(1, 99), 4: seen(1000, 0)}
+
+    assert {frozenset(order[:2]) for order in world.orders("auto-fast")} == {frozenset({2, 3})}
+
+
+# --- Pools (SPEC 4.8) ---------------------------------------------------------------------------------------------
+
+
+def test_a_pool_is_found_by_speed_and_then_by_intelligence():
+    ranks = [(1, 11), (5, 11), (6, 1), (11, 5), (11, 6)]  # speed and intelligence of 1 to 11: up to 5 is 0.4
+    models = models_of(*({"speed_rank": speed, "intelligence_rank": rank} for speed, rank in ranks))
+
+    assert list(pools(models).values()) == [Pool.FAST, Pool.FAST, Pool.SMART, Pool.SMART, Pool.BALANCED]
+
+
+def test_a_model_that_is_both_fast_and_clever_is_fast():
+    models = models_of({"speed_rank": 1, "intelligence_rank": 1}, {"speed_rank": 2, "intelligence_rank": 2})
+
+    assert pools(models)[1] is Pool.FAST
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_models_that_do_not_differ_are_balanced(count):
+    assert set(pools(models_of(*[{}] * count)).values()) == {Pool.BALANCED}
+
+
+def test_what_smart_prefers_is_in_its_pool_whatever_its_ranks():
+    models = models_of({"speed_rank": 1, "prefer_in": ["smart"]}, {"speed_rank": 2}, {"speed_rank": 1})
+
+    assert pools(models) == {1: Pool.SMART, 2: Pool.BALANCED, 3: Pool.FAST}
+
+
+def test_pools_are_relative_to_the_enabled_chain():
+    world = World({"speed_rank": 1, "enabled": False}, {"speed_rank": 50}, {"speed_rank": 99, "in_chain": False})
+
+    assert world.router.catalog.pools == {2: Pool.BALANCED}
+
+
+def test_an_empty_chain_has_no_pools():
+    assert pools([]) == {}
+
+
+# --- Marks (SPEC 4.3, 4.4) ----------------------------------------------------------------------------------------
+
+LIKED = {"exclude_from": ["balanced"], "prefer_in": ["smart"]}
+
+
+def test_balanced_leaves_out_what_is_marked_even_with_the_best_statistics():
+    world = World({**LIKED, "intelligence_rank": 1}, {}, {})
+    world.router.stats = {1: seen(1000, 0, tok_s=500.0, ttfb_ms=50.0), 2: seen(0, 1000), 3: seen(0, 1000)}
+
+    assert all(1 not in order for order in world.orders("auto-balanced"))
+    assert all(1 in order for mode in ("smart", "fast", "priority") for order in world.orders(f"auto-{mode}"))
+
+
+def test_what_is_left_out_is_reachable_by_name():
+    world = World(LIKED, {}, {})
+
+    assert {order[0] for name in ("m1", "p1/m1") for order in world.orders(name)} == {1}
+
+
+def test_what_is_left_out_does_not_follow_a_pinned_model_either():
+    world = World(LIKED, {}, {})
+
+    assert {frozenset(order) for order in world.orders("m2")} == {frozenset({2, 3})}
+
+
+def test_smart_puts_what_is_marked_first_in_the_order_of_the_catalogue():
+    world = World({}, {**LIKED, "intelligence_rank": 99, "priority": 9}, {}, {**LIKED, "priority": 1})
+    world.router.stats = {1: seen(1000, 0), 2: seen(0, 1000), 3: seen(1000, 0), 4: seen(10, 0)}
+
+    assert {tuple(order[:2]) for order in world.orders("auto-smart")} == {(2, 4)}
+
+
+def test_smart_prefers_only_models_with_a_key_that_does_not_rest():
+    world = World(LIKED, LIKED, {})
+    world.router.stats = {1: seen(0, 1000), 2: seen(0, 1000), 3: seen(1000, 0)}
+    assert world.order("auto-smart") == [1, 2, 3]
+
+    world.rest_key(1, 60.0)
+
+    assert world.order("auto-smart") == [2, 3, 1]
+    assert world.order("auto-smart", now=NOW + 61) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("limit", ["rpm", "rpd", "tpm", "tpd"])
+def test_smart_prefers_only_models_with_capacity(limit):
+    world = World({**LIKED, limit: 1 if limit.startswith("r") else 1500}, {})
+    world.router.stats = {1: seen(0, 1000), 2: seen(1000, 0)}
+    plan = world.router.plan(a_chat("auto-smart"), NO_STANDING, NOW, Random(0))
+    assert world.router.next_route(plan, NOW).model.id == 1
+
+    assert world.order("auto-smart") == [2, 1]
+
+
+def test_smart_never_prefers_what_has_no_key_at_all():
+    world = World(LIKED, {})
+    world.router.set_key_status(world.keys["p1"].id, KeyStatus.INVALID)
+
+    assert world.order("auto-smart") == [2]
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+def test_a_mark_acts_in_the_mode_it_names_and_in_no_other(mode):
+    facts = [{"priority": 9, "prefer_in": [mode]}, *({"priority": n} for n in (1, 2, 3)), {"exclude_from": [mode]}]
+    world = World(*facts)
+    world.router.stats = {1: seen(0, 1000), **{n: seen(1000, 0) for n in (2, 3, 4, 5)}}
+
+    for other in Mode:
+        orders = world.orders(f"auto-{other}")
+        assert {order[0] == 1 for order in orders} == {other is mode}
+        assert {5 in order for order in orders} == {other is not mode}
+
+
+# --- What a session prefers (SPEC 4.5) ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["smart", "fast"])
+def test_a_sessions_model_goes_first_whatever_its_score_and_the_marks(mode):
+    world = World({"speed_rank": 1}, {"prefer_in": ["smart", "fast"]}, {"speed_rank": 99})
+    world.router.stats = {1: seen(1000, 0), 2: seen(1000, 0), 3: seen(0, 1000)}
+
+    assert world.first(f"auto-{mode}", Standing(preferred_model=3)) == {3}
+
+
+def test_a_sessions_key_is_tried_first_and_the_others_after_it():
+    world = World({})
+    keys = [Key(id, "p1", f"secret {id}") for id in (101, 102, 103)]
+    world.router.load(Catalog([world.models[0].platform], world.models, keys), {})
+    standing = Standing(preferred_model=1, preferred_key=102)
+
+    for _ in range(5):
+        plan = world.router.plan(a_chat("auto-smart"), standing, NOW, Random(0))
+        routes = []
+        while (route := world.router.next_route(plan, NOW)) is not None:
+            routes.append(route.key.id)
+            plan.failed_keys.add((route.key.id, 1))
+        assert routes[0] == 102
+        assert sorted(routes) == [101, 102, 103]
+
+
+def test_a_skipped_model_is_never_tried_again_preferred_or_not():
+    world = World({}, {})
+    plan = world.router.plan(a_chat("auto-smart"), Standing(preferred_model=1), NOW, Random(0))
+    tried = []
+    while (route := world.router.next_route(plan, NOW)) is not None:
+        tried.append(route.model.id)
+        plan.skip(route.model)
+
+    assert tried == [1, 2]
+
+
+def test_what_is_held_back_comes_last_and_is_never_left_out():
+    world = World({}, {}, {})
+    world.router.stats = {1: seen(1000, 0), 2: seen(0, 1000), 3: seen(0, 1000)}
+
+    assert {order[2] for order in world.orders("auto-smart", Standing(others_models={1}))} == {1}
+    assert {len(order) for order in world.orders("auto-smart", Standing(busy_platforms={"p1", "p2", "p3"}))} == {3}
+
+
+def test_what_is_held_back_is_tried_when_all_others_are_cooling_or_out_of_capacity():
+    world = World({}, {}, {"rpd": 1})
+    standing = Standing(others_models={1})
+    world.transient.set(2, NOW + 60, NOW)
+    tried = []
+    for _ in range(2):
+        plan = world.router.plan(a_chat("auto-smart"), standing, NOW, Random(0))
+        tried.append(world.router.next_route(plan, NOW).model.id)
+
+    assert tried == [3, 1]
+
+
+# --- Penalties (SPEC 4.6) -----------------------------------------------------------------------------------------
+
+# What happens at which second, and the points left after it.
+PENALTIES = {
+    "none": ([], 0.0, 0),
+    "keys ran dry": (["0 add"], 0.0, 3),
+    "twice": (["0 add", "0 add"], 0.0, 6),
+    "never more than ten": (["0 add"] * 5, 0.0, 10),
+    "two minutes later": (["0 add"], 120.0, 2),
+    "not yet two minutes later": (["0 add"], 119.0, 3),
+    "six minutes later": (["0 add"], 360.0, 0),
+    "an hour later": (["0 add"], 3600.0, 0),
+    "from ten": (["0 add"] * 5, 1200.0, 0),
+    "almost from ten": (["0 add"] * 5, 1199.0, 1),
+    "a success": (["0 add", "1 success"], 1.0, 2),
+    "three successes": (["0 add", "1 success", "1 success", "1 success"], 1.0, 0),
+    "never below zero": (["0 success", "0 success", "1 add"], 1.0, 3),
+    "more successes than points": (["0 add", *["1 success"] * 9, "2 add"], 2.0, 3),
+    "a success does not restart the two minutes": (["0 add", "100 success"], 120.0, 1),
+    "successes every minute": (["0 add", "0 add", "60 success", "120 success", "180 success"], 180.0, 2),
+}
+
+
+@pytest.mark.parametrize(("events", "now", "points"), PENALTIES.values(), ids=PENALTIES)
+def test_penalties_rise_when_keys_run_dry_and_fall_with_time_and_success(events, now, points):
+    penalties = Penalties()
+    for at, event in (text.split() for text in events):
+        (penalties.add if event == "add" else penalties.success)(1, float(at))
+
+    assert penalties.points(1, now) == pytest.approx(points)
+    assert penalties.points(2, now) == 0
+
+
+@pytest.mark.parametrize("mode", ["balanced", "smart", "fast"])
+@pytest.mark.parametrize(("points", "first"), [(0, 1), (4, 1), (6, 2), (10, 2)])
+def test_each_point_of_penalty_costs_a_twentieth(mode, points, first):
+    world = World({}, {})
+    world.router.stats = {1: seen(MANY, 0), 2: seen(0.75 * MANY, 0.25 * MANY)}
+    world.router.penalties.add(1, NOW, step=points)
+
+    assert world.first(f"auto-{mode}") == {first}
+
+
+# --- Displayed scores (SPEC 10.3) ---------------------------------------------------------------------------------
+
+
+def test_displayed_scores_are_the_balanced_formula_with_the_expectation_and_no_bonus():
+    world = World({"intelligence_rank": 3}, {"intelligence_rank": 8}, {"intelligence_rank": 13}, LIKED)
+    world.router.stats = {1: seen(30, 10, tok_s=100.0, ttfb_ms=750.0), 2: seen(0, 6)}
+    world.router.penalties.add(2, NOW)
+
+    scores = world.router.displayed_scores(NOW)
+
+    assert scores == pytest.approx(
+        {
+            1: 32 / 44 + 0.3 + 0.2 + 0.1,
+            2: 2.1 / 10.1 + 0.05 - 0.05 * 3,
+            3: 0.5,
+            4: 0.5 + 0.1 * 0.3,
+        }
+    )
+
+
+def test_displayed_scores_do_not_change_from_one_look_to_the_next():
+    world = World({}, {})
+
+    assert world.router.displayed_scores(NOW) == world.router.displayed_scores(NOW)
+
+
+def test_an_empty_chain_displays_no_scores():
+    assert World({"enabled": False}).router.displayed_scores(NOW) == {}
