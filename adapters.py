@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 from catalog import Key, Model
-from chat import flat_text
+from outgoing import outgoing
+from protection import Failure, UpstreamError
+from rescue import TextGate, Unreadable, declared_tools, mended_arguments, split_thoughts, whole
 from wire import Chat, Completion, Event, Tally, dump, frame
 
 JSON = dict[str, Any]
@@ -22,16 +23,6 @@ FINISH_REASONS = {
     "tool_use": "tool_calls", "model_length": "length", "max_tokens": "length", "MAX_TOKENS": "length",
     "sensitive": "content_filter", "safety": "content_filter",
 }  # fmt: skip
-REPLAYED_FIELDS = ("reasoning", "reasoning_content", "reasoning_details", "annotations", "audio", "refusal")
-# Every quirk an openai platform's catalogue entry may have: the catalogue's reader warns of any other.
-QUIRKS = frozenset(
-    {
-        "drop", "rename", "max", "min", "default", "headers", "stop_max", "stop_as_array", "drop_message_fields",
-        "message_fields", "flatten_content", "null_content_rejected", "tool_call_id_pattern", "reasoning_efforts",
-        "single_tool_call", "replay_reasoning_content", "strip_tool_schema_keys", "no_stream", "no_stream_usage",
-        "env_account", "daily_reset",
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +40,7 @@ def base_url(model: Model, key: Key) -> tuple[str, str]:
     if "{" in url:
         account, _, secret = secret.partition(":")
         url = re.sub(r"\{\w+\}", account, url)
-    return url, secret
+    return url, secret or model.quirks.get("anonymous_key", "")
 
 
 class OpenAIAdapter:
@@ -60,133 +51,16 @@ class OpenAIAdapter:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
         if secret:
             headers["Authorization"] = f"Bearer {secret}"
-        headers.update(model.platform.quirks.get("headers", ()))
+        headers.update(model.quirks.get("headers", ()))
         return Request(f"{url}/chat/completions", headers, dump(outgoing(model, chat)))
 
-    def completion(self, raw: bytes, body: JSON) -> Completion | None:
+    def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         if not well_formed_answer(body):
             return None
-        return Completion(dump(body) if mend_completion(body) else raw, body)
+        return Completion(dump(body) if mend_completion(body, chat) else raw, body)
 
-    def translator(self, tally: Tally) -> ChunkMender:
-        return ChunkMender(tally)
-
-
-def outgoing(model: Model, chat: Chat) -> JSON:
-    """The chat body as this platform takes it."""
-    quirks = model.platform.quirks
-    body: JSON = {**chat.body, "model": model.model_id}
-    if chat.stream and not quirks.get("no_stream"):
-        body["stream"] = True
-        if not quirks.get("no_stream_usage"):
-            body["stream_options"] = {"include_usage": True}
-    if model.max_output is not None and body.get("max_tokens", 0) > model.max_output:
-        body["max_tokens"] = model.max_output  # asking for more is a 400 nearly everywhere
-    body["messages"] = outgoing_messages(body["messages"], quirks)
-    if quirks:
-        apply_quirks(body, quirks)
-    return body
-
-
-def apply_quirks(body: JSON, quirks: Any) -> None:
-    """Leave out, clamp and rename what the platform would refuse."""
-    for name in quirks.get("drop", ()):
-        body.pop(name, None)
-    for name, value in quirks.get("default", {}).items():
-        body.setdefault(name, value)
-    for name, limit in quirks.get("max", {}).items():
-        if name in body and body[name] > limit:
-            body[name] = limit
-    for name, limit in quirks.get("min", {}).items():
-        if name in body and body[name] < limit:
-            body[name] = limit
-    stop = body.get("stop")
-    if isinstance(stop, str) and quirks.get("stop_as_array"):
-        body["stop"] = [stop]
-    elif isinstance(stop, list) and len(stop) > quirks.get("stop_max", len(stop)):
-        body["stop"] = stop[: quirks["stop_max"]]
-    if "reasoning_effort" in body and "reasoning_efforts" in quirks:
-        clamp_effort(body, quirks["reasoning_efforts"])
-    if "tools" in body:
-        if quirks.get("single_tool_call"):
-            body["parallel_tool_calls"] = False
-        if stripped := quirks.get("strip_tool_schema_keys"):
-            body["tools"] = [without_keys(tool, frozenset(stripped)) for tool in body["tools"]]
-    for name, new_name in quirks.get("rename", {}).items():
-        if name in body:
-            body[new_name] = body.pop(name)
-
-
-EFFORTS = ("none", "minimal", "low", "medium", "high")
-
-
-def clamp_effort(body: JSON, known: list[str]) -> None:
-    """The nearest effort the platform knows, rather the next higher; an effort we cannot place is left out."""
-    effort = body["reasoning_effort"]
-    if effort in known:
-        return
-    if effort not in EFFORTS:
-        del body["reasoning_effort"]
-        return
-    place = EFFORTS.index(effort)
-    ladder = [e for e in EFFORTS[place:] if e in known] or [e for e in EFFORTS[:place][::-1] if e in known]
-    body["reasoning_effort"] = ladder[0]
-
-
-def without_keys(schema: Any, names: frozenset[str]) -> Any:
-    """A JSON schema without these keywords; inside `properties` every key is a name and stays."""
-    if isinstance(schema, list):
-        return [without_keys(item, names) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    kept = {}
-    for key, value in schema.items():
-        if key == "properties" and isinstance(value, dict):
-            kept[key] = {name: without_keys(item, names) for name, item in value.items()}
-        elif key not in names:
-            kept[key] = without_keys(value, names)
-    return kept
-
-
-def outgoing_messages(messages: list[JSON], quirks: Any) -> list[JSON]:
-    """History as this platform takes it. Untouched messages stay the very objects the client sent."""
-    dropped = {*quirks.get("drop_message_fields", ())}
-    if not quirks.get("replay_reasoning_content"):
-        dropped.update(REPLAYED_FIELDS)
-    return [outgoing_message(message, dropped, quirks) for message in messages]
-
-
-def outgoing_message(message: JSON, dropped: set[str], quirks: Any) -> JSON:
-    if not dropped.isdisjoint(message):
-        message = {name: value for name, value in message.items() if name not in dropped}
-    if not quirks:
-        return message
-    allowed = quirks.get("message_fields")
-    if allowed and not message.keys() <= set(allowed):
-        message = {name: value for name, value in message.items() if name in allowed}
-    if quirks.get("flatten_content") and isinstance(message.get("content"), list):
-        message = {**message, "content": flat_text(message["content"])}
-    if quirks.get("null_content_rejected") and message.get("content") is None:
-        message = {**message, "content": ""}
-    if pattern := quirks.get("tool_call_id_pattern"):
-        message = with_safe_ids(message, pattern)
-    return message
-
-
-def with_safe_ids(message: JSON, pattern: str) -> JSON:
-    """Tool call ids that the platform accepts, the same ones on both sides of a call."""
-    if calls := message.get("tool_calls"):
-        calls = [{**call, "id": safe_id(call["id"], pattern)} for call in calls]
-        return {**message, "tool_calls": calls}
-    if message.get("role") == "tool":
-        return {**message, "tool_call_id": safe_id(message.get("tool_call_id", ""), pattern)}
-    return message
-
-
-def safe_id(call_id: str, pattern: str) -> str:
-    if re.fullmatch(pattern, call_id):
-        return call_id
-    return blake2b(call_id.encode(), digest_size=8).hexdigest()[:9]  # nine characters of [0-9a-f]
+    def translator(self, tally: Tally, chat: Chat) -> ChunkMender:
+        return ChunkMender(tally, chat)
 
 
 PLAIN_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"})
@@ -221,46 +95,116 @@ def well_formed(chunk: Any) -> bool:
     choices = chunk.get("choices")
     if not choices:
         return True
-    if type(choices) is not list or type(choices[0]) is not dict:
-        return False
-    delta = choices[0].get("delta")
-    if not delta:
-        return True
-    if type(delta) is not dict:
-        return False
-    calls = delta.get("tool_calls")
-    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
-
-
-def well_formed_call(call: Any) -> bool:
-    return type(call) is dict and isinstance(call.get("function"), dict | None)
+    return type(choices) is list and well_formed_choice(choices[0], "delta")
 
 
 def well_formed_answer(body: Any) -> bool:
     """The same for a whole answer."""
     if type(body) is not dict or type(body.get("choices")) is not list or not body["choices"]:
         return False
-    choice = body["choices"][0]
-    if type(choice) is not dict or type(choice.get("message")) is not dict:
+    return all(well_formed_choice(choice, "message") and choice.get("message") for choice in body["choices"])
+
+
+def well_formed_choice(choice: Any, part: str) -> bool:
+    if type(choice) is not dict or not isinstance(choice.get("finish_reason"), str | None):
         return False
-    calls = choice["message"].get("tool_calls")
+    message = choice.get(part)
+    if not message:
+        return message is None or message == {}
+    if type(message) is not dict or not isinstance(message.get("content"), str | list | None):
+        return False
+    if type(message.get("content")) is list and not all(map(well_formed_segment, message["content"])):
+        return False
+    calls = message.get("tool_calls")
     return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
 
 
-def mend_completion(body: JSON) -> bool:
-    """Bring a whole answer into the one form; True when something had to change."""
+def well_formed_segment(part: Any) -> bool:
+    return type(part) is dict and isinstance(part.get("text", ""), str)
+
+
+def well_formed_call(call: Any) -> bool:
+    if type(call) is not dict or not isinstance(call.get("id"), str | None):
+        return False
+    function = call.get("function")
+    if function is None:
+        return True
+    if type(function) is not dict or not isinstance(function.get("name"), str | None):
+        return False
+    return isinstance(function.get("arguments"), str | dict | None)
+
+
+def mend_completion(body: JSON, chat: Chat) -> bool:
+    """Bring a whole answer into the one form; True when something had to change. Raises UpstreamError."""
     changed = False
     for choice in body["choices"]:
         message = choice.get("message")
         if not isinstance(message, dict):
             continue
         changed |= mend_text(message)
+        changed |= mend_whole_text(message, chat)
         calls = message.get("tool_calls")
-        for index, call in enumerate(calls if isinstance(calls, list) else ()):
-            if not call.get("id"):
-                call["id"], changed = f"call_{index}", True
-            changed |= mend_call(call)
+        if isinstance(calls, list) and calls:
+            changed |= mend_whole_calls(calls, chat, cut=choice.get("finish_reason") == "length")
         changed |= mend_finish(choice, has_calls=bool(calls))
+        if not calls and not message.get("content") and choice.get("finish_reason") == "stop":
+            thoughts = message.get("reasoning_content")
+            if isinstance(thoughts, str) and thoughts.strip():  # the whole answer, in the wrong field
+                message["content"], changed = thoughts, True
+    return changed
+
+
+def mend_whole_text(message: JSON, chat: Chat) -> bool:
+    """Thoughts in tags go where thoughts belong, and calls written as text become calls."""
+    text = message.get("content")
+    if not isinstance(text, str) or not text:
+        return False
+    thoughts, rest = split_thoughts(text)
+    if thoughts is not None:
+        message["content"] = rest
+        if thoughts:
+            message["reasoning_content"] = thoughts
+    if not chat.has_tools or message.get("tool_calls"):
+        return thoughts is not None
+    try:
+        rescued = whole(rest, declared_tools(chat.body))
+    except Unreadable:
+        raise lost_turn() from None
+    if rescued is None:
+        return thoughts is not None
+    message["content"], calls = rescued[0] or None, rescued[1]
+    message["tool_calls"] = [called(index, name, arguments) for index, (name, arguments) in enumerate(calls)]
+    return True
+
+
+def lost_turn() -> UpstreamError:
+    return UpstreamError(Failure.MALFORMED, "The model's tool call cannot be read.", status=200)
+
+
+def called(index: int, name: str, arguments: str) -> JSON:
+    return {"id": f"call_{index}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def mend_whole_calls(calls: list[JSON], chat: Chat, *, cut: bool) -> bool:
+    """Calls with ids, types, the client's own names and readable arguments (a call cut off by length stays so)."""
+    changed = False
+    tools = declared_tools(chat.body)
+    for index, call in enumerate(calls):
+        if not call.get("id"):
+            call["id"], changed = f"call_{index}", True
+        changed |= mend_call(call)
+        function = call.get("function")
+        if not isinstance(function, dict):
+            continue
+        name, arguments = function.get("name"), function.get("arguments")
+        if name in tools and isinstance(arguments, str) and not cut:
+            mended = mended_arguments(arguments, tools[name])
+            if mended is None:
+                raise lost_turn()
+            if mended is not arguments:
+                function["arguments"], changed = mended, True
+        if isinstance(name, str) and name in chat.tool_names:
+            function["name"], changed = chat.tool_names[name], True
     return changed
 
 
@@ -269,16 +213,22 @@ def mend_text(message: JSON) -> bool:
     changed = False
     content = message.get("content")
     if isinstance(content, list):  # segments of text and thinking
-        message["content"] = flat_text(content)
-        thoughts = [part.get("thinking") for part in content if isinstance(part, dict) and "thinking" in part]
+        thoughts = [part["thinking"] for part in content if "thinking" in part]
+        message["content"] = joined_text(content)
         if thoughts:
-            message["reasoning_content"] = "".join(t if isinstance(t, str) else flat_text(t) for t in thoughts)
+            message["reasoning_content"] = "".join(t if isinstance(t, str) else joined_text(t) for t in thoughts)
         changed = True
     if "reasoning" in message and isinstance(message["reasoning"], str):
         reasoning = message.pop("reasoning")
         message.setdefault("reasoning_content", reasoning)
         changed = True
     return changed
+
+
+def joined_text(segments: object) -> str:
+    """The text of an answer's segments, which are pieces of one text."""
+    parts = segments if isinstance(segments, list) else []
+    return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
 def mend_call(call: JSON) -> bool:
@@ -310,12 +260,16 @@ def mend_finish(choice: JSON, *, has_calls: bool) -> bool:
 class ChunkMender:
     """Brings one stream's chunks into the one form. A chunk that needs no change keeps the bytes it came in."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, chat: Chat) -> None:
         self._tally = tally
+        self._chat = chat
         self._calls: dict[int, str] = {}  # ids of the tool calls begun so far, by index
+        tools = declared_tools(chat.body) if chat.has_tools else {}
+        self._gate: TextGate | None = TextGate(tools)  # until it is open
+        self._held: list[Event] = []  # what the gate holds back, as it came
 
     def plain_text(self, chunk: Any) -> str | None:
-        return plain_text(chunk)
+        return plain_text(chunk) if self._gate is None else None
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
         choices = chunk.get("choices")
@@ -344,7 +298,68 @@ class ChunkMender:
             changed |= mend_finish(choice, has_calls=bool(self._calls))
         elif choice.get("finish_reason") == "":
             choice["finish_reason"], changed = None, True
-        return [Event(frame(chunk) if changed else raw, chunk)]
+        event = Event(frame(chunk) if changed else raw, chunk)
+        return [event] if self._gate is None else self._through_gate(event, choice)
+
+    def end(self) -> list[Event]:
+        """At the end marker: what is still held back goes out, finish reason or not."""
+        return [] if self._gate is None else self._settle(self._tally.head)
+
+    def _through_gate(self, event: Event, choice: JSON) -> list[Event]:
+        """The first words pass the gate, until it is open. Raises UpstreamError."""
+        gate, delta = self._gate, choice.get("delta") or {}
+        assert gate is not None
+        text = delta.get("content")
+        events: list[Event] = []
+        if text and isinstance(text, str):
+            self._held.append(event)
+            pieces = gate.feed(text)
+            if gate.open and gate.untouched:
+                self._gate = None
+                return self._released()
+            events = self._rewritten(event.chunk, pieces, role=delta.get("role"))
+            if gate.open:
+                self._gate = None
+                self._held.clear()
+            if not choice.get("finish_reason"):
+                return events
+            delta.pop("content")
+            event = Event(frame(event.chunk), event.chunk)
+        if choice.get("finish_reason") or delta.get("tool_calls"):
+            events += self._settle(event.chunk) if self._gate is not None else []
+            if mend_finish(choice, has_calls=bool(self._calls)):
+                event = Event(frame(event.chunk), event.chunk)
+        return [*events, event]
+
+    def _settle(self, like: JSON) -> list[Event]:
+        """No more text will come: what is held back becomes text, thoughts or calls."""
+        gate, self._gate = self._gate, None
+        assert gate is not None
+        try:
+            pieces, calls = gate.finish()
+        except Unreadable:
+            if not self._tally.has_text:
+                raise lost_turn() from None
+            return self._released()  # the client has thoughts already: then it gets all there is
+        if gate.untouched:
+            return self._released()
+        self._held.clear()
+        events = self._rewritten(like, pieces)
+        for place, (name, arguments) in enumerate(calls, start=len(self._calls)):
+            call = called(place, self._chat.tool_names.get(name, name), arguments)
+            self._calls[place] = call["id"]
+            events.append(piece_of(like, {"tool_calls": [{"index": place, **call}]}))
+        return events
+
+    def _released(self) -> list[Event]:
+        events, self._held = self._held, []
+        return events
+
+    def _rewritten(self, like: JSON, pieces: list[tuple[str, str]], role: str | None = None) -> list[Event]:
+        deltas: list[JSON] = [{field: text} for field, text in pieces]
+        if deltas and role:
+            deltas[0] = {"role": role, **deltas[0]}
+        return [piece_of(like, delta) for delta in deltas]
 
     def _mend_calls(self, calls: list[JSON]) -> bool:
         """Every piece with its index; id, type and name exactly once, because clients join what repeats."""
@@ -388,7 +403,17 @@ class ChunkMender:
         if not call.get("type"):
             call["type"], changed = "function", True
         self._calls[index] = call["id"]
+        function = call.get("function")
+        if self._chat.tool_names and isinstance(function, dict) and function.get("name") in self._chat.tool_names:
+            function["name"], changed = self._chat.tool_names[function["name"]], True
         return changed
+
+
+def piece_of(like: JSON, delta: JSON) -> Event:
+    """A chunk with this delta and the identity of that chunk."""
+    head: JSON = {name: like[name] for name in ("id", "object", "created", "model") if name in like}
+    chunk = {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    return Event(frame(chunk), chunk)
 
 
 def note(chunk: JSON, tally: Tally) -> bool:

@@ -37,6 +37,7 @@ class Platform:
     protection: Level = Level.MODEL_SKIP
     signup_url: str | None = None
     key_format: str | None = None
+    discover: bool = False  # its models are what it lists, besides those in the catalogue
     quirks: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -63,6 +64,7 @@ class Model:
     enabled: bool
     priority: int
     in_chain: bool
+    quirks: Mapping[str, Any] = field(default_factory=dict)  # the platform's, and over them its own
 
     @property
     def label(self) -> str:

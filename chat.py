@@ -12,6 +12,7 @@ from typing import Any
 
 import orjson
 
+from messages import IMAGE_PART_TYPES, TEXT_PART_TYPES, Messages, flat_text, safe_name, wrong_type
 from wire import (
     CHARS_PER_TOKEN,
     DONE,
@@ -25,9 +26,12 @@ from wire import (
     parse_model,
 )
 
+__all__ = [
+    "IMAGE_PART_TYPES", "TEXT_PART_TYPES", "ChatDialect", "ChatEncoder", "boolean", "chat_from", "chunk_head",
+    "flat_text", "wrong_type",
+]  # fmt: skip
+
 JSON = dict[str, Any]
-ROLES = frozenset({"system", "user", "assistant", "tool"})
-ROLE_ALIASES = {"developer": "system", "function": "tool"}
 MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict")
 ANSWER_TOKENS_ASSUMED = 1000  # SPEC 3.7, where the client sets no limit
 EFFORT_ALIASES = {
@@ -35,15 +39,9 @@ EFFORT_ALIASES = {
     "min": "minimal", "off": "none", "disabled": "none", "auto": None, "adaptive": None, "default": None,
 }  # fmt: skip
 NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
+RANGES = {"temperature": (0, 2), "top_p": (0.01, 1)}  # 0 would mean no token at all, and is refused
 INTEGERS = ("n", "seed", "top_k", "top_logprobs")
 OBJECTS = ("response_format", "logit_bias")
-TEXT_PART_TYPES = frozenset({"text", "input_text", "output_text", "refusal"})
-IMAGE_PART_TYPES = frozenset({"image_url", "input_image", "image"})
-AUDIO_PART_TYPES = frozenset({"input_audio", "audio"})
-
-
-def wrong_type(param: str, expected: str) -> InvalidRequest:
-    return InvalidRequest(f"'{param}' must be {expected}.", param=param, code="invalid_type")
 
 
 def chat_from(body: JSON) -> Chat:
@@ -57,10 +55,11 @@ def chat_from(body: JSON) -> Chat:
     if not isinstance(options, dict):
         raise wrong_type("stream_options", "an object")
     refuse_unserved(body)
-    mend_tools(body)
+    safe_names = mend_tools(body)
     mend_sampling(body)
+    mend_effort(body)
     mend_response_format(body)
-    messages = Messages(body.get("messages"))
+    messages = Messages(body.get("messages"), safe_names)
     body["messages"] = messages.mended
     chars = messages.chars + (len(orjson.dumps(body["tools"])) if "tools" in body else 0)
     prompt_tokens = -(-chars // CHARS_PER_TOKEN)
@@ -79,6 +78,7 @@ def chat_from(body: JSON) -> Chat:
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         first_user_text=messages.first_user_text,
+        tool_names={safe: name for name, safe in safe_names.items()},
     )
 
 
@@ -111,7 +111,7 @@ def refuse_unserved(body: JSON) -> None:
     """What no platform here serves is refused, not ignored."""
     if "n" in body and number(body["n"], "n", whole=True) != 1:
         raise InvalidRequest("Only n = 1 is supported: send the request several times.", param="n")
-    if "audio" in body or "audio" in body.get("modalities", ()):
+    if "audio" in body or "audio" in (asked if isinstance(asked := body.get("modalities"), list) else ()):
         param = "audio" if "audio" in body else "modalities"
         raise InvalidRequest("Audio output is not supported by any platform here.", param=param)
 
@@ -120,6 +120,9 @@ def mend_sampling(body: JSON) -> None:
     for name in NUMBERS:
         if name in body:
             body[name] = number(body[name], name)
+    for name, (low, high) in RANGES.items():
+        if name in body:
+            body[name] = min(max(body[name], low), high)
     for name in INTEGERS:
         if name in body:
             body[name] = number(body[name], name, whole=True)
@@ -137,13 +140,43 @@ def mend_sampling(body: JSON) -> None:
             body["stop"] = [stop for stop in stops if stop]
         if not body["stop"]:
             del body["stop"]
-    if "reasoning_effort" in body:
-        effort = body["reasoning_effort"]
-        if not isinstance(effort, str):
-            raise wrong_type("reasoning_effort", "a string")
-        body["reasoning_effort"] = EFFORT_ALIASES.get(effort, effort)
-        if body["reasoning_effort"] is None:
-            del body["reasoning_effort"]
+
+
+def mend_effort(body: JSON) -> None:
+    """How much to think, in whichever of the spellings in use, as `reasoning_effort`."""
+    given = [body.pop("reasoning_effort", None)]
+    if isinstance(body.get("reasoning"), dict):
+        given.append(body.pop("reasoning").get("effort"))
+    if isinstance(body.get("thinking"), dict):
+        given.append(effort_of_thinking(body.pop("thinking")))
+    if isinstance(body.get("enable_thinking"), bool):
+        given.append("medium" if body.pop("enable_thinking") else "none")
+    template = body.get("chat_template_kwargs")
+    if isinstance(template, dict):
+        for name in ("enable_thinking", "thinking"):
+            if isinstance(template.get(name), bool):
+                given.append("medium" if template[name] else "none")
+                template = {key: value for key, value in template.items() if key != name}
+        body["chat_template_kwargs"] = template
+        if not template:
+            del body["chat_template_kwargs"]
+    effort = next((value for value in given if value is not None), None)
+    if effort is None:
+        return
+    if not isinstance(effort, str):
+        raise wrong_type("reasoning_effort", "a string")
+    effort = EFFORT_ALIASES.get(effort.lower(), effort.lower())
+    if effort is not None:
+        body["reasoning_effort"] = effort
+
+
+def effort_of_thinking(thinking: JSON) -> str | None:
+    budget = thinking.get("budget_tokens")
+    if thinking.get("type") == "disabled":
+        return "none"
+    if isinstance(budget, int):
+        return "low" if budget < 4096 else "medium" if budget < 16_384 else "high"
+    return "medium" if thinking.get("type") == "enabled" else None
 
 
 def mend_response_format(body: JSON) -> None:
@@ -167,8 +200,11 @@ def mend_response_format(body: JSON) -> None:
             body["response_format"] = {"type": "json_schema", "json_schema": spec}
 
 
-def mend_tools(body: JSON) -> None:
-    """Tools in today's nested form; a choice only where there are tools."""
+def mend_tools(body: JSON) -> dict[str, str]:
+    """Tools in today's nested form; a choice only where there are tools. Gives the safe names of those that need one.
+
+    MCP clients name tools with dots, slashes and blanks, and at length; strict servers refuse that.
+    """
     if "functions" in body:
         functions = body.pop("functions")
         if "tools" not in body and isinstance(functions, list):
@@ -182,10 +218,23 @@ def mend_tools(body: JSON) -> None:
     if not tools:
         for name in ("tools", "tool_choice", "parallel_tool_calls"):
             body.pop(name, None)
-        return
-    body["tools"] = [mended_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+        return {}
+    body["tools"] = tools = [mended_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
+    safe_names = {f["name"]: safe for f in functions if (safe := safe_name(f["name"])) != f["name"]}
+    if safe_names:
+        body["tools"] = [with_name(tool, safe_names) if "function" in tool else tool for tool in tools]
     if "tool_choice" in body:
-        body["tool_choice"] = mended_choice(body["tool_choice"])
+        choice = mended_choice(body["tool_choice"])
+        named = isinstance(choice, dict) and isinstance(choice.get("function"), dict)
+        body["tool_choice"] = with_name(choice, safe_names) if safe_names and named else choice
+    return safe_names
+
+
+def with_name(tool: Any, safe_names: dict[str, str]) -> JSON:
+    function = tool["function"]
+    name = function.get("name")
+    return {**tool, "function": {**function, "name": safe_names.get(name, name)}}
 
 
 def mended_tool(tool: object, param: str) -> JSON:
@@ -200,7 +249,7 @@ def mended_tool(tool: object, param: str) -> JSON:
         raise wrong_type(f"{param}.function", "an object")
     if not isinstance(function.get("name"), str) or not function["name"]:
         raise wrong_type(f"{param}.function.name", "a non-empty string")
-    if function.get("parameters") is None:
+    if not function.get("parameters"):
         function = {**function, "parameters": {"type": "object", "properties": {}}}
     elif not isinstance(function["parameters"], dict):
         raise wrong_type(f"{param}.function.parameters", "an object")
@@ -220,178 +269,6 @@ def mended_choice(choice: object) -> object:
     if kind in ("tool", "function") and isinstance(choice.get("name"), str):
         return {"type": "function", "function": {"name": choice["name"]}}
     return choice
-
-
-class Messages:
-    """The messages of one request while they are mended: what they hold, and which tool calls wait for a result."""
-
-    def __init__(self, messages: object) -> None:
-        if not isinstance(messages, list):
-            raise InvalidRequest("'messages' must be a non-empty list.", param="messages")
-        if not messages:
-            raise InvalidRequest("'messages' must not be empty.", param="messages")
-        self.chars = 0
-        self.has_images = False
-        self.first_user_text = ""
-        self._seen_user = False
-        self._waiting: list[str] = []  # ids of tool calls that have no result yet
-        self.mended: list[JSON] = []
-        for index, message in enumerate(messages):
-            mended = self._mended(message, f"messages[{index}]")
-            if mended is not None:
-                self.mended.append(mended)
-        if not self.mended:
-            raise InvalidRequest("'messages' holds only empty turns.", param="messages")
-
-    def _mended(self, message: object, param: str) -> JSON | None:
-        if not isinstance(message, dict):
-            raise wrong_type(param, "an object")
-        role = message.get("role")
-        if role is None:
-            raise InvalidRequest(f"'{param}' has no role.", param=f"{param}.role")
-        if not isinstance(role, str) or (role not in ROLES and role not in ROLE_ALIASES):
-            raise wrong_type(f"{param}.role", f"one of {', '.join(sorted({*ROLES, *ROLE_ALIASES}))}")
-        if None in message.values():
-            message = {name: value for name, value in message.items() if value is not None or name == "content"}
-        if role in ROLE_ALIASES:
-            message = {**message, "role": ROLE_ALIASES[role]}
-        message = self._with_content(message, param)
-        if role == "assistant":
-            return self._assistant(message, param)
-        if message["role"] == "tool":
-            return self._tool(message)
-        if role == "user" and not self._seen_user:
-            self._seen_user = True
-            self.first_user_text = flat_text(message["content"])
-        return message
-
-    def _with_content(self, message: JSON, param: str) -> JSON:
-        content = message.get("content")
-        if isinstance(content, str):
-            self.chars += len(content)
-            return message
-        if isinstance(content, list):
-            return self._with_parts(message, content, f"{param}.content")
-        if content is None:
-            return message if message["role"] == "assistant" else {**message, "content": ""}
-        if isinstance(content, dict):
-            if message["role"] == "tool":  # a result handed over as an object
-                text = orjson.dumps(content).decode()
-                self.chars += len(text)
-                return {**message, "content": text}
-            return self._with_parts(message, [content], f"{param}.content")
-        raise wrong_type(f"{param}.content", "a string, null or a list of parts")
-
-    def _with_parts(self, message: JSON, parts: list[Any], param: str) -> JSON:
-        mended = [self._part(part, f"{param}[{index}]") for index, part in enumerate(parts)]
-        same = len(parts) == len(mended) and all(a is b for a, b in zip(parts, mended, strict=True))
-        return message if same and parts is message["content"] else {**message, "content": mended}
-
-    def _part(self, part: object, param: str) -> JSON:
-        if isinstance(part, str):
-            part = {"type": "text", "text": part}
-        if not isinstance(part, dict):
-            raise wrong_type(param, "an object")
-        kind = part.get("type", "text" if "text" in part else "image_url" if "image_url" in part else None)
-        if kind in TEXT_PART_TYPES:
-            text = part.get("text", part.get("refusal"))
-            if not isinstance(text, str):
-                raise wrong_type(f"{param}.text", "a string")
-            self.chars += len(text)
-            return part if part.get("type") == "text" else {"type": "text", "text": text}
-        if kind in IMAGE_PART_TYPES:
-            self.has_images = True
-            return mended_image(part, param)
-        if kind in AUDIO_PART_TYPES:
-            raise InvalidRequest("Audio input is not supported by any platform here.", param=param)
-        if kind is None:
-            raise wrong_type(f"{param}.type", "given")
-        return part
-
-    def _assistant(self, message: JSON, param: str) -> JSON | None:
-        if "function_call" in message:
-            call = message.pop("function_call") if "tool_calls" in message else message["function_call"]
-            message = {name: value for name, value in message.items() if name != "function_call"}
-            message.setdefault("tool_calls", [{"type": "function", "function": call}])
-        calls = message.get("tool_calls")
-        if not calls:
-            if "tool_calls" in message:
-                message = {name: value for name, value in message.items() if name != "tool_calls"}
-            return message if message.get("content") else None  # an empty turn says nothing, and some refuse it
-        if not isinstance(calls, list):
-            raise wrong_type(f"{param}.tool_calls", "a list")
-        mended = [self._call(call, f"{param}.tool_calls[{index}]") for index, call in enumerate(calls)]
-        self._waiting = [call["id"] for call in mended]
-        same = all(a is b for a, b in zip(calls, mended, strict=True))
-        return message if same else {**message, "tool_calls": mended}
-
-    def _call(self, call: object, param: str) -> JSON:
-        if not isinstance(call, dict):
-            raise wrong_type(param, "an object")
-        function = call.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise wrong_type(f"{param}.function", "an object with a name")
-        arguments = mended_arguments(function.get("arguments"))
-        self.chars += len(arguments)
-        if call.get("id") and "type" in call and arguments == function.get("arguments"):
-            return call
-        made = f"call_{len(self.mended)}_{param.rpartition('[')[2].rstrip(']')}"
-        mended = {**call, "id": call.get("id") or made, "type": call.get("type") or "function"}
-        mended["function"] = {**function, "arguments": arguments}
-        return mended
-
-    def _tool(self, message: JSON) -> JSON | None:
-        """A result belongs to the call it names, else to the first one that still waits; an orphan is dropped."""
-        if message.get("tool_call_id"):
-            if message["tool_call_id"] in self._waiting:
-                self._waiting.remove(message["tool_call_id"])
-            return message
-        if not self._waiting:
-            return None
-        return {**message, "tool_call_id": self._waiting.pop(0)}
-
-
-def mended_arguments(arguments: object) -> str:
-    """A tool call's arguments as JSON text: clients send objects, nothing, or JSON text encoded twice."""
-    if arguments is None or arguments == "":
-        return "{}"
-    if not isinstance(arguments, str):
-        return orjson.dumps(arguments).decode()
-    if arguments.startswith('"'):
-        try:
-            inner = orjson.loads(arguments)
-        except orjson.JSONDecodeError:
-            return arguments
-        return inner if isinstance(inner, str) else arguments
-    return arguments
-
-
-def mended_image(part: JSON, param: str) -> JSON:
-    """An image part as `{"type": "image_url", "image_url": {"url": …}}`, whichever API it was written for."""
-    image = part.get("image_url")
-    if part.get("type") == "image_url" and isinstance(image, dict) and isinstance(image.get("url"), str):
-        return part
-    source = part.get("source")
-    if isinstance(image, dict):
-        url = image.get("url")
-    elif isinstance(source, dict):  # Anthropic's form
-        data = f"data:{source.get('media_type', 'image/png')};base64,{source.get('data', '')}"
-        url = source.get("url") if source.get("type") == "url" else data
-    else:
-        url = image if image is not None else part.get("image")
-    if not isinstance(url, str) or not url:
-        raise wrong_type(f"{param}.image_url", "an object with a url")
-    detail = {"detail": part["detail"]} if isinstance(part.get("detail"), str) else {}
-    return {"type": "image_url", "image_url": {"url": url, **detail}}
-
-
-def flat_text(content: object) -> str:
-    """The text of a message's content, parts joined by line ends."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list):
-        return "\n".join(part["text"] for part in content if isinstance(part, dict) and part.get("type") == "text")
-    return ""
 
 
 class ChatEncoder:

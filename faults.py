@@ -10,8 +10,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, time, timedelta, tzinfo
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any
+from zoneinfo import ZoneInfo
 
 RETRY_AFTER_MAX_S = 86_400.0  # a longer wish is a mistake more often than a plan
 HINT_DEPTH_MAX = 6  # how deep in an error body a retry hint is looked for; providers nest it up to 4
@@ -34,8 +37,10 @@ STATUS_BY_NAME = {
     "invalid_argument": 400, "invalid_request_error": 400, "invalid_request": 400, "bad_request": 400,
     "failed_precondition": 400, "out_of_range": 400, "context_length_exceeded": 400, "tokens_too_long": 400,
     "content_filter": 400, "content_policy_violation": 400, "tool_use_failed": 400, "json_validate_failed": 400,
-    "aborted": 409, "already_exists": 409, "request_too_large": 413, "unimplemented": 501,
+    "aborted": 409, "already_exists": 409, "request_too_large": 413, "unimplemented": 501, "daily_quota": 429,
 }  # fmt: skip
+DAILY_QUOTA = "daily_quota"  # what `error_codes` calls a quota of the day
+NO_QUIRKS: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,40 +50,90 @@ class Fault:
     status: int | None
     code: str | None
     message: str
+    sure: bool = False  # the body knows better than the HTTP status it came with
+    daily: bool = False  # a quota that comes back only with the platform's next day, whatever else it hints
 
 
-def wrapped(body: Mapping[str, Any]) -> Fault | None:
+def wrapped(body: Mapping[str, Any], quirks: Mapping[str, Any] = NO_QUIRKS) -> Fault | None:
     """The error inside a 200's body or a streamed event, if there is one (SPEC 6.1)."""
     error = body.get("error")
     if error and isinstance(error, str | dict):
-        return read(body)
+        return read(body, quirks)
     if "choices" not in body or body["choices"] is None:
         if body.get("errors") or body.get("success") is False or body.get("object") == "error":
-            return read(body)
+            return read(body, quirks)
         if body.get("code") and ("message" in body or "msg" in body):  # flat
-            return read(body)
+            return read(body, quirks)
+        if "usage" not in body and any(isinstance(body.get(name), str) for name in ("message", "detail")):  # bare words
+            return read(body, quirks)
         return None
     if body.get("success") is False and body.get("errors"):
-        return read(body)
+        return read(body, quirks)
     choices = body["choices"]
     first = choices[0] if isinstance(choices, list) and choices else None
     if isinstance(first, dict):
         inner = first.get("error")
         if inner and isinstance(inner, str | dict):
-            return read({"error": inner})
+            return read({"error": inner}, quirks)
         if first.get("finish_reason") in ("error", "network_error"):
             return Fault(None, None, "The model's answer ended with an error.")
     return None
 
 
-def read(body: object) -> Fault:
-    """Status, code and message of an error body of any known shape."""
+def read(body: object, quirks: Mapping[str, Any] = NO_QUIRKS) -> Fault:
+    """Status, code and message of an error body of any known shape; `quirks` has the platform's own codes."""
     if isinstance(body, list) and body:  # some wrap errors in a one-element array
         body = body[0]
     if not isinstance(body, dict):
-        return Fault(None, None, str(body)[:500] if body else "")
+        message = str(body)[:500] if body else ""
+        return renamed([], message, quirks) or Fault(None, None, message)
     places = list(error_places(body))
-    return Fault(found_status(places), found_code(places), found_message(body, places))
+    message = found_message(body, places)
+    return (
+        refused_quota(body, message)
+        or renamed(places, message, quirks)
+        or moderated(body, message)
+        or Fault(found_status(places), found_code(places), message)
+    )
+
+
+def renamed(places: list[dict[str, Any]], message: str, quirks: Mapping[str, Any]) -> Fault | None:
+    """What the catalogue knows of the platform's own codes, or of its words where it has no codes."""
+    names: Mapping[str, str] = quirks.get("error_codes", {})
+    found = [str(place.get(field)) for place in places for field in ("code", "type", "status") if place.get(field)]
+    name = next((names[code] for code in found if code in names), None)
+    if name is None:
+        name = next((name for text, name in quirks.get("error_texts", {}).items() if text in message), None)
+    if name is None:
+        return None
+    return Fault(STATUS_BY_NAME.get(name), name, message, sure=True, daily=name == DAILY_QUOTA)
+
+
+def refused_quota(body: dict[str, Any], message: str) -> Fault | None:
+    """A structured account of which quota is used up (google.rpc.QuotaFailure): its ids tell days from minutes."""
+    error = body.get("error")
+    details = error.get("details") if isinstance(error, dict) else None
+    violations = [
+        violation
+        for detail in (details if isinstance(details, list) else ())
+        if isinstance(detail, dict) and isinstance(detail.get("violations"), list)
+        for violation in detail["violations"]
+        if isinstance(violation, dict)
+    ]
+    if any(str(violation.get("quotaValue")) == "0" for violation in violations):  # not part of this key's plan
+        return Fault(403, "permission_denied", message, sure=True, daily=True)
+    if any("PerDay" in str(violation.get("quotaId")) for violation in violations):
+        return Fault(429, DAILY_QUOTA, message, sure=True, daily=True)
+    return None
+
+
+def moderated(body: dict[str, Any], message: str) -> Fault | None:
+    """An aggregator's 403 may be its backend's content filter."""
+    error = body.get("error")
+    metadata = error.get("metadata") if isinstance(error, dict) else None
+    if isinstance(metadata, dict) and metadata.get("reasons") and "flagged_input" in metadata:
+        return Fault(400, "content_filter", message, sure=True)
+    return None
 
 
 def error_places(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -169,8 +224,13 @@ DURATION = r"(?:\d+(?:\.\d+)?\s*(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mi
 DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|h|days?|d)")
 UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
 PROSE = re.compile(
-    rf"(?:try again in|retry in|retry after|please wait|resets in|wait)\s+({DURATION})", re.IGNORECASE
+    rf"(?:try again (?:in|after)|retry (?:in|after)|please wait|resets? (?:in|after)|wait)\s+({DURATION})",
+    re.IGNORECASE,
 )  # "Please try again in 7m12s", "Please wait 52220 seconds", "Resets in 3 days"
+MOMENT = re.compile(r"reset\w*\s+(?:at|on)\s+(\d{4}-\d\d-\d\d[ T]\d\d:\d\d(?::\d\d)?)", re.IGNORECASE)
+# Of a text that gives no time at all; a text alone never makes a failure a quota.
+DAILY = re.compile(r"\bdaily\b|\bper[ -]?day\b|\btoday\b|/\s*day\b|\bPerDay\b|\bByDay\b|\b[RT]PD\b", re.IGNORECASE)
+MONTHLY = re.compile(r"\bmonthly\b|\bper[ -]month\b|/\s*month\b", re.IGNORECASE)
 HINTS = frozenset({"retrydelay", "retry_after", "retry_after_seconds", "retryafter", "retry-after"})
 
 
@@ -189,21 +249,60 @@ def duration_s(text: str) -> float | None:
     return seconds if math.isfinite(seconds) and seconds >= 0 else None
 
 
-def unit_s(unit: str) -> float:
-    return UNIT_S["ms" if unit.startswith(("ms", "mil")) else unit[0]]
-
-
-def retry_after_s(headers: Mapping[str, str], body: object, message: str, utc: float) -> float | None:
-    """How long the provider asks to be left alone: header, then body fields, then prose, then its reset headers."""
+def retry_after_s(
+    fault: Fault, headers: Mapping[str, str], body: object, utc: float, quirks: Mapping[str, Any] = NO_QUIRKS
+) -> float | None:
+    """How long the provider asks to be left alone: header, then body fields, then prose, then its counters."""
+    reset = quirks.get("daily_reset", "UTC")
+    if fault.daily:
+        return until_reset_s(reset, utc)
     for found in (
         header_delay_s(headers.get("Retry-After", ""), utc),
-        hint_s(body, HINT_DEPTH_MAX),
-        prose_s(message),
+        hint_s(body, HINT_DEPTH_MAX, utc),
+        prose_s(fault.message),
+        moment_s(fault.message, reset, utc),
         reset_s(headers, utc),
     ):
         if found is not None:
             return min(found, RETRY_AFTER_MAX_S)
-    return None
+    used_up = any(headers.get(name, "").strip() == "0" for name in quirks.get("daily_headers", ()))
+    if used_up or DAILY.search(fault.message):
+        return until_reset_s(reset, utc)
+    return RETRY_AFTER_MAX_S if MONTHLY.search(fault.message) else None
+
+
+@lru_cache(maxsize=64)
+def zone(name: str) -> tzinfo:
+    """A time zone by name; UTC where this machine does not know it."""
+    try:
+        return ZoneInfo(name)
+    except (KeyError, ValueError, OSError):  # ZoneInfoNotFoundError is a KeyError
+        return UTC
+
+
+def until_reset_s(reset: str, utc: float) -> float:
+    """Seconds until quotas of the day begin anew: at midnight of a time zone, or at "HH:MM Zone"."""
+    at, _, name = reset.rpartition(" ")
+    try:
+        moment = time.fromisoformat(at or "00:00")
+    except ValueError:
+        moment = time(0)
+    now = datetime.fromtimestamp(utc, zone(name))
+    due = datetime.combine(now.date(), moment, now.tzinfo)
+    if due <= now:  # by the wall clock: a day in which clocks change has 23 or 25 hours
+        due = datetime.combine(now.date() + timedelta(days=1), moment, now.tzinfo)
+    return due.timestamp() - utc
+
+
+def moment_s(message: str, reset: str, utc: float) -> float | None:
+    """ "… will reset at 2026-09-01 00:00:00", told in the platform's own time."""
+    if (found := MOMENT.search(message)) is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(found[1]).replace(tzinfo=zone(reset.rpartition(" ")[2]))
+    except ValueError:
+        return None
+    return max(0.0, moment.timestamp() - utc)
 
 
 def header_delay_s(value: str, utc: float) -> float | None:
@@ -218,20 +317,23 @@ def header_delay_s(value: str, utc: float) -> float | None:
         return None
 
 
-def hint_s(value: object, depth: int) -> float | None:
+def hint_s(value: object, depth: int, utc: float) -> float | None:
     """A retry field anywhere in an error body."""
     if depth == 0:
         return None
     if isinstance(value, dict):
         for name, item in value.items():
-            if name.lower() in HINTS and isinstance(item, str | int | float) and not isinstance(item, bool):
-                if (seconds := duration_s(str(item))) is not None:
+            lower = str(name).lower()
+            if isinstance(item, str | int | float) and not isinstance(item, bool):
+                if lower in HINTS and (seconds := duration_s(str(item))) is not None:
                     return seconds
-            elif (seconds := hint_s(item, depth - 1)) is not None:
+                if lower == "x-ratelimit-reset" and (seconds := duration_s(str(item))) is not None:
+                    return since_epoch_s(seconds, utc)
+            elif (seconds := hint_s(item, depth - 1, utc)) is not None:
                 return seconds
     elif isinstance(value, list):
         for item in value[:20]:
-            if (seconds := hint_s(item, depth - 1)) is not None:
+            if (seconds := hint_s(item, depth - 1, utc)) is not None:
                 return seconds
     return None
 

@@ -9,26 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, Self
 
 import aiohttp
 
 import faults
-from adapters import OpenAIAdapter, Request, as_chunks, note, note_completion, well_formed
+from adapters import OpenAIAdapter, Request, as_chunks, base_url, note, note_completion, well_formed
 from catalog import Key, Model, is_demo
+from gemini import GeminiAdapter
 from protection import Failure, UpstreamError, classify
 from router import Route
-from wire import Chat, Completion, Event, EventTooLarge, SSEDecoder, Tally, dump, frame, load_lenient
+from wire import Chat, Completion, Event, EventTooLarge, Mode, SSEDecoder, Tally, dump, frame, load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
 ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
 AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
+CHECK_S = 10.0  # for a list of models
 KEEPALIVE_S = 15.0  # idle provider connections; many servers close theirs after 20 s and more
+CHECK = Chat(
+    {"messages": [{"role": "user", "content": "-"}]}, model="", mode=Mode.BALANCED, pinned=None, stream=False,
+    include_usage=False, has_images=False, has_tools=False, tokens=0, prompt_tokens=0, max_tokens=None,
+    first_user_text="",
+)  # fmt: skip  # shapes a request that is never sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,13 @@ class Translator(Protocol):
         """The text of a chunk in OpenAI's form that holds nothing else, so that it need not be fed."""
 
     def feed(self, raw: bytes, chunk: dict[str, Any]) -> list[Event]:
-        """The events that this chunk amounts to; its raw frame goes out unchanged where nothing had to change."""
+        """The events that this chunk amounts to; its raw frame goes out unchanged where nothing had to change.
+
+        Raises UpstreamError for an answer that is none.
+        """
+
+    def end(self) -> list[Event]:
+        """What was held back until the end marker. Raises UpstreamError."""
 
 
 class Adapter(Protocol):
@@ -56,10 +70,10 @@ class Adapter(Protocol):
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request: ...
 
-    def completion(self, raw: bytes, body: dict[str, Any]) -> Completion | None:
-        """A whole answer; None when this is none."""
+    def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion | None:
+        """A whole answer; None when this is none. Raises UpstreamError for one that says it failed."""
 
-    def translator(self, tally: Tally) -> Translator: ...
+    def translator(self, tally: Tally, chat: Chat) -> Translator: ...
 
 
 class Incoming:
@@ -94,6 +108,7 @@ class Incoming:
         for raw, payload in frames:
             if payload == b"[DONE]":
                 self.done = True
+                meaningful |= self._take(self._translator.end, events)
                 break
             try:
                 chunk = load_lenient(payload)
@@ -110,13 +125,24 @@ class Incoming:
             if not well_formed(chunk):
                 tally.malformed += 1
                 continue
-            if fault := faults.wrapped(chunk):
+            if fault := faults.wrapped(chunk, self._route.model.quirks):
                 self.error = failure_inside(fault, chunk, self._route)
                 break
-            for event in self._translator.feed(raw, chunk):
-                meaningful |= note(event.chunk, tally)
-                events.append(event)
+            meaningful |= self._take(partial(self._translator.feed, raw, chunk), events)
+            if self.error:
+                break
         return events, meaningful
+
+    def _take(self, translated: Callable[[], list[Event]], events: list[Event]) -> bool:
+        """Count and keep what the translator makes; True when it may open the answer."""
+        meaningful = False
+        try:
+            for event in translated():
+                meaningful |= note(event.chunk, self._tally)
+                events.append(event)
+        except UpstreamError as error:
+            self.error = error
+        return meaningful
 
     def ending(self) -> UpstreamError | None:
         """What is wrong with a stream that ends here, if anything."""
@@ -141,13 +167,19 @@ def failure_inside(fault: faults.Fault, body: object, route: Route) -> UpstreamE
 def named_failure(
     status: int, fault: faults.Fault, headers: Mapping[str, str], body: object, route: Route
 ) -> UpstreamError:
-    message = faults.redact(fault.message, route.key.secret)
+    quirks = route.model.quirks
+    if fault.sure and fault.status is not None:
+        status = fault.status
+    failure = classify(status, fault.code, fault.message)
+    rest_s = faults.retry_after_s(fault, headers, body, time.time(), quirks)
+    if failure is Failure.OUT_OF_CREDIT and rest_s is None and quirks.get("credit_resets_daily"):
+        rest_s = faults.until_reset_s(quirks.get("daily_reset", "UTC"), time.time())
     return UpstreamError(
-        classify(status, fault.code, fault.message),
-        message or f"HTTP {status}",
+        failure,
+        faults.redact(fault.message, route.key.secret) or f"HTTP {status}",
         status=status,
         code=faults.redact(fault.code, route.key.secret) if fault.code else None,
-        retry_after_s=faults.retry_after_s(headers, body, fault.message, time.time()),
+        retry_after_s=rest_s,
     )
 
 
@@ -302,8 +334,7 @@ class Providers:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._openai = OpenAIAdapter()
-        self._adapters: dict[str, Adapter] = {"openai": self._openai}
+        self._adapters: dict[str, Adapter] = {"openai": OpenAIAdapter(), "google": GeminiAdapter(time.time)}
 
     async def __aenter__(self) -> Self:
         self._http = aiohttp.ClientSession(
@@ -325,11 +356,11 @@ class Providers:
         adapter = self._adapters[route.model.platform.adapter]
         request = adapter.request(route.model, route.key, chat)
         response: aiohttp.ClientResponse | None = None
-        whole = not chat.stream or bool(route.model.platform.quirks.get("no_stream"))
+        whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
         wait_s = self._limits.request_s if whole else min(self._limits.stall_s, self._limits.first_token_s)
+        deadline = None if whole else asyncio.get_running_loop().time() + self._limits.first_token_s
         try:
-            deadline = None if whole else asyncio.get_running_loop().time() + self._limits.first_token_s
-            with at_the_border(route, deadline):
+            try:
                 async with asyncio.timeout(wait_s) as timer:
                     response = await self._http.post(
                         request.url, data=request.body, headers=request.headers, allow_redirects=False
@@ -341,6 +372,8 @@ class Providers:
                     else:
                         opening = Opening(self._limits, timer, deadline)
                         reply = await opening.reply(response, adapter, chat, route)
+            except (aiohttp.ClientError, OSError, UnicodeError) as error:
+                raise no_answer(error, route, deadline) from None
             try:
                 yield reply
             finally:
@@ -349,21 +382,42 @@ class Providers:
             if response is not None:
                 response.close()  # a no-op once the body has been read to its end
 
+    async def check_key(self, model: Model, key: Key) -> bool:
+        """Ask the model's platform for its list of models, which uses no quota. Raises UpstreamError when it refuses.
 
-@contextmanager
-def at_the_border(route: Route, deadline: float | None) -> Iterator[None]:
-    """Name what can go wrong before an answer is committed; `deadline` is a stream's for its first token."""
-    try:
-        yield
-    except aiohttp.ServerTimeoutError:
-        raise UpstreamError(Failure.TIMEOUT, "The provider could not be reached in time.", status=504) from None
-    except TimeoutError:
-        late = deadline is None or asyncio.get_running_loop().time() >= deadline
-        failure, words = (Failure.TIMEOUT, "answer in time") if late else (Failure.STALL, "send anything for too long")
-        raise UpstreamError(failure, f"The provider did not {words}.", status=504) from None
-    except (aiohttp.ClientError, OSError, UnicodeError) as error:
-        words = faults.redact(f"{type(error).__name__}: {error}", route.key.secret)
-        raise UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}") from None
+        False when nothing is proved, because the platform gives its list to everyone.
+        """
+        if is_demo(model.platform):
+            return True
+        route = Route(model, key, None)
+        request = self._adapters[model.platform.adapter].request(model, key, CHECK)  # for its headers only
+        path = model.quirks.get("check_path", "/models")
+        url = base_url(model, key)[0] + (path or "/models")
+        try:
+            async with (
+                asyncio.timeout(min(CHECK_S, self._limits.request_s)),
+                self._http.get(url, headers=request.headers, allow_redirects=False) as response,
+            ):
+                if not 200 <= response.status < 300:
+                    raise await refusal(response, route)
+                raw = await read_body(response.content, b"")
+                if not raw.lstrip().startswith(b"["):  # some give a bare list
+                    parsed_answer(raw, route)
+        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+            raise no_answer(error, route, None) from None
+        return bool(path)
+
+
+def no_answer(error: Exception, route: Route, deadline: float | None) -> UpstreamError:
+    """Name what went wrong before an answer was committed; `deadline` is a stream's for its first token."""
+    if isinstance(error, aiohttp.ServerTimeoutError):
+        return UpstreamError(Failure.TIMEOUT, "The provider could not be reached in time.", status=504)
+    if isinstance(error, TimeoutError):
+        if deadline is None or asyncio.get_running_loop().time() >= deadline:
+            return UpstreamError(Failure.TIMEOUT, "The provider did not answer in time.", status=504)
+        return UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
+    words = faults.redact(f"{type(error).__name__}: {error}", route.key.secret)
+    return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}")
 
 
 async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
@@ -386,7 +440,7 @@ async def refusal(response: aiohttp.ClientResponse, route: Route) -> UpstreamErr
     except ValueError:
         words = raw[:300].decode(errors="replace").strip()
         body = None if not words or words.startswith("<") else words
-    fault = faults.read(body)
+    fault = faults.read(body, route.model.quirks)
     return named_failure(response.status, fault, response.headers, body, route)
 
 
@@ -394,7 +448,7 @@ def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route) -> Reply
     """A committed answer from a whole body."""
     tally = Tally()
     body = parsed_answer(raw, route)
-    completion = adapter.completion(raw, body)
+    completion = adapter.completion(raw, body, chat)
     if completion is None:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
     note_completion(completion.body, tally)
@@ -414,7 +468,7 @@ def parsed_answer(raw: bytes, route: Route) -> dict[str, Any]:
         body = body[0]
     if not isinstance(body, dict):
         raise UpstreamError(Failure.MALFORMED, "The provider's answer is not a JSON object.", status=200)
-    if fault := faults.wrapped(body):
+    if fault := faults.wrapped(body, route.model.quirks):
         raise failure_inside(fault, body, route)
     return body
 
@@ -430,7 +484,7 @@ class Opening:
     async def reply(self, response: aiohttp.ClientResponse, adapter: Adapter, chat: Chat, route: Route) -> Reply:
         tally, content = Tally(), response.content
         is_sse = response.content_type == "text/event-stream"
-        incoming = Incoming(adapter.translator(tally), tally, route, is_sse=is_sse)
+        incoming = Incoming(adapter.translator(tally, chat), tally, route, is_sse=is_sse)
         held: list[Event] = []
         held_bytes = 0
         while True:

@@ -15,13 +15,13 @@ from typing import Any
 
 import orjson
 
-from adapters import QUIRKS
 from catalog import Model, Platform
+from outgoing import QUIRKS
 from protection import LEVELS, Level
 from wire import MODES
 
 BUILT_IN_CATALOG = Path(__file__).with_name("catalog.json")
-ADAPTERS = ("openai", "demo")
+ADAPTERS = ("openai", "google", "demo")
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 KEY_CHARS_MIN = 16  # of a client key, wherever others can reach the port (SPEC 13.1)
 
@@ -183,17 +183,18 @@ class CatalogFiles:
     warnings: list[str]
 
 
+JSON_TYPES = {list: "a list of texts", bool: "true or false", dict: "an object", int: "a whole number", str: "text"}
 NUMBER, TEXT, FLAG, TEXTS, OBJECT, COUNT = "a number", "text", "true or false", "a list of texts", "an object", (
     "a whole number ≥ 1 or null"
 )  # fmt: skip
 PLATFORM_FIELDS = {
     "id": TEXT, "name": TEXT, "adapter": TEXT, "base_url": TEXT, "env": TEXTS, "protection": TEXT, "keyless": FLAG,
-    "quirks": OBJECT, "signup_url": TEXT, "key_format": TEXT,
+    "quirks": OBJECT, "signup_url": TEXT, "key_format": TEXT, "discover": FLAG, "opt_in": FLAG,
 }  # fmt: skip
 MODEL_FIELDS = {
     "platform": TEXT, "model_id": TEXT, "name": TEXT, "family": TEXT, "intelligence_rank": NUMBER,
     "speed_rank": NUMBER, "context_window": COUNT, "max_output": COUNT, "rpm": COUNT, "rpd": COUNT, "tpm": COUNT,
-    "tpd": COUNT, "tools": FLAG, "vision": FLAG, "exclude_from": TEXTS, "prefer_in": TEXTS,
+    "tpd": COUNT, "tools": FLAG, "vision": FLAG, "exclude_from": TEXTS, "prefer_in": TEXTS, "quirks": OBJECT,
 }  # fmt: skip
 KEY_FIELDS = {"platform": TEXT, "key": TEXT, "label": TEXT}
 
@@ -204,11 +205,13 @@ def load_catalog(settings: Settings) -> CatalogFiles:
     models: dict[tuple[str, str], dict[str, Any]] = {}
     keys: list[GivenKey] = []
     warnings: list[str] = []
+    named: set[str] = set()  # platforms that the operator's own file speaks of
     for path in (BUILT_IN_CATALOG, settings.catalog):
         if path is None:
             continue
         content = read_catalog(path)
-        for entry in entries(content, "platforms", PLATFORM_FIELDS, ("id",), path, warnings):
+        listed = entries(content, "platforms", PLATFORM_FIELDS, ("id",), path, warnings)
+        for entry in listed:
             platforms.setdefault(entry["id"], {}).update(entry)
         for entry in entries(content, "models", MODEL_FIELDS, ("platform", "model_id"), path, warnings):
             models.setdefault((entry["platform"], entry["model_id"]), {}).update(entry)
@@ -217,10 +220,14 @@ def load_catalog(settings: Settings) -> CatalogFiles:
                 raise SettingsError(f"{path}: a key names the unknown platform {entry['platform']!r}")
             secret = provider_key(f"{path}: the key for {entry['platform']}", entry["key"])
             keys.append(GivenKey(entry["platform"], secret, entry.get("label", "")))
-    made = {id: make_platform(fields, settings.environ, warnings) for id, fields in platforms.items()}
+        if path is settings.catalog:
+            named = {*(e["id"] for e in listed), *(model[0] for model in models), *(key.platform for key in keys)}
+    asked_for = {id for id, fields in platforms.items() if not fields.get("opt_in") or id in named}
+    asked_for |= {id for id in platforms if base_url_variable(id) in settings.environ}
+    made = {id: make_platform(platforms[id], settings.environ, warnings) for id in platforms if id in asked_for}
     for platform in made.values():
         keys += keys_from_environment(platform, settings.environ)
-    return CatalogFiles(made, [make_model(fields, made) for fields in models.values()], keys, warnings)
+    return CatalogFiles(made, [make_model(fields, made, warnings) for fields in models.values()], keys, warnings)
 
 
 def read_catalog(path: Path) -> dict[str, Any]:
@@ -289,14 +296,11 @@ def make_platform(fields: dict[str, Any], environ: Mapping[str, str], warnings: 
     protection = fields.get("protection", Level.MODEL_SKIP)
     if protection not in LEVELS:
         raise SettingsError(f"platform {id}: protection: expected one of {', '.join(Level)}")
-    quirks = fields.get("quirks", {})
-    if unknown := sorted(quirks.keys() - QUIRKS):
-        warnings.append(f"platform {id}: ignored unknown quirks {', '.join(unknown)}")
-    variable = re.sub(r"[^A-Z0-9]", "_", id.upper()) + "_BASE_URL"
+    variable = base_url_variable(id)
     base_url = environ.get(variable, fields["base_url"]).rstrip("/")
     if fields["adapter"] != "demo" and not re.fullmatch(r"https?://[^\s/]+[^\s]*", base_url):
         source = variable if variable in environ else f"platform {id}: base_url"
-        raise SettingsError(f"{source}: expected an address that begins with http:// or https://")
+        raise SettingsError(f"{source}={base_url!r}: expected an address that begins with http:// or https://")
     return Platform(
         id=id,
         name=fields.get("name", id),
@@ -307,20 +311,37 @@ def make_platform(fields: dict[str, Any], environ: Mapping[str, str], warnings: 
         protection=Level(protection),
         signup_url=fields.get("signup_url"),
         key_format=fields.get("key_format"),
-        quirks={name: value for name, value in quirks.items() if name in QUIRKS},
+        discover=fields.get("discover", False),
+        quirks=checked_quirks(fields.get("quirks", {}), f"platform {id}", warnings),
     )
 
 
-def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform]) -> Model:
+def base_url_variable(id: str) -> str:
+    return re.sub(r"[^A-Z0-9]", "_", id.upper()) + "_BASE_URL"
+
+
+def checked_quirks(quirks: Mapping[str, Any], place: str, warnings: list[str]) -> dict[str, Any]:
+    """Quirks that we know, each of its type."""
+    if unknown := sorted(quirks.keys() - QUIRKS.keys()):
+        warnings.append(f"{place}: ignored unknown quirks {', '.join(unknown)}")
+    known = {name: value for name, value in quirks.items() if name in QUIRKS}
+    for name, value in known.items():
+        if type(value) is not QUIRKS[name] or (isinstance(value, list) and not has_type(value, TEXTS)):
+            raise SettingsError(f"{place}: quirks: {name}: expected {JSON_TYPES[QUIRKS[name]]}")
+    return known
+
+
+def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform], warnings: list[str]) -> Model:
     label = f"model {fields['platform']}/{fields['model_id']}"
     if fields["platform"] not in platforms:
         raise SettingsError(f"{label}: unknown platform")
     for name in ("exclude_from", "prefer_in"):
         if wrong := [mode for mode in fields.get(name, ()) if mode not in MODES]:
             raise SettingsError(f"{label}: {name}: {wrong[0]!r} is no mode; expected {', '.join(sorted(MODES))}")
+    platform = platforms[fields["platform"]]
     return Model(
         id=0,
-        platform=platforms[fields["platform"]],
+        platform=platform,
         model_id=fields["model_id"],
         name=fields.get("name", fields["model_id"]),
         intelligence_rank=fields.get("intelligence_rank", 50),
@@ -338,6 +359,7 @@ def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform]) -> Mod
         enabled=True,
         priority=0,
         in_chain=True,
+        quirks={**platform.quirks, **checked_quirks(fields.get("quirks", {}), label, warnings)},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -118,6 +119,7 @@ class Chat:
     prompt_tokens: int  # estimated
     max_tokens: int | None
     first_user_text: str = field(repr=False)
+    tool_names: Mapping[str, str] = field(default_factory=dict)  # renamed for strict servers: new name to the client's
     origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
 
 
@@ -204,12 +206,25 @@ class Dialect(Protocol):
     def encoder(self, chat: Chat, now: float) -> Encoder: ...
 
 
+ESCAPE = re.compile(rb"\\(?:u(?:[dD][89abAB]..\\u[dD][c-fC-F]..|([dD][89a-fA-F]..|0000))|.)", re.DOTALL)
+
+
+def mended_escapes(raw: bytes) -> bytes:
+    """Half an emoji (some editors cut them) and NUL become U+FFFD: they are not text, and servers refuse them."""
+    return ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], raw)
+
+
 def load_object(raw: bytes) -> dict[str, Any]:
     """The client's JSON object, strictly: orjson takes no NaN, and refuses what nests deeper than 1024."""
+    if b"\\u0000" in raw:
+        raw = mended_escapes(raw)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        try:
+            body = orjson.loads(mended_escapes(raw))
+        except orjson.JSONDecodeError:
+            raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
     return body
