@@ -7,10 +7,11 @@ is named here. No I/O.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from catalog import Key, Model
+from catalog import Key, Model, Platform
 from outgoing import outgoing
 from protection import Failure, UpstreamError
 from rescue import TextGate, Unreadable, declared_tools, mended_arguments, split_thoughts, whole
@@ -34,25 +35,28 @@ class Request:
     body: bytes
 
 
-def base_url(model: Model, key: Key) -> tuple[str, str]:
+def base_url(platform: Platform, key: Key) -> tuple[str, str]:
     """The platform's address and the credential to send, with `{account_id}` taken from an `account_id:token` key."""
-    url, secret = model.platform.base_url, key.secret
+    url, secret = platform.base_url, key.secret
     if "{" in url:
         account, _, secret = secret.partition(":")
         url = re.sub(r"\{\w+\}", account, url)
-    return url, secret or model.quirks.get("anonymous_key", "")
+    return url, secret or platform.quirks.get("anonymous_key", "")
 
 
 class OpenAIAdapter:
     """POST {base_url}/chat/completions."""
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request:
-        url, secret = base_url(model, key)
+        url, secret = base_url(model.platform, key)
+        headers = self.headers(secret, model.quirks)
+        return Request(f"{url}/chat/completions", headers, dump(outgoing(model, chat)))
+
+    def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
         if secret:
             headers["Authorization"] = f"Bearer {secret}"
-        headers.update(model.quirks.get("headers", ()))
-        return Request(f"{url}/chat/completions", headers, dump(outgoing(model, chat)))
+        return {**headers, **quirks.get("headers", {})}
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         if not well_formed_answer(body):
@@ -183,6 +187,21 @@ def lost_turn() -> UpstreamError:
 
 def called(index: int, name: str, arguments: str) -> JSON:
     return {"id": f"call_{index}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def failed_generation(body: object, chat: Chat) -> bytes | None:
+    """The answer that a server refused to pass on because its own parser failed, if ours can read it."""
+    error = body.get("error") if isinstance(body, dict) else None
+    text = error.get("failed_generation") if isinstance(error, dict) else None
+    if not isinstance(text, str) or not chat.has_tools:
+        return None
+    try:
+        rescued = whole(text, declared_tools(chat.body))
+    except Unreadable:
+        return None
+    message = {"role": "assistant", "content": text}
+    answer = {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
+    return dump(answer) if rescued else None
 
 
 def mend_whole_calls(calls: list[JSON], chat: Chat, *, cut: bool) -> bool:

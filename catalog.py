@@ -65,6 +65,7 @@ class Model:
     priority: int
     in_chain: bool
     quirks: Mapping[str, Any] = field(default_factory=dict)  # the platform's, and over them its own
+    discovered: bool = False  # its platform's server has listed it; no catalogue file has it
 
     @property
     def label(self) -> str:

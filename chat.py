@@ -38,6 +38,7 @@ EFFORT_ALIASES = {
     "max": "high", "xhigh": "high", "ultra": "high", "mid": "medium", "balanced": "medium", "normal": "medium",
     "min": "minimal", "off": "none", "disabled": "none", "auto": None, "adaptive": None, "default": None,
 }  # fmt: skip
+EFFORT_FIELDS = frozenset({"reasoning_effort", "reasoning", "thinking", "enable_thinking", "chat_template_kwargs"})
 NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
 RANGES = {"temperature": (0, 2), "top_p": (0.01, 1)}  # 0 would mean no token at all, and is refused
 INTEGERS = ("n", "seed", "top_k", "top_logprobs")
@@ -78,7 +79,7 @@ def chat_from(body: JSON) -> Chat:
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         first_user_text=messages.first_user_text,
-        tool_names={safe: name for name, safe in safe_names.items()},
+        tool_names={safe: name for name, safe in safe_names.items()} if safe_names else safe_names,
     )
 
 
@@ -144,6 +145,8 @@ def mend_sampling(body: JSON) -> None:
 
 def mend_effort(body: JSON) -> None:
     """How much to think, in whichever of the spellings in use, as `reasoning_effort`."""
+    if EFFORT_FIELDS.isdisjoint(body):
+        return
     given = [body.pop("reasoning_effort", None)]
     if isinstance(body.get("reasoning"), dict):
         given.append(body.pop("reasoning").get("effort"))

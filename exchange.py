@@ -8,8 +8,8 @@ one mutable record of a request; what belongs to one attempt lives in `Running` 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,16 +23,18 @@ import orjson
 import store
 from catalog import KeyStatus
 from eventlog import EventLog
+from metrics import Metrics
 from protection import Cooling, Failure, Kind, Phase, Protection, Scope, UpstreamError
 from providers import Providers, Reply, cut_short
 from router import Attempt, Plan, Route, Router, exhausted, refusal, request_is_bad
 from settings import CatalogFiles, Settings
 from store import Row, Snapshot, Store, load_snapshot
-from wire import KEEP_ALIVE, Chat, Dialect, Encoder, GatewayError, Mode, NoProviders, Tally
+from wire import KEEP_ALIVE, Chat, Dialect, Encoder, GatewayError, InvalidRequest, Mode, NoProviders, Tally
 
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 T = TypeVar("T")
+BODY_READ_S = 60.0  # for a client to send its request; a laptop's slowest upload of 32 MB is faster
 SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1)
 HEADER_SAFE = "".join(map(chr, range(33, 127))).replace("%", "") + " "
 STREAM_HEADERS = [
@@ -82,14 +84,6 @@ class Running:
     ttfb_ms: int | None = None
 
 
-@dataclass(slots=True)
-class Counters:
-    """What happened since the start."""
-
-    exhausted: int = 0
-    requests: dict[str, int] = field(default_factory=lambda: {"success": 0, "error": 0, "cancelled": 0})
-
-
 def session_key(chat: Chat, session_id: str) -> str:
     """A conversation's key: its mode and the client's own id, else its first user message. Empty: no session."""
     text = session_id or chat.first_user_text
@@ -118,23 +112,23 @@ class Engine:
         self.router = router
         self.store = store
         self.log = log
-        self.counters = Counters()
+        self.metrics = Metrics()
         self.running: set[Exchange] = set()
         self.providers: Providers  # set while the lifespan holds it open
         self._rng = rng
         self._idle_s = settings.keepalive_interval_ms / 1000
 
-    async def apply(self, change: Callable[[sqlite3.Connection], T]) -> T:
+    async def apply(self, change: Callable[[store.Connection], T]) -> T:
         """Make an operator's change, all of it or nothing; it holds from the next request on."""
 
-        def changed(db: sqlite3.Connection) -> tuple[T, Snapshot]:
+        def changed(db: store.Connection) -> tuple[T, Snapshot]:
             return change(db), self.snapshot(db)
 
         result, snapshot = await self.store.write(changed)
         self.router.load(snapshot.catalog, snapshot.key_status)
         return result
 
-    def snapshot(self, db: sqlite3.Connection) -> Snapshot:
+    def snapshot(self, db: store.Connection) -> Snapshot:
         return load_snapshot(db, self.store.vault, self.files.platforms, self.files.models)
 
     def exchange(self, id: str) -> Exchange:
@@ -282,6 +276,7 @@ class Engine:
         else:
             row.status = "cancelled"
         exchange.status = row.status
+        self.metrics.attempt(row)
         self.store.log(row)
 
     def _failed(self, exchange: Exchange, running: Running, error: UpstreamError, plan: Plan, now: float) -> None:
@@ -345,7 +340,7 @@ class Engine:
         now = time.monotonic()
         soonest_s = self.router.soonest_s(plan, now)
         error = exhausted(plan, exchange.failures, stream=chat.stream, retry_after_s=soonest_s)
-        self.counters.exhausted += 1
+        self.metrics.exhausted()
         pool = {
             "candidates": len(plan.order),
             "skipped": plan.skipped_labels(),
@@ -377,7 +372,8 @@ class Engine:
         self.store.log(row)
 
     def _close(self, exchange: Exchange) -> None:
-        self.counters.requests[exchange.status] += 1
+        failed = len(exchange.failures)
+        self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
         if not self.log.wants("info"):
             return
         chat, route = exchange.chat, exchange.route
@@ -408,6 +404,50 @@ def stopping(exchange: Exchange, encoder: Encoder) -> dict[str, Any]:
 def skipped_text(plan: Plan | None) -> str | None:
     labels = plan.skipped_labels() if plan else []
     return orjson.dumps(labels).decode() if labels else None
+
+
+async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
+    """The request's body, refused as soon as it is too large."""
+    too_large = InvalidRequest(f"The body is larger than {bytes_max} bytes.", code="request_too_large", status=413)
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > bytes_max:
+        raise too_large
+    pieces: list[bytes] = []
+    size, more = 0, True
+    try:
+        async with asyncio.timeout(BODY_READ_S):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                pieces.append(message.get("body", b""))
+                size += len(pieces[-1])
+                if size > bytes_max:
+                    raise too_large
+                more = message.get("more_body", False)
+    except TimeoutError:
+        raise InvalidRequest("The body did not arrive in time.", code="request_timeout", status=408) from None
+    raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    encoding = headers.get(b"content-encoding", b"").strip().lower()
+    return raw if encoding in (b"", b"identity") else unpacked(raw, encoding, too_large, bytes_max)
+
+
+def unpacked(raw: bytes, encoding: bytes, too_large: InvalidRequest, bytes_max: int) -> bytes:
+    """A compressed body, refused as soon as it turns out too large."""
+    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
+        message = f"Content-Encoding {encoding.decode('latin-1')!r} is not supported: send gzip, deflate or plain JSON."
+        raise InvalidRequest(message, code="unsupported_encoding", status=415)
+    bare_deflate = encoding == b"deflate" and raw[:1] != b"\x78"  # some leave out the zlib header
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS if bare_deflate else zlib.MAX_WBITS | 32)
+    try:
+        unpacked = unpacker.decompress(raw, bytes_max + 1)
+    except zlib.error:
+        raise InvalidRequest("The body is not what its Content-Encoding says.", code="invalid_encoding") from None
+    if len(unpacked) > bytes_max:
+        raise too_large
+    if not unpacker.eof:
+        raise InvalidRequest("The compressed body is incomplete.", code="invalid_encoding")
+    return unpacked
 
 
 def response_start(status: int, headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:

@@ -11,13 +11,13 @@ import contextlib
 import hmac
 import math
 import os
+import re
 import secrets
 import signal
 import socket
-import sqlite3
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -29,9 +29,10 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 import store
-from admin import Admin, json_response
+from admin import Admin, json_response, resource
 from catalog import is_demo
 from chat import ChatDialect
+from discovery import keep_discovering
 from eventlog import EventLog
 from exchange import (
     JSON_HEADERS,
@@ -40,12 +41,15 @@ from exchange import (
     Exchange,
     Receive,
     Send,
+    read_body,
     response_start,
     route_headers,
     session_key,
 )
+from page import Page
 from protection import Protection, parse_levels
 from providers import Limits, Providers
+from responses import ResponsesDialect
 from router import Router as ModelRouter
 from settings import (
     LOOPBACK_HOSTS,
@@ -61,12 +65,12 @@ from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRe
 
 __all__ = ["Gateway", "SettingsError", "load_settings", "main", "uvicorn_config"]
 
+BACKLOG = 2048  # connections waiting to be accepted; uvicorn's own figure
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
-BODY_READ_S = 60.0  # for a client to send its request; a laptop's slowest upload of 32 MB is faster
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
 SWEEP_S = 5.0
 RETENTION_S = 3600.0  # SPEC 12.3
-OPEN_PATHS = frozenset({"/healthz"})  # everything else needs a key
+OPEN_PATHS = frozenset({"/healthz", "/"})  # everything else needs a key; the page holds no secret
 ADMIN_PREFIXES = ("/api", "/metrics")
 
 
@@ -96,21 +100,29 @@ class Gateway:
         snapshot = self.store.write_now(self._sync)
         router.load(snapshot.catalog, snapshot.key_status)
         self._restore_ledger()
-        self._chat: Dialect = ChatDialect()
+        self._responses = ResponsesDialect(lambda: secrets.token_hex(24))
+        self._dialects: dict[str, Dialect] = {
+            "/v1/chat/completions": ChatDialect(),
+            "/v1/responses": self._responses,
+        }
         self._started = int(time.time())
         self._loopback_only = settings.host in LOOPBACK_HOSTS
         self._cold = Router(
             [
                 Route("/v1/models", self.list_models),
                 Route("/v1/models/{id:path}", self.show_model),
+                # With its prefix, so that /v1/responses/compact and the like are a 404, which clients survive.
+                Route("/v1/responses/resp_{token}", self.show_response, methods=["GET"]),
+                Route("/v1/responses/resp_{token}", self.delete_response, methods=["DELETE"]),
                 Route("/healthz", self.healthz),
+                resource("/", GET=Page().show),
                 *Admin(self.engine).routes(),
             ],
             redirect_slashes=False,
             default=not_found,
         )
 
-    def _sync(self, db: sqlite3.Connection) -> store.Snapshot:
+    def _sync(self, db: store.Connection) -> store.Snapshot:
         """Bring catalogue and keys into the database; gives what routing needs out of it."""
         store.sync_models(db, self.files.models)
         vault = self.store.vault
@@ -146,7 +158,8 @@ class Gateway:
             first_token_s=s.first_token_timeout_ms / 1000,
         )
         try:
-            async with Providers(limits) as providers, background(self._refresh(), self._sweep(), self._retain()):
+            jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine))
+            async with Providers(limits) as providers, background(*jobs):
                 self.engine.providers = providers
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
@@ -171,7 +184,7 @@ class Gateway:
             await self.store.flush()
             try:
                 by_name = await self.store.read(lambda db: store.model_stats(db, days))
-            except sqlite3.Error as error:
+            except store.DatabaseError as error:
                 self.log.write("warning", "statistics", message=str(error))
             else:
                 models = self.engine.router.catalog.models
@@ -201,7 +214,7 @@ class Gateway:
             try:
                 while await self.store.write(lambda db: store.delete_old_rows(db, days)):
                     pass
-            except sqlite3.Error as error:
+            except store.DatabaseError as error:
                 self.log.write("warning", "retention", message=str(error))
             await asyncio.sleep(RETENTION_S)
 
@@ -219,8 +232,9 @@ class Gateway:
             path = scope["path"] = tidy_path(scope["path"])
             headers = dict(scope["headers"])
             self._admit(path, headers)
-            if path == "/v1/chat/completions" and scope["method"] == "POST":
-                await self._serve(exchange, self._chat, headers, receive, send)
+            dialect = self._dialects.get(path) if scope["method"] == "POST" else None
+            if dialect is not None:
+                await self._serve(exchange, dialect, headers, receive, send)
             else:
                 await self._cold({**scope, "app": self}, receive, with_request_id(send, exchange.id))
         except GatewayError as error:
@@ -232,7 +246,8 @@ class Gateway:
         except HTTPException as error:
             code = "method_not_allowed" if error.status_code == 405 else "not_found"
             answer = InvalidRequest(f"{error.detail}: {scope['method']} {path}", code=code, status=error.status_code)
-            await send_error(send, answer, exchange)
+            allow = (error.headers or {}).get("Allow")
+            await send_error(send, answer, exchange, [(b"allow", allow.encode())] if allow else [])
         except ClientGone:
             return
         except Exception as error:  # a defect of ours: the client gets an error, the operator its place
@@ -297,10 +312,17 @@ class Gateway:
             entry["context_window"] = entry["context_length"] = max(m.context_window for m in models)
         return entry
 
+    async def show_response(self, request: Request) -> Response:
+        body = self._responses.show(f"resp_{request.path_params['token']}", time.time())
+        return Response(body, media_type="application/json")
+
+    async def delete_response(self, request: Request) -> Response:
+        return json_response(self._responses.delete(f"resp_{request.path_params['token']}", time.time()))
+
     async def healthz(self, request: Request) -> Response:
         try:
             await self.store.read(store.ping)
-        except sqlite3.Error:
+        except store.DatabaseError:
             return json_response({"status": "database unavailable"}, 503)
         return json_response({"status": "ok"})
 
@@ -315,30 +337,6 @@ async def background(*jobs: Any) -> AsyncIterator[None]:
         finally:
             for task in tasks:
                 task.cancel()
-
-
-async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
-    """The request's body, refused as soon as it is too large."""
-    too_large = InvalidRequest(f"The body is larger than {bytes_max} bytes.", code="request_too_large", status=413)
-    declared = headers.get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > bytes_max:
-        raise too_large
-    pieces: list[bytes] = []
-    size, more = 0, True
-    try:
-        async with asyncio.timeout(BODY_READ_S):
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                pieces.append(message.get("body", b""))
-                size += len(pieces[-1])
-                if size > bytes_max:
-                    raise too_large
-                more = message.get("more_body", False)
-    except TimeoutError:
-        raise InvalidRequest("The body did not arrive in time.", code="request_timeout", status=408) from None
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 def tidy_path(path: str) -> str:
@@ -360,12 +358,13 @@ def credential(headers: dict[bytes, bytes]) -> bytes:
     return b"" if given else headers.get(b"x-api-key", b"") or headers.get(b"api-key", b"")
 
 
+HOST = re.compile(rb"(?:\[([0-9a-f:.]+)\]|([^\[\]:@]*))(?::\d*)?")
+
+
 def host_name(host: bytes) -> str:
-    """A Host header without its port and brackets."""
-    text = host.decode("latin-1").lower()
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0]
+    """A Host header without its port and brackets; empty when it is none."""
+    found = HOST.fullmatch(host.lower())
+    return (found[1] or found[2] or b"").decode("latin-1") if found else ""
 
 
 def with_request_id(send: Send, id: str) -> Send:
@@ -381,10 +380,12 @@ async def not_found(scope: Any, receive: Receive, send: Send) -> None:
     raise HTTPException(404, "Not found")
 
 
-async def send_error(send: Send, error: GatewayError, exchange: Exchange) -> None:
+async def send_error(
+    send: Send, error: GatewayError, exchange: Exchange, more: Sequence[tuple[bytes, bytes]] = ()
+) -> None:
     """The one place where an error becomes a response."""
     body = error.body()
-    headers = [*JSON_HEADERS, (b"content-length", str(len(body)).encode()), *route_headers(exchange)]
+    headers = [*JSON_HEADERS, *more, (b"content-length", str(len(body)).encode()), *route_headers(exchange)]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
     if error.status == 401:
@@ -424,10 +425,11 @@ def uvicorn_config(app: Gateway) -> uvicorn.Config:
 
 def listen(settings: Settings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((settings.host, settings.port))
+        listener.listen(BACKLOG)  # whoever connects from now on waits for the server instead of being refused
     except OSError as error:
         listener.close()
         where = f"GATEWAY_HOST={settings.host!r}, GATEWAY_PORT={settings.port}"

@@ -82,14 +82,17 @@ class GeminiAdapter:
         self._signatures = Signatures()
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request:
-        url, secret = base_url(model, key)
+        url, secret = base_url(model.platform, key)
         action = "streamGenerateContent?alt=sse" if chat.stream else "generateContent"
+        body = Asking(model, chat, self._signatures, self._clock()).body()
+        headers = self.headers(secret, model.quirks)
+        return Request(f"{url}/models/{model.model_id.removeprefix('models/')}:{action}", headers, dump(body))
+
+    def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
         if secret:
             headers["x-goog-api-key"] = secret
-        headers.update(model.quirks.get("headers", ()))
-        body = Asking(model, chat, self._signatures, self._clock()).body()
-        return Request(f"{url}/models/{model.model_id.removeprefix('models/')}:{action}", headers, dump(body))
+        return {**headers, **quirks.get("headers", {})}
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         tally = Tally()

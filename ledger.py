@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from catalog import Model
 
 MINUTE_S, DAY_S = 60.0, 86_400.0
+WAIT_S_MIN = 0.001  # a wait is never rounded to "now": that would be one request too many
 PENALTY_STEP, PENALTY_MAX, PENALTY_DECAY_S = 3.0, 10.0, 120.0  # SPEC 4.6
 
 
@@ -59,7 +60,7 @@ class Ledger:
             return DAY_S - (now + self.utc_offset_s) % DAY_S
         wait_s = 0.0
         if exceeds(model.rpm, len(account.minute) + 1):
-            wait_s = account.minute[0].at + MINUTE_S - now
+            wait_s = max(WAIT_S_MIN, account.minute[0].at + MINUTE_S - now)
         if model.tpm is not None:
             wait_s = max(wait_s, self._tokens_wait_s(account, model.tpm, tokens, now))
         return wait_s
@@ -107,7 +108,7 @@ class Ledger:
                 return 0.0
             used -= entry.tokens
             if used + tokens <= tpm:
-                return entry.at + MINUTE_S - now
+                return max(WAIT_S_MIN, entry.at + MINUTE_S - now)
         return 0.0
 
 

@@ -52,6 +52,7 @@ class Messages:
         self.has_images = False
         self.first_user_text = ""
         self._seen_user = False
+        self._has_calls = False  # or results of some
         self._tool_names = tool_names
         self._waiting: list[str] = []  # ids of tool calls that have no result yet
         self._made_ids: set[str] = set()  # of calls that came without one
@@ -60,7 +61,8 @@ class Messages:
             mended = self._mended(message, f"messages[{index}]")
             if mended is not None:
                 self.mended.append(mended)
-        self.mended = paired(self.mended)
+        if self._has_calls:
+            self.mended = paired(self.mended)
         if not self.mended:
             raise InvalidRequest("'messages' holds only empty turns.", param="messages")
 
@@ -76,7 +78,7 @@ class Messages:
             message = {name: value for name, value in message.items() if value is not None or name == "content"}
         if role in ROLE_ALIASES:
             message = {**message, "role": ROLE_ALIASES[role]}
-        if isinstance(message.get("name"), str):
+        if "name" in message and isinstance(message["name"], str):
             message = self._with_safe_name(message)
         message = self._with_content(message, param)
         if role == "assistant":
@@ -162,6 +164,7 @@ class Messages:
             raise wrong_type(f"{param}.tool_calls", "a list")
         mended = [self._call(call, f"{param}.tool_calls[{index}]") for index, call in enumerate(calls)]
         self._waiting = [call["id"] for call in mended]
+        self._has_calls = True
         same = all(a is b for a, b in zip(calls, mended, strict=True))
         return message if same else {**message, "tool_calls": mended}
 
@@ -187,6 +190,7 @@ class Messages:
     def _tool(self, message: JSON) -> JSON | None:
         """A result belongs to the call it names, else to the first one that waits without a name of its own; an
         orphan is dropped, this one here or one with a name by `paired`."""
+        self._has_calls = True
         call_id = message.get("tool_call_id")
         if call_id:
             if not isinstance(call_id, str):
@@ -204,8 +208,6 @@ class Messages:
 def paired(messages: list[JSON]) -> list[JSON]:
     """Every step's calls directly followed by their results; what has no counterpart is left out, because servers
     refuse it. Images among the results become a user's message behind them: only users may show some."""
-    if not any("tool_calls" in message or message["role"] == "tool" for message in messages):
-        return messages
     order: list[JSON | None] = [*messages]
     results: dict[int, list[JSON]] = {}  # by the place of the message with the calls
     open_calls: dict[str, int] = {}  # call ids without a result yet, and where they stand

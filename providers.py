@@ -18,8 +18,8 @@ from typing import Any, Protocol, Self
 import aiohttp
 
 import faults
-from adapters import OpenAIAdapter, Request, as_chunks, base_url, note, note_completion, well_formed
-from catalog import Key, Model, is_demo
+from adapters import OpenAIAdapter, Request, as_chunks, base_url, failed_generation, note, note_completion, well_formed
+from catalog import Key, Model, Platform, is_demo
 from gemini import GeminiAdapter
 from protection import Failure, UpstreamError, classify
 from router import Route
@@ -69,6 +69,9 @@ class Adapter(Protocol):
     """One wire format."""
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request: ...
+
+    def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
+        """Of every call; the secret is in one of them."""
 
     def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion | None:
         """A whole answer; None when this is none. Raises UpstreamError for one that says it failed."""
@@ -366,8 +369,11 @@ class Providers:
                         request.url, data=request.body, headers=request.headers, allow_redirects=False
                     )
                     if not 200 <= response.status < 300:
-                        raise await refusal(response, route)
-                    if deadline is None:
+                        refused = await error_body(response)
+                        if (rescued := failed_generation(refused, chat)) is None:
+                            raise refusal(response, refused, route)
+                        reply = whole_reply(rescued, adapter, chat, route)
+                    elif deadline is None:
                         reply = whole_reply(await read_body(response.content, b""), adapter, chat, route)
                     else:
                         opening = Opening(self._limits, timer, deadline)
@@ -392,20 +398,36 @@ class Providers:
         route = Route(model, key, None)
         request = self._adapters[model.platform.adapter].request(model, key, CHECK)  # for its headers only
         path = model.quirks.get("check_path", "/models")
-        url = base_url(model, key)[0] + (path or "/models")
+        url = base_url(model.platform, key)[0] + (path or "/models")
         try:
             async with (
                 asyncio.timeout(min(CHECK_S, self._limits.request_s)),
                 self._http.get(url, headers=request.headers, allow_redirects=False) as response,
             ):
                 if not 200 <= response.status < 300:
-                    raise await refusal(response, route)
+                    raise refusal(response, await error_body(response), route)
                 raw = await read_body(response.content, b"")
                 if not raw.lstrip().startswith(b"["):  # some give a bare list
                     parsed_answer(raw, route)
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             raise no_answer(error, route, None) from None
         return bool(path)
+
+    async def list_models(self, platform: Platform, key: Key) -> object:
+        """What GET {base_url}/models says; discovery.py reads it. Raises UpstreamError, or ValueError for no JSON."""
+        url, secret = base_url(platform, key)
+        headers = self._adapters[platform.adapter].headers(secret, platform.quirks)
+        try:
+            async with (
+                asyncio.timeout(min(CHECK_S, self._limits.request_s)),
+                self._http.get(f"{url}/models", headers=headers, allow_redirects=False) as response,
+            ):
+                raw = await read_body(response.content, b"")
+        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+            raise UpstreamError(Failure.CONNECTION, type(error).__name__) from None
+        if not 200 <= response.status < 300:
+            raise UpstreamError(Failure.WRAPPED, f"HTTP {response.status}", status=response.status)
+        return load_lenient(raw)
 
 
 def no_answer(error: Exception, route: Route, deadline: float | None) -> UpstreamError:
@@ -430,16 +452,20 @@ async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int 
     return b"".join(pieces)
 
 
-async def refusal(response: aiohttp.ClientResponse, route: Route) -> UpstreamError:
-    """The failure that a status other than 2xx means."""
+async def error_body(response: aiohttp.ClientResponse) -> object:
+    """What came with a status other than 2xx: JSON, words, or nothing worth reading."""
     raw = b""
     while len(raw) < ERROR_BYTES_MAX and (data := await response.content.readany()):
         raw += data
     try:
-        body: object = load_lenient(raw)
+        return load_lenient(raw)
     except ValueError:
         words = raw[:300].decode(errors="replace").strip()
-        body = None if not words or words.startswith("<") else words
+        return None if not words or words.startswith("<") else words
+
+
+def refusal(response: aiohttp.ClientResponse, body: object, route: Route) -> UpstreamError:
+    """The failure that a status other than 2xx means."""
     fault = faults.read(body, route.model.quirks)
     return named_failure(response.status, fault, response.headers, body, route)
 

@@ -30,8 +30,9 @@ CREATE TABLE fallback_config (
 );
 
 -- Credentials, AES-256-GCM with a random 96-bit iv each. `fingerprint` is a keyed hash, to know a key again unread.
+-- AUTOINCREMENT: what is remembered of a deleted key's id must never be taken for another key's.
 CREATE TABLE api_keys (
-    id            INTEGER PRIMARY KEY,
+    id            INTEGER PRIMARY KEY AUTOINCREMENT,
     platform      TEXT NOT NULL,
     label         TEXT NOT NULL DEFAULT '',
     encrypted_key BLOB NOT NULL,

@@ -360,6 +360,7 @@ def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform], warnin
         priority=0,
         in_chain=True,
         quirks={**platform.quirks, **checked_quirks(fields.get("quirks", {}), label, warnings)},
+        discovered=fields.get("discovered", False),
     )
 
 

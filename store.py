@@ -38,6 +38,8 @@ CLOSE_S = 5.0  # for the last rows, when the database is locked while we stop
 BUSY_MS = 250  # SQLite's own wait for another process's lock
 TAG_BYTES, IV_BYTES = 16, 12
 T = TypeVar("T")
+Connection = sqlite3.Connection  # for the types of what others hand to `write` and `read`
+DatabaseError = sqlite3.Error  # what `write` and `read` raise when the database is locked, full or broken
 
 
 class StoreError(Exception):

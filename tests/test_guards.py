@@ -223,7 +223,8 @@ WAYS_OUT: dict[str, tuple[bool, Reply, bool]] = {
 
 @pytest.mark.parametrize(("streaming", "reply", "leaves"), WAYS_OUT.values(), ids=WAYS_OUT)
 async def test_the_guard_ends_on_every_way_out(start_gateway, fake, streaming, reply, leaves):
-    short = {} if leaves else {"REQUEST_TIMEOUT_MS": "150", "MAX_STREAM_STALL_MS": "100"}
+    times_out = PAUSE in reply.steps and not leaves
+    short = {"REQUEST_TIMEOUT_MS": "300", "MAX_STREAM_STALL_MS": "300"} if times_out else {}
     gateway = await start_gateway(one_model("provider-ban"), {**NO_THREAD_COOLDOWN, **short})
     begin, first = asyncio.Event(), len(fake.requests)
     fake.script("a", raw(Wait(begin), *reply.steps), answer("fine"))

@@ -46,7 +46,8 @@ SHELL = {
 TOP = {
     "exchange": set(CORE) | {"eventlog", "metrics", "providers", "settings", "store"},
     "admin": {"exchange", "store", "analytics", "controls", "metrics", "settings"} | set(CORE),
-    "gateway": {"exchange", "admin"} | set(CORE) | set(SHELL),
+    "discovery": {"catalog", "exchange", "protection", "settings", "store"},
+    "gateway": {"exchange", "admin", "discovery"} | set(CORE) | set(SHELL),
 }
 ALLOWED = CORE | SHELL | TOP
 

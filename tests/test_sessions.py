@@ -39,6 +39,10 @@ def failing_once(model: str, reply: Reply):
     return reply_to
 
 
+def settings_for(reply: Reply) -> dict[str, str]:
+    return AT_ONCE | ({"MAX_STREAM_STALL_MS": "200"} if PAUSE in reply.steps else {})
+
+
 async def rested(gateway) -> None:
     """Wait until nothing but sessions remembers what has happened."""
     await gateway.uncooled()
@@ -116,12 +120,9 @@ async def ask(gateway, fake, session: str, model: str = "auto-smart", **fields) 
     return served(fake)
 
 
-STALLING = {**AT_ONCE, "MAX_STREAM_STALL_MS": "100"}
-
-
 @failings
 async def test_a_provider_ban_keeps_the_session_away_and_nobody_else(start_gateway, fake, failing):
-    gateway = await start_gateway(two_models("provider-ban"), STALLING)
+    gateway = await start_gateway(two_models("provider-ban"), settings_for(failing.reply))
     await meet(gateway, fake, failing)
     if failing.mid:
         assert await pinned(gateway) == []
@@ -139,7 +140,7 @@ async def test_a_provider_ban_keeps_the_session_away_and_nobody_else(start_gatew
 
 @failings
 async def test_model_skip_skips_the_model_and_bans_nothing(start_gateway, fake, failing):
-    gateway = await start_gateway(two_models("model-skip"), STALLING)
+    gateway = await start_gateway(two_models("model-skip"), settings_for(failing.reply))
     await meet(gateway, fake, failing)
     if not failing.mid:
         assert served(fake) == [A1, A2]
@@ -152,7 +153,7 @@ async def test_model_skip_skips_the_model_and_bans_nothing(start_gateway, fake, 
 
 @failings
 async def test_off_retries_nothing_in_the_request_and_costs_the_session_nothing(start_gateway, fake, failing):
-    gateway = await start_gateway(two_models("off"), STALLING)
+    gateway = await start_gateway(two_models("off"), settings_for(failing.reply))
     await meet(gateway, fake, failing)
     if not failing.mid:
         assert served(fake) == [A1, A2]
@@ -347,13 +348,12 @@ async def test_balanced_and_priority_know_no_sessions(start_gateway, fake, mode,
     keys = ["sk-a-secret-0001", "sk-a-secret-0002"]
     gateway = await start_gateway({"a": {"protection": "provider-ban", "keys": keys}}, AT_ONCE)
     await gateway.ask("hi", streaming=streaming, model="auto-smart", headers=headers)
-    session_key, fake.requests = fake.requests[0].key, []
+    fake.clear()
 
     for _ in range(4):
         await gateway.ask("hi", streaming=streaming, model=f"auto-{mode}", headers=headers)
 
     assert sorted(request.key for request in fake.requests) == sorted(keys * 2)  # its turn, not the session's key
-    assert session_key in keys
 
     fake.script("a", error(404), answer("fine"))
     assert (await gateway.ask("hi", streaming=streaming, model=f"auto-{mode}", headers=headers)).status == 502
@@ -425,7 +425,7 @@ TRANSIENT = {
 
 @pytest.mark.parametrize(("reply", "streaming"), TRANSIENT.values(), ids=TRANSIENT)
 async def test_after_a_transient_failure_everybody_is_sent_elsewhere_for_a_while(start_gateway, fake, reply, streaming):
-    settings = {**STALLING, "TRANSIENT_COOLDOWN_MS": "60000"}
+    settings = {**settings_for(reply), "TRANSIENT_COOLDOWN_MS": "60000"}
     gateway = await start_gateway({"a": {"model": SMART}, "b": {}}, settings)
     fake.script("a", reply)
     await gateway.ask("first", streaming=streaming, model="auto-smart")

@@ -1,0 +1,608 @@
+"""The admin API: what it shows, what it refuses, and that a change holds from the next request on."""
+
+import asyncio
+import json
+import sqlite3
+import time
+
+import pytest
+from conftest import IN_ORDER, default_key
+from fake_provider import PAUSE, Wait, answer, body, completion, error, raw
+
+NEW_KEY = "sk-brand-new-key-0042"
+
+
+async def send(gateway, method: str, path: str, content: object = None):
+    """One call with a JSON body; gives its status and its JSON."""
+    data = content if isinstance(content, bytes) else json.dumps(content).encode()
+    headers = {"authorization": f"Bearer {gateway.api_key}"}
+    async with gateway.http.request(method, gateway.base_url + path, data=data, headers=headers) as response:
+        raw_body = await response.read()
+        return response.status, json.loads(raw_body)
+
+
+async def get(gateway, path: str):
+    answer = await gateway.get(path)
+    assert answer.status == 200, answer.body
+    return answer.json
+
+
+async def add_key(gateway, platform: str = "a", key: str = NEW_KEY, **more):
+    status, added = await send(gateway, "POST", "/api/keys", {"platform": platform, "key": key, **more})
+    assert status == 201, added
+    return added
+
+
+async def chain(gateway) -> dict[str, dict]:
+    return {entry["model_id"]: entry for entry in await get(gateway, "/api/fallback")}
+
+
+def order(entries) -> list[str]:
+    """The test's own models in the order of the chain."""
+    return [entry["model_id"] for entry in entries if entry["model_id"] in ("a-model", "b-model", "c-model")]
+
+
+# --- What is shown --------------------------------------------------------------------------------------------------
+
+
+async def test_status_counts_what_there_is(start_gateway):
+    gateway = await start_gateway(["a", "b"])
+    status = await get(gateway, "/api/status")
+    assert status.keys() == {
+        "version", "uptime_s", "platforms", "models", "keys", "routable_models", "log_queue", "log_dropped",
+    }  # fmt: skip
+    assert (status["keys"], status["routable_models"], status["log_dropped"]) == (2, 2, 0)
+
+
+async def test_platforms_are_listed_with_their_level_in_force_and_their_keys(start_gateway):
+    gateway = await start_gateway({"a": {"keys": ["sk-one-0000001", "sk-two-0000002"]}, "b": {"keys": []}},
+                                  {"THREAD_PROTECTION_PLATFORMS": "b:off"})  # fmt: skip
+    listed = {platform["id"]: platform for platform in await get(gateway, "/api/platforms")}
+    assert listed["a"].keys() == {
+        "id", "name", "adapter", "base_url", "keyless", "protection", "keys", "signup_url",
+    }  # fmt: skip
+    assert (listed["a"]["keys"], listed["a"]["protection"]) == (2, "model-skip")
+    assert (listed["b"]["keys"], listed["b"]["protection"]) == (0, "off")
+
+
+async def test_keys_are_shown_masked_and_never_whole(start_gateway):
+    gateway = await start_gateway(["a"])
+    added = await add_key(gateway, label="mine")
+    listed = (await gateway.get("/api/keys")).json
+    assert [key["label"] for key in listed] == ["a-0", "mine"]
+    assert listed[1] == added
+    assert added.keys() == {
+        "id", "platform", "label", "masked", "status", "enabled", "last_error", "created_at",
+    }  # fmt: skip
+    assert added["masked"] == "sk-…0042"
+    assert (added["status"], added["enabled"], added["last_error"]) == ("unknown", True, None)
+    for path in ("/api/keys", "/api/platforms", "/api/status", "/api/protection", "/metrics", "/api/requests"):
+        assert NEW_KEY.encode() not in (await gateway.get(path)).body
+
+
+async def test_the_chain_shows_what_routing_knows_of_each_model(start_gateway, fake):
+    gateway = await start_gateway({"a": {"keys": ["sk-one-0000001", "sk-two-0000002"]}, "b": {"keys": []}},
+                                  {"STATS_REFRESH_MS": "20"})  # fmt: skip
+    await gateway.chat()
+    async with asyncio.timeout(3):
+        while (first := (await chain(gateway))["a-model"])["total"] == 0:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    assert first.keys() == {
+        "model_db_id", "platform", "model_id", "display_name", "priority", "enabled", "pool", "intelligence_rank",
+        "speed_rank", "score", "success_rate", "total", "tok_per_sec", "avg_ttfb_ms", "penalty", "usable_keys",
+        "cooldown_ms",
+    }  # fmt: skip
+    assert (first["success_rate"], first["total"], first["usable_keys"], first["cooldown_ms"]) == (1.0, 1, 2, 0)
+    assert first["tok_per_sec"] > 0
+    second = (await chain(gateway))["b-model"]
+    assert (second["success_rate"], second["total"], second["usable_keys"]) == (None, 0, 0)
+    assert first["score"] > second["score"]
+
+
+async def test_the_chain_shows_cooldowns_and_penalties(start_gateway, fake):
+    gateway = await start_gateway(["a", "b", "c"])
+    fake.script("a", error(503))
+    fake.script("b", error(429, headers={"retry-after": "60"}))
+    await gateway.chat()
+    shown = await chain(gateway)
+    assert 0 < shown["a-model"]["cooldown_ms"] <= 15_000
+    assert shown["b-model"]["usable_keys"] == 0
+    assert shown["b-model"]["penalty"] > 0
+    assert shown["c-model"]["cooldown_ms"] == 0
+
+
+async def test_protection_shows_sessions_by_model(start_gateway):
+    gateway = await start_gateway(["a"])
+    await gateway.chat("one", model="auto-smart")
+    await gateway.chat("two", model="auto-smart")
+    sessions = (await gateway.protection())["sessions"]
+    assert sessions == {"count": 2, "by_model": [{"platform": "a", "model_id": "a-model", "count": 2}]}
+
+
+async def test_clearing_the_cooldowns_makes_everything_routable_at_once(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", error(503), answer("a again"))
+    fake.script("b", error(429), answer("b again"))
+    assert (await gateway.chat()).status == 502
+    assert await gateway.cooled_models() and await gateway.cooled_keys()
+    assert await send(gateway, "DELETE", "/api/protection/cooldowns") == (200, {"cleared": 2})
+    assert not await gateway.cooled_models() and not await gateway.cooled_keys()
+    assert (await gateway.chat()).text == "a again"
+
+
+# --- Analytics ------------------------------------------------------------------------------------------------------
+
+
+def write_rows(db, rows) -> None:
+    """Rows straight into the log: (request_id, hours ago, platform, status, latency_ms, ttfb_ms, output_tokens)."""
+    with sqlite3.connect(db) as connection:
+        for request_id, hours_ago, platform, status, latency_ms, ttfb_ms, tokens in rows:
+            at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(time.time() - hours_ago * 3600))
+            connection.execute(
+                "INSERT INTO requests (request_id, created_at, platform, model_id, status, latency_ms, ttfb_ms, "
+                "input_tokens, output_tokens, attempt, streamed) VALUES (?, ?, ?, ?, ?, ?, ?, 10, ?, 1, 0)",
+                (request_id, at, platform, f"{platform}-model", status, latency_ms, ttfb_ms, tokens),
+            )
+    connection.close()
+
+
+async def test_analytics_count_requests_by_their_last_attempt_and_time_by_successes(start_gateway):
+    gateway = await start_gateway(["a", "b"])
+    rows = [("r1", 2, "a", "error", 9000, None, 0), ("r1", 2, "b", "success", 1000, 100, 50)]
+    rows += [(f"s{n}", 1, "b", "success", n * 10, n, 1) for n in range(1, 20)]
+    rows += [("r2", 1, "a", "error", 7000, None, 0), ("r3", 1, "a", "cancelled", 5, None, 0)]
+    rows += [("old", 25, "a", "success", 123_456, 123_456, 1)]
+    write_rows(gateway.db, rows)
+    report = await get(gateway, "/api/analytics?window=24h")
+    assert report["totals"] == {
+        "requests": 22, "successes": 20, "errors": 1, "cancelled": 1, "input_tokens": 230, "output_tokens": 69,
+        "p50_ms": 100, "p95_ms": 190, "ttfb_p50_ms": 10, "ttfb_p95_ms": 19,
+    }  # fmt: skip
+    assert [(e["platform"], e["attempts"], e["successes"], e["errors"]) for e in report["by_platform"]] == [
+        ("b", 20, 20, 0),
+        ("a", 3, 0, 2),
+    ]
+    assert report["by_model"][0]["model_id"] == "b-model"
+    assert report["by_model"][1]["p50_ms"] is None
+    assert (await get(gateway, "/api/analytics?window=7d"))["totals"]["requests"] == 23
+
+
+@pytest.mark.parametrize(("window", "points"), [("24h", 25), ("7d", 29), ("30d", 31), ("90d", 31)])
+async def test_a_series_has_a_point_for_every_step_and_adds_up(start_gateway, window, points):
+    gateway = await start_gateway(["a"])
+    write_rows(gateway.db, [(f"r{n}", n, "a", "success", 5, 5, 2) for n in range(24)])
+    write_rows(gateway.db, [("bad", 3, "a", "error", 5, None, 0)])
+    report = await get(gateway, f"/api/analytics?window={window}")
+    assert len(report["series"]) in (points - 1, points)
+    assert report["series"][0].keys() == {"start", "requests", "errors", "output_tokens", "p50_ms"}
+    for name, total in (("requests", 25), ("errors", 1), ("output_tokens", 48)):
+        assert sum(point[name] for point in report["series"]) == report["totals"][name] == total
+    starts = [point["start"] for point in report["series"]]
+    assert starts == sorted(set(starts))
+
+
+async def test_analytics_of_an_empty_log_are_zeros(start_gateway):
+    gateway = await start_gateway(["a"])
+    report = await get(gateway, "/api/analytics")
+    assert report["window"] == "24h"
+    assert report["totals"]["requests"] == 0
+    assert report["totals"]["p50_ms"] is None
+    assert report["by_model"] == []
+    assert {point["requests"] for point in report["series"]} == {0}
+    assert "a-model" in [score["model_id"] for score in report["scores"]]
+
+
+async def test_a_row_from_the_future_breaks_no_chart(start_gateway):
+    gateway = await start_gateway(["a"])
+    write_rows(gateway.db, [("r1", -2, "a", "success", 5, 5, 2), ("r2", -1e5, "a", "success", 5, 5, 2)])
+    report = await get(gateway, "/api/analytics?window=24h")
+    assert report["totals"]["requests"] == 2
+    assert len(report["series"]) <= 1001
+
+
+# --- Keys -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_key_added_serves_the_next_request_and_a_deleted_one_does_not(start_gateway, fake):
+    gateway = await start_gateway({"a": {"keys": []}, "b": {}})
+    assert (await gateway.chat()).text == "hello from b"
+    added = await add_key(gateway)
+    assert (await gateway.chat()).text == "hello from a"
+    assert fake.requests[-1].key == NEW_KEY
+    assert await send(gateway, "DELETE", f"/api/keys/{added['id']}") == (200, {"id": added["id"], "deleted": True})
+    assert (await gateway.chat()).text == "hello from b"
+    assert [key["platform"] for key in await get(gateway, "/api/keys")] == ["b"]
+
+
+async def test_a_key_switched_off_rests_until_it_is_switched_on(start_gateway):
+    gateway = await start_gateway(["a", "b"])
+    (key, _) = await get(gateway, "/api/keys")
+    status, changed = await send(gateway, "PATCH", f"/api/keys/{key['id']}", {"enabled": False, "label": "spare"})
+    assert (status, changed["enabled"], changed["label"]) == (200, False, "spare")
+    assert (await gateway.chat()).text == "hello from b"
+    await send(gateway, "PATCH", f"/api/keys/{key['id']}", {"enabled": True})
+    assert (await gateway.chat()).text == "hello from a"
+
+
+async def test_an_invalid_key_is_tried_again_when_its_status_is_made_unknown(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", error(401, "no such key"), answer("well again"))
+    assert (await gateway.chat()).text == "hello from b"
+    (key, _) = await get(gateway, "/api/keys")
+    assert (key["status"], key["last_error"]) == ("invalid", "no such key")
+    assert (await gateway.chat()).text == "hello from b"
+    status, key = await send(gateway, "PATCH", f"/api/keys/{key['id']}", {"status": "unknown"})
+    assert (status, key["status"], key["last_error"]) == (200, "unknown", None)
+    assert (await gateway.chat()).text == "well again"
+
+
+async def test_a_key_given_twice_is_one_row_that_is_switched_on_again(start_gateway):
+    gateway = await start_gateway({"a": {"keys": []}, "b": {}})
+    added = await add_key(gateway, label="first")
+    await send(gateway, "PATCH", f"/api/keys/{added['id']}", {"enabled": False})
+    status, again = await send(gateway, "POST", "/api/keys", {"platform": "a", "key": f"Bearer {NEW_KEY}"})
+    assert (status, again) == (200, added)
+    assert len(await get(gateway, "/api/keys")) == 2
+    assert (await gateway.chat()).text == "hello from a"
+
+
+async def test_a_new_key_inherits_nothing_from_a_deleted_one(start_gateway, fake):
+    gateway = await start_gateway({"b": {}, "a": {"keys": [], "model": {"rpm": 1}}})
+    fake.script("b", error(400))
+    fake.script("a", error(429, headers={"retry-after": "600"}), answer("fresh"))
+    old = await add_key(gateway)
+    assert (await gateway.chat()).status != 200
+    assert [c["key_id"] for c in (await gateway.protection())["key_cooldowns"]] == [old["id"]]
+    await send(gateway, "DELETE", f"/api/keys/{old['id']}")
+    assert (await gateway.protection())["key_cooldowns"] == []
+    new = await add_key(gateway, key="sk-another-key-0043")
+    assert new["id"] != old["id"]
+    assert (await gateway.chat()).text == "fresh"
+
+
+async def test_a_request_that_runs_on_a_deleted_key_ends_well(start_gateway, fake):
+    gateway = await start_gateway({"a": {"keys": []}, "b": {}})
+    added = await add_key(gateway)
+    go = asyncio.Event()
+    fake.script("a", raw(Wait(go), *completion("late").steps))
+    asking = asyncio.create_task(gateway.chat())
+    await fake.arrived()
+    await send(gateway, "DELETE", f"/api/keys/{added['id']}")
+    go.set()
+    assert (await asking).text == "late"
+    assert (await gateway.chat()).text == "hello from b"
+
+
+async def test_the_first_key_ends_the_demo_and_the_last_one_gone_brings_it_back(start_gateway):
+    gateway = await start_gateway({"a": {"keys": []}})
+    assert (await gateway.chat(model="auto")).headers["x-routed-via"] == "demo/demo"
+    added = await add_key(gateway)
+    assert (await gateway.chat(model="auto")).text == "hello from a"
+    await send(gateway, "DELETE", f"/api/keys/{added['id']}")
+    assert (await gateway.chat(model="auto")).headers["x-routed-via"] == "demo/demo"
+
+
+@pytest.mark.parametrize(
+    ("content", "param", "code"),
+    [
+        ({"platform": "a"}, "key", "missing_field"),
+        ({"key": NEW_KEY}, "platform", "missing_field"),
+        ({"platform": "nowhere", "key": NEW_KEY}, "platform", "unknown_platform"),
+        ({"platform": "a", "key": "sk-two\nlines"}, "key", "invalid_key"),
+        ({"platform": "a", "key": "sk-line-end\n"}, "key", "invalid_key"),
+        ({"platform": "a", "key": "sk with blanks"}, "key", "invalid_key"),
+        ({"platform": "a", "key": "   "}, "key", "invalid_key"),
+        ({"platform": "a", "key": ""}, "key", "invalid_key"),
+        ({"platform": "a", "key": "sk-ümläut"}, "key", "invalid_key"),
+        ({"platform": "a", "key": "x" * 5000}, "key", "invalid_key"),
+        ({"platform": "a", "key": 5}, "key", "invalid_type"),
+        ({"platform": "a", "key": None}, "key", "invalid_type"),
+        ({"platform": ["a"], "key": NEW_KEY}, "platform", "invalid_type"),
+        ({"platform": "a", "key": NEW_KEY, "label": 1}, "label", "invalid_type"),
+        ({"platform": "a", "key": NEW_KEY, "label": "x" * 101}, "label", "invalid_value"),
+        ({"platform": "a", "key": NEW_KEY, "label": "env:FAKE"}, "label", None),
+        ({"platform": "a", "key": NEW_KEY, "colour": "red"}, "colour", "unknown_field"),
+        ([{"platform": "a", "key": NEW_KEY}], None, "invalid_type"),
+        (b"{not json", None, "invalid_json"),
+        (b"", None, "invalid_json"),
+        (b'{"platform": "a", "key": NaN}', None, "invalid_json"),
+    ],
+)
+async def test_a_key_that_cannot_be_right_is_refused_and_never_quoted(start_gateway, content, param, code):
+    gateway = await start_gateway(["a"])
+    status, answered = await send(gateway, "POST", "/api/keys", content)
+    found = answered["error"]
+    assert (status, found["type"], found["param"], found["code"]) == (400, "invalid_request_error", param, code)
+    if isinstance(content, dict) and isinstance(content.get("key"), str) and len(content["key"].strip()) > 3:
+        assert content["key"].strip() not in json.dumps(answered, ensure_ascii=False)
+    assert len(await get(gateway, "/api/keys")) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "param"),
+    [
+        ({"enabled": 1}, "enabled"),
+        ({"enabled": "yes"}, "enabled"),
+        ({"enabled": None}, "enabled"),
+        ({"status": "healthy"}, "status"),
+        ({"status": True}, "status"),
+        ({"label": []}, "label"),
+        ({"key": "sk-other-key-0001"}, "key"),
+        ("enabled", None),
+    ],
+)
+async def test_a_bad_change_to_a_key_changes_nothing(start_gateway, content, param):
+    gateway = await start_gateway(["a"])
+    before = await get(gateway, "/api/keys")
+    status, answered = await send(gateway, "PATCH", f"/api/keys/{before[0]['id']}", content)
+    assert (status, answered["error"]["type"], answered["error"]["param"]) == (400, "invalid_request_error", param)
+    assert await get(gateway, "/api/keys") == before
+
+
+async def test_a_body_beyond_all_reason_is_refused(start_gateway):
+    gateway = await start_gateway(["a"])
+    status, answered = await send(gateway, "POST", "/api/keys", b" " * 1_100_000)
+    assert (status, answered["error"]["code"]) == (413, "request_too_large")
+
+
+# --- Checking a key -------------------------------------------------------------------------------------------------
+
+MODELS = body({"object": "list", "data": [{"id": "a-model"}]})
+
+
+@pytest.mark.parametrize(
+    ("reply", "status", "last_error"),
+    [
+        (MODELS, "healthy", None),
+        (body([{"id": "a-model"}]), "healthy", None),
+        (error(401, "no such key"), "invalid", "no such key"),
+        (error(429, "slow down"), "rate_limited", "slow down"),
+        (error(503, "we are sorry"), "unknown", "we are sorry"),
+        (body({"error": {"message": "wrapped", "code": 401}}), "invalid", "wrapped"),
+        (body("<html>"), "unknown", "The provider's answer is not JSON."),
+        (body("", status=302, headers={"location": "http://127.0.0.1:1/"}), "unknown", ...),
+        (error(401, f"key {default_key('a')} is wrong"), "invalid", ...),
+    ],
+)
+async def test_a_check_asks_for_models_only_and_notes_what_it_learns(start_gateway, fake, reply, status, last_error):
+    gateway = await start_gateway(["a"])
+    fake.script("a", reply)
+    (before,) = await get(gateway, "/api/keys")
+    code, checked = await send(gateway, "POST", f"/api/keys/{before['id']}/check")
+    assert (code, checked["status"]) == (200, status)
+    assert last_error is ... or checked["last_error"] == last_error
+    assert default_key("a") not in json.dumps(checked)
+    (asked,) = fake.requests
+    assert (asked.method, asked.path, asked.key) == ("GET", "/a/v1/models", default_key("a"))
+    assert await get(gateway, "/api/keys") == [checked]
+    assert (await get(gateway, "/api/requests"))["rows"] == []
+
+
+async def test_a_check_of_a_key_ends_in_time(start_gateway, fake):
+    gateway = await start_gateway(["a"], {"REQUEST_TIMEOUT_MS": "50"})
+    fake.script("a", raw(PAUSE))
+    (key,) = await get(gateway, "/api/keys")
+    _, checked = await send(gateway, "POST", f"/api/keys/{key['id']}/check")
+    assert (checked["status"], checked["last_error"]) == ("unknown", "The provider did not answer in time.")
+
+
+async def test_a_list_of_models_that_everyone_gets_proves_no_key(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"check_path": ""}}, "b": {"quirks": {"check_path": "/../key"}}})
+    fake.script("a", MODELS, error(401, "not even a list"))
+    fake.script("b", MODELS)
+    first, second = await get(gateway, "/api/keys")
+    _, checked = await send(gateway, "POST", f"/api/keys/{first['id']}/check")
+    assert (checked["status"], checked["last_error"]) == ("unknown", None)
+    _, checked = await send(gateway, "POST", f"/api/keys/{first['id']}/check")
+    assert checked["status"] == "invalid"
+    _, checked = await send(gateway, "POST", f"/api/keys/{second['id']}/check")
+    assert (checked["status"], fake.requests[-1].path) == ("healthy", "/b/key")
+
+
+async def test_a_check_that_succeeds_brings_an_invalid_key_back(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", error(401), MODELS, answer("back"))
+    await gateway.chat()
+    key, _ = await get(gateway, "/api/keys")
+    assert (await send(gateway, "POST", f"/api/keys/{key['id']}/check"))[1]["status"] == "healthy"
+    assert (await gateway.chat()).text == "back"
+
+
+# --- Models and the chain -------------------------------------------------------------------------------------------
+
+
+async def test_a_model_switched_off_is_gone_from_the_next_request_on(start_gateway):
+    gateway = await start_gateway(["a", "b"])
+    model = next(m for m in await get(gateway, "/api/models") if m["model_id"] == "a-model")
+    status, changed = await send(gateway, "PATCH", f"/api/models/{model['id']}", {"enabled": False})
+    assert (status, changed) == (200, model | {"enabled": False})
+    assert (await gateway.chat()).text == "hello from b"
+    assert (await gateway.chat(model="a-model")).error["code"] == "model_not_found"
+    assert "a-model" not in [m["id"] for m in (await get(gateway, "/v1/models"))["data"]]
+    await send(gateway, "PATCH", f"/api/models/{model['id']}", {"enabled": True})
+    assert (await gateway.chat()).text == "hello from a"
+
+
+@pytest.mark.parametrize("content", [{}, {"enabled": 0}, {"enabled": True, "platform": "b"}, [], b"\xff"])
+async def test_a_bad_change_to_a_model_is_refused(start_gateway, content):
+    gateway = await start_gateway(["a"])
+    model = next(m for m in await get(gateway, "/api/models") if m["model_id"] == "a-model")
+    status, answered = await send(gateway, "PATCH", f"/api/models/{model['id']}", content)
+    assert (status, answered["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_the_chain_can_be_put_into_another_order(start_gateway):
+    gateway = await start_gateway(["a", "b", "c"])
+    before = await get(gateway, "/api/fallback")
+    assert order(before) == ["a-model", "b-model", "c-model"]
+    last = next(entry for entry in before if entry["model_id"] == "c-model")
+    reordered = [last, *(entry for entry in before if entry is not last)]
+    wanted = [{"model_db_id": e["model_db_id"], "priority": n} for n, e in enumerate(reordered, 1)]
+    status, after = await send(gateway, "PUT", "/api/fallback", wanted)
+    assert (status, order(after)) == (200, ["c-model", "a-model", "b-model"])
+    assert [entry["priority"] for entry in after] == list(range(1, len(after) + 1))
+    assert (await gateway.chat()).text == "hello from c"
+
+
+async def test_a_model_taken_out_of_the_chain_still_serves_those_who_name_it(start_gateway):
+    gateway = await start_gateway(["a", "b"])
+    first = (await chain(gateway))["a-model"]
+    status, after = await send(
+        gateway, "PUT", "/api/fallback", [{"model_db_id": first["model_db_id"], "enabled": False}]
+    )
+    shown = {entry["model_id"]: entry for entry in after}["a-model"]
+    assert (status, shown["enabled"], shown["priority"], shown["score"]) == (200, False, first["priority"], None)
+    assert shown["pool"] in ("fast", "balanced", "smart")
+    assert (await gateway.chat()).text == "hello from b"
+    assert (await gateway.chat(model="a-model")).text == "hello from a"
+
+
+async def test_a_priority_that_is_taken_moves_the_others_on(start_gateway):
+    gateway = await start_gateway(["a", "b", "c"])
+    shown = await chain(gateway)
+    status, after = await send(
+        gateway, "PUT", "/api/fallback", [{"model_db_id": shown["c-model"]["model_db_id"], "priority": 1}]
+    )
+    assert status == 200
+    assert order(after) == ["c-model", "a-model", "b-model"]
+    assert len({entry["priority"] for entry in after}) == len(after)
+    assert (await gateway.chat()).text == "hello from c"
+
+
+@pytest.mark.parametrize(
+    ("bad", "param"),
+    [
+        ({"model_db_id": 999_999, "enabled": False}, "[1].model_db_id"),
+        ({"model_db_id": 2**70}, "[1].model_db_id"),
+        ({"enabled": False}, "[1].model_db_id"),
+        ({"model_db_id": "2"}, "[1].model_db_id"),
+        ({"model_db_id": True}, "[1].model_db_id"),
+        ({"model_db_id": ..., "priority": -1}, "[1].priority"),
+        ({"model_db_id": ..., "priority": 1.5}, "[1].priority"),
+        ({"model_db_id": ..., "priority": 10**10}, "[1].priority"),
+        ({"model_db_id": ..., "enabled": "no"}, "[1].enabled"),
+        ({"model_db_id": ..., "score": 1}, "[1].score"),
+        ("b-model", "[1]"),
+        ("the first again", "model_db_id"),
+    ],
+)
+async def test_one_bad_entry_and_the_chain_stays_as_it_was(start_gateway, bad, param):
+    gateway = await start_gateway(["a", "b"])
+    before = await get(gateway, "/api/fallback")
+    good = {"model_db_id": before[0]["model_db_id"], "enabled": False, "priority": 99}
+    if isinstance(bad, dict):
+        bad = {name: before[1]["model_db_id"] if value is ... else value for name, value in bad.items()}
+    status, answered = await send(gateway, "PUT", "/api/fallback", [good, good if bad == "the first again" else bad])
+    assert (status, answered["error"]["type"], answered["error"]["param"]) == (400, "invalid_request_error", param)
+    assert await get(gateway, "/api/fallback") == before
+
+
+@pytest.mark.parametrize("content", [{}, {"model_db_id": 1}, "x", 5, None])
+async def test_a_chain_that_is_no_list_is_refused(start_gateway, content):
+    gateway = await start_gateway(["a"])
+    status, answered = await send(gateway, "PUT", "/api/fallback", content)
+    assert (status, answered["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_an_empty_list_changes_nothing(start_gateway):
+    gateway = await start_gateway(["a", "b"])
+    before = await get(gateway, "/api/fallback")
+    assert await send(gateway, "PUT", "/api/fallback", []) == (200, before)
+
+
+async def test_changes_survive_a_restart(start_gateway):
+    gateway = await start_gateway(["a", "b"])
+    shown = await chain(gateway)
+    await send(gateway, "PUT", "/api/fallback", [{"model_db_id": shown["b-model"]["model_db_id"], "priority": 0}])
+    await add_key(gateway)
+    await gateway.stop()
+    gateway = await start_gateway(["a", "b"])
+    assert (await gateway.chat()).text == "hello from b"
+    assert len(await get(gateway, "/api/keys")) == 3
+
+
+async def test_changes_in_the_midst_of_traffic_fail_no_request(start_gateway):
+    gateway = await start_gateway(["a", "b", "c"])
+    shown = await chain(gateway)
+    ids = [shown[f"{name}-model"]["model_db_id"] for name in "abc"]
+
+    async def meddle():
+        for turn in range(10):
+            await send(gateway, "PUT", "/api/fallback", [{"model_db_id": ids[turn % 3], "priority": 0}])
+            await send(gateway, "PATCH", f"/api/models/{ids[turn % 2]}", {"enabled": bool(turn % 4 < 2)})
+            added = await add_key(gateway, key=f"sk-passing-{turn:06}")
+            await send(gateway, "DELETE", f"/api/keys/{added['id']}")
+
+    answers = await asyncio.gather(meddle(), *(gateway.ask(model=IN_ORDER, streaming=n % 2 == 0) for n in range(60)))
+    assert {answered.status for answered in answers[1:]} == {200}
+
+
+# --- What every route refuses ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("PATCH", "/api/keys/{id}"),
+        ("DELETE", "/api/keys/{id}"),
+        ("POST", "/api/keys/{id}/check"),
+        ("PATCH", "/api/models/{id}"),
+    ],
+)
+@pytest.mark.parametrize("id", ["999999", "0", "-1", "x", "1.0", "9" * 30, "9" * 5000, "%00", "²"])
+async def test_an_unknown_id_is_a_404(start_gateway, method, path, id):
+    gateway = await start_gateway(["a"])
+    status, answered = await send(
+        gateway, method, path.replace("{id}", id), {"enabled": True} if method == "PATCH" else None
+    )
+    assert (status, answered["error"]["code"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/api/status", {"GET", "HEAD"}),
+        ("DELETE", "/api/keys", {"GET", "HEAD", "POST"}),
+        ("GET", "/api/keys/1", {"PATCH", "DELETE"}),
+        ("GET", "/api/keys/1/check", {"POST"}),
+        ("POST", "/api/models/1", {"PATCH"}),
+        ("POST", "/api/fallback", {"GET", "HEAD", "PUT"}),
+        ("GET", "/api/protection/cooldowns", {"DELETE"}),
+        ("POST", "/metrics", {"GET", "HEAD"}),
+        ("POST", "/", {"GET", "HEAD"}),
+    ],
+)
+async def test_a_method_that_is_not_there_is_a_405_that_says_which_are(start_gateway, method, path, allowed):
+    gateway = await start_gateway(["a"])
+    headers = {"authorization": f"Bearer {gateway.api_key}"}
+    async with gateway.http.request(method, gateway.base_url + path, headers=headers) as response:
+        assert response.status == 405
+        assert (await response.json())["error"]["code"] == "method_not_allowed"
+        assert set(response.headers["allow"].split(", ")) == allowed
+
+
+@pytest.mark.parametrize(
+    ("path", "param"),
+    [
+        ("/api/requests?limit=0", "limit"),
+        ("/api/requests?limit=-5", "limit"),
+        ("/api/requests?limit=many", "limit"),
+        ("/api/requests?before_id=" + "9" * 5000, "before_id"),
+        ("/api/analytics?window=1h", "window"),
+    ],
+)
+async def test_a_query_that_makes_no_sense_is_refused(start_gateway, path, param):
+    gateway = await start_gateway(["a"])
+    refused = await gateway.get(path)
+    assert (refused.status, refused.error["param"]) == (400, param)
+
+
+async def test_a_locked_database_refuses_a_change_and_says_so(start_gateway):
+    gateway = await start_gateway(["a"])
+    lock = sqlite3.connect(gateway.db, isolation_level=None)
+    lock.execute("BEGIN IMMEDIATE")
+    status, answered = await send(gateway, "POST", "/api/keys", {"platform": "a", "key": NEW_KEY})
+    lock.execute("ROLLBACK")
+    lock.close()
+    assert (status, answered["error"]["code"]) == (503, "database_unavailable")
+    assert len(await get(gateway, "/api/keys")) == 1

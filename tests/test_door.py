@@ -1,0 +1,172 @@
+"""The door: which key opens which path, which hosts are let in, and how keys are compared."""
+
+import asyncio
+import hmac
+
+import pytest
+from conftest import API_KEY
+from starlette.routing import Route
+
+import gateway as service
+
+ADMIN_KEY = "admin-test-0123456789abcdef"
+OPEN = {"/", "/healthz"}
+
+
+def all_routes(app: service.Gateway) -> list[tuple[str, str, bool]]:
+    """(method, path, whether it is the operator's) of everything that the service answers."""
+    routes = [route for route in app._cold.routes if isinstance(route, Route)]
+    known = {(method, route.path) for route in routes for method in route.methods or {"GET"}}
+    known |= {("POST", path) for path in app._dialects}
+    filled = [(method, path.replace("{id}", "1").replace("{id:path}", "auto")) for method, path in sorted(known)]
+    return [(m, p.replace("{token}", "x"), p.startswith(("/api", "/metrics"))) for m, p in filled]
+
+
+@pytest.fixture
+async def two_keys(start_gateway):
+    """A gateway whose operator has a key of their own."""
+    return await start_gateway(["a"], {"GATEWAY_ADMIN_KEY": ADMIN_KEY})
+
+
+async def status_of(gateway, method: str, path: str, headers: dict[str, str]) -> tuple[int, dict | None]:
+    async with gateway.http.request(method, gateway.base_url + path, headers=headers, data=b"{}") as response:
+        content = await response.read()
+        is_error = response.status >= 400 and method != "HEAD"
+        return response.status, (await response.json())["error"] if is_error and content else None
+
+
+def routes_of(gateway) -> list[tuple[str, str, bool]]:
+    app = gateway._server.config.app
+    routes = all_routes(app)
+    assert len(routes) >= 20
+    assert {path for _, path, _ in routes} >= OPEN | {"/metrics", "/api/keys", "/v1/chat/completions", "/v1/models"}
+    return routes
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": ""},
+        {"authorization": "Bearer"},
+        {"authorization": "Bearer "},
+        {"authorization": "Bearer wrong"},
+        {"authorization": f"Bearer {API_KEY}x"},
+        {"authorization": f"Bearer {API_KEY[:-1]}"},
+        {"authorization": f"Basic {API_KEY}"},
+        {"authorization": "Bearer \u00fc"},
+        {"x-api-key": "wrong"},
+        {"cookie": f"key={API_KEY}"},
+    ],
+)
+async def test_no_route_but_the_page_and_the_health_opens_without_the_right_key(two_keys, headers):
+    for method, path, _ in routes_of(two_keys):
+        status, error = await status_of(two_keys, method, path, headers)
+        if path in OPEN:
+            assert status == 200, (method, path)
+        else:
+            assert status == 401, (method, path)
+            assert error is None or error == {
+                "message": "Missing or wrong API key. Send it as 'Authorization: Bearer <key>'.",
+                "type": "authentication_error",
+                "code": "invalid_api_key",
+                "param": None,
+            }
+
+
+async def test_the_clients_key_opens_nothing_of_the_operators_and_the_operators_nothing_of_the_clients(two_keys):
+    for method, path, is_operators in routes_of(two_keys):
+        if path in OPEN:
+            continue
+        right, wrong = (ADMIN_KEY, API_KEY) if is_operators else (API_KEY, ADMIN_KEY)
+        assert (await status_of(two_keys, method, path, {"authorization": f"Bearer {wrong}"}))[0] == 401, (method, path)
+        assert (await status_of(two_keys, method, path, {"authorization": f"Bearer {right}"}))[0] != 401, (method, path)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/nothing", "/api", "/api/", "/api/nothing", "/v1", "/v2/models", "/apikeys", "/metricsx", "//api/keys",
+        "/API/keys", "/%61pi/keys", "/api%2fkeys", "/v1/../api/keys", "/./api/keys", "/healthz/x", "/healthz%00",
+        "/index.html", "/dashboard.html", "/gateway.db", "/.env", "/static/x", "/docs", "/openapi.json", "/favicon.ico",
+        "/v1/v1/v1/models", "/;/api/keys", "/%2e%2e/gateway.db",
+    ],
+)  # fmt: skip
+async def test_what_is_not_known_to_be_open_is_shut(two_keys, path):
+    host, _, port = two_keys.base_url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+    assert (await reader.readline()).split(b" ")[1] == b"401"
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "is_ours"),
+    [
+        ("127.0.0.1", True), ("127.0.0.1:8000", True), ("localhost", True), ("LOCALHOST:1", True), ("[::1]", True),
+        ("[::1]:8000", True), ("evil.example", False), ("evil.example:8000", False), ("127.0.0.1.evil.example", False),
+        ("localhost.evil.example", False), ("127.0.0.2", False), ("0.0.0.0", False), ("", False), ("[::1", False),
+        ("::1", False), ("[::1]evil", False), ("localhost:80@evil.example", False), ("127.0.0.1:evil", False),
+        ("localhost, evil.example", False), ("[::ffff:127.0.0.1]", False), ("user@localhost", False),
+    ],
+)  # fmt: skip
+async def test_only_the_loopback_names_are_let_in(start_gateway, host, is_ours):
+    gateway = await start_gateway(["a"])
+    name, _, port = gateway.base_url.removeprefix("http://").partition(":")
+    for path in ("/", "/healthz", "/api/keys", "/v1/models"):
+        reader, writer = await asyncio.open_connection(name, int(port))
+        head = f"GET {path} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {API_KEY}\r\nConnection: close\r\n\r\n"
+        writer.write(head.encode())
+        assert (await reader.readline()).split(b" ")[1] == (b"200" if is_ours else b"403"), path
+        writer.close()
+
+
+async def test_a_request_without_a_host_is_not_let_in(start_gateway):
+    gateway = await start_gateway(["a"])
+    name, _, port = gateway.base_url.removeprefix("http://").partition(":")
+    reader, writer = await asyncio.open_connection(name, int(port))
+    writer.write(b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert (await reader.readline()).split(b" ")[1] == b"403"
+    writer.close()
+
+
+@pytest.mark.parametrize("path", ["/api/keys", "/metrics", "/v1/models"])
+async def test_keys_are_compared_in_constant_time(start_gateway, monkeypatch, path):
+    compared = []
+    constant_time = hmac.compare_digest
+
+    def watched(given, right):
+        compared.append((given, right))
+        return constant_time(given, right)
+
+    gateway = await start_gateway(["a"])
+    monkeypatch.setattr(service.hmac, "compare_digest", watched)
+    assert (await gateway.get(path, headers={"authorization": "Bearer wrong"})).status == 401
+    assert compared == [(b"wrong", API_KEY.encode())]
+
+
+async def test_the_page_needs_no_key_and_may_talk_to_nobody_else(start_gateway):
+    gateway = await start_gateway(["a"])
+    page = await gateway.get("/", headers={"authorization": ""})
+    assert page.status == 200
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    rules = dict(rule.split(" ", 1) for rule in page.headers["content-security-policy"].split("; "))
+    assert rules["default-src"] == "'none'"
+    assert rules["connect-src"] == "'self'"
+    assert rules["img-src"] == "data:"
+    assert {rules[name] for name in ("base-uri", "frame-ancestors", "form-action")} == {"'none'"}
+    for name in ("script-src", "style-src"):
+        assert rules[name].startswith("'sha256-") and "unsafe" not in rules[name]
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["cache-control"] == "no-cache"
+    for address in (b"http://", b"https://", b"//cdn"):
+        assert address not in page.body.replace(b"http://www.w3.org/2000/svg", b"")
+    assert b" onclick=" not in page.body and b" style=" not in page.body and b"innerHTML" not in page.body
+    assert gateway.api_key.encode() not in page.body
+
+
+async def test_an_unchanged_page_is_not_sent_again(start_gateway):
+    gateway = await start_gateway(["a"])
+    etag = (await gateway.get("/")).headers["etag"]
+    again = await gateway.get("/", headers={"if-none-match": etag})
+    assert (again.status, again.body) == (304, b"")

@@ -1,0 +1,384 @@
+"""SPEC 3.5 and facts 12: what real clients send, and what the provider then receives. One row each."""
+
+import gzip
+import json
+import zlib
+
+import pytest
+from conftest import IN_ORDER
+from fake_provider import completion
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+HI = {"role": "user", "content": "hi"}
+ASKED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+TOLD = {"role": "tool", "tool_call_id": "c1", "content": "done"}
+PARAMETERS = {"type": "object", "properties": {}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}
+NAMED = {"type": "function", "function": {"name": "f"}}
+PNG = "iVBORw0KGgo="
+IMAGE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
+GONE = object()  # the provider must not get this field
+
+
+def said(*parts: object) -> dict:
+    return {"role": "user", "content": list(parts)}
+
+
+def text(words: str) -> dict:
+    return {"type": "text", "text": words}
+
+
+def with_arguments(arguments: object) -> list[dict]:
+    return [HI, ASKED | {"tool_calls": [CALL | {"function": {"name": "f", "arguments": arguments}}]}, TOLD]
+
+
+MESSAGES = {
+    "parts of text only": ([said(text("a"), text("b"))], [said(text("a"), text("b"))]),
+    "a part without type": ([said({"text": "a"})], [said(text("a"))]),
+    "a bare string as part": ([said("a")], [said(text("a"))]),
+    "an input_text part": ([said({"type": "input_text", "text": "a"})], [said(text("a"))]),
+    "an output_text part": (
+        [HI, {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]}, HI],
+        [HI, {"role": "assistant", "content": [text("a")]}, HI],
+    ),
+    "one part that is no list": ([{"role": "user", "content": text("a")}], [said(text("a"))]),
+    "user content null": ([HI, {"role": "user", "content": None}], [HI, {"role": "user", "content": ""}]),
+    "user content missing": ([HI, {"role": "user"}], [HI, {"role": "user", "content": ""}]),
+    "user content an empty list": ([HI, {"role": "user", "content": []}], [HI, {"role": "user", "content": ""}]),
+    "an empty assistant turn": ([HI, {"role": "assistant", "content": ""}, HI], [HI, HI]),
+    "an assistant turn of null": ([HI, {"role": "assistant", "content": None}, HI], [HI, HI]),
+    "an assistant turn of no parts": ([HI, {"role": "assistant", "content": []}, HI], [HI, HI]),
+    "an assistant turn of thoughts only": (
+        [HI, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]}, HI],
+        [HI, HI],
+    ),
+    "tool content null": ([HI, ASKED, TOLD | {"content": None}], [HI, ASKED, TOLD | {"content": ""}]),
+    "tool content in parts": ([HI, ASKED, TOLD | {"content": [text("done")]}], [HI, ASKED, TOLD]),
+    "tool content an object": ([HI, ASKED, TOLD | {"content": {"a": 1}}], [HI, ASKED, TOLD | {"content": '{"a":1}'}]),
+    "the developer role": ([{"role": "developer", "content": "a"}, HI], [{"role": "system", "content": "a"}, HI]),
+    "the function role": (
+        [HI, ASKED, {"role": "function", "name": "f", "content": "done"}],
+        [HI, ASKED, TOLD | {"name": "f"}],
+    ),
+    "a function_call of old": (
+        [
+            HI,
+            {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": "{}"}},
+            {"role": "function", "name": "f", "content": "done"},
+        ],
+        [HI, ASKED | {"tool_calls": [CALL | {"id": "call_1_0"}]}, TOLD | {"name": "f", "tool_call_id": "call_1_0"}],
+    ),
+    "tool_calls null": (
+        [HI, {"role": "assistant", "content": "a", "tool_calls": None}, HI],
+        [HI, {"role": "assistant", "content": "a"}, HI],
+    ),
+    "tool_calls empty": (
+        [HI, {"role": "assistant", "content": "a", "tool_calls": []}, HI],
+        [HI, {"role": "assistant", "content": "a"}, HI],
+    ),
+    "calls without id": (
+        [HI, ASKED | {"tool_calls": [CALL | {"id": ""}]}, {"role": "tool", "content": "done"}],
+        [HI, ASKED | {"tool_calls": [CALL | {"id": "call_1_0"}]}, TOLD | {"tool_call_id": "call_1_0"}],
+    ),
+    "calls without id or type, two of them": (
+        [
+            HI,
+            ASKED | {"tool_calls": [{"function": CALL["function"]}] * 2},
+            {"role": "tool", "content": "1"},
+            {"role": "tool", "content": "2"},
+        ],
+        [
+            HI,
+            ASKED | {"tool_calls": [CALL | {"id": "call_1_0"}, CALL | {"id": "call_1_1"}]},
+            TOLD | {"content": "1", "tool_call_id": "call_1_0"},
+            TOLD | {"content": "2", "tool_call_id": "call_1_1"},
+        ],
+    ),
+    "arguments as an object": (with_arguments({"a": 1}), with_arguments('{"a":1}')),
+    "arguments empty": (with_arguments(""), with_arguments("{}")),
+    "arguments null": (with_arguments(None), with_arguments("{}")),
+    "arguments encoded twice": (with_arguments('"{\\"a\\": 1}"'), with_arguments('{"a": 1}')),
+    "a result without id": ([HI, ASKED, {"role": "tool", "content": "done"}], [HI, ASKED, TOLD]),
+    "a result too many": ([HI, ASKED, TOLD, {"role": "tool", "content": "x"}, HI], [HI, ASKED, TOLD, HI]),
+    "a result without its call": ([HI, TOLD, HI], [HI, HI]),
+    "a call without its result": ([HI, ASKED | {"content": "a"}, HI], [HI, {"role": "assistant", "content": "a"}, HI]),
+    "thoughts of earlier turns": (
+        [HI, {"role": "assistant", "content": "a", "reasoning_content": "x", "reasoning": "x", "annotations": []}, HI],
+        [HI, {"role": "assistant", "content": "a"}, HI],
+    ),
+    "nulls in a message": ([HI | {"name": None}], [HI]),
+    "a name with blanks": ([HI | {"name": "Ada Lovelace"}], [HI | {"name": "Ada_Lovelace"}]),
+    "a name of nothing but signs": ([HI | {"name": "…"}], [HI]),
+    "an image address as text": ([said({"type": "image_url", "image_url": IMAGE["image_url"]["url"]})], [said(IMAGE)]),
+    "an input_image": ([said({"type": "input_image", "image_url": IMAGE["image_url"]["url"]})], [said(IMAGE)]),
+    "an image with a source": (
+        [said({"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PNG}})],
+        [said(IMAGE)],
+    ),
+    "an image with a source by address": (
+        [said({"type": "image", "source": {"type": "url", "url": "https://x/a.png"}})],
+        [said({"type": "image_url", "image_url": {"url": "https://x/a.png"}})],
+    ),
+    "an image as bare base64": ([said({"type": "image_url", "image_url": {"url": PNG}})], [said(IMAGE)]),
+    "an image in a tool's result": (
+        [HI, ASKED, TOLD | {"content": [text("done"), IMAGE]}],
+        [HI, ASKED, TOLD, said(text("Images from the tool results above:"), IMAGE)],
+    ),
+    "half an emoji": ([HI | {"content": "a\ud83d"}], [HI | {"content": "a\ufffd"}]),
+    "the other half": ([HI | {"content": "\ude00 \ud83d\ude00"}], [HI | {"content": "\ufffd \U0001f600"}]),
+    "a NUL": ([HI | {"content": "a\0b"}], [HI | {"content": "a\ufffdb"}]),
+    "a backslash that is no escape": ([HI | {"content": "\\ud83d \\u0000"}], [HI | {"content": "\\ud83d \\u0000"}]),
+}
+
+FIELDS = {
+    "nulls everywhere": (
+        {"temperature": None, "tools": None, "stop": None, "seed": None},
+        {"temperature": GONE, "tools": GONE, "stop": GONE, "seed": GONE},
+    ),
+    "numbers as text": ({"temperature": "0.5", "max_tokens": "7"}, {"temperature": 0.5, "max_tokens": 7}),
+    "a whole number with a point": ({"max_tokens": 7.0, "seed": 1.0}, {"max_tokens": 7, "seed": 1}),
+    "max_tokens 0": ({"max_tokens": 0}, {"max_tokens": GONE}),
+    "max_tokens -1": ({"max_tokens": -1}, {"max_tokens": GONE}),
+    "max_tokens above the model's": ({"max_tokens": 65536}, {"max_tokens": 8000}),
+    "max_completion_tokens": ({"max_completion_tokens": 7}, {"max_tokens": 7, "max_completion_tokens": GONE}),
+    "max_output_tokens": ({"max_output_tokens": 7}, {"max_tokens": 7, "max_output_tokens": GONE}),
+    "num_predict": ({"num_predict": 7}, {"max_tokens": 7, "num_predict": GONE}),
+    "temperature above 2": ({"temperature": 5}, {"temperature": 2}),
+    "temperature below 0": ({"temperature": -1}, {"temperature": 0}),
+    "top_p 0": ({"top_p": 0}, {"top_p": 0.01}),
+    "stop of nothing": ({"stop": ""}, {"stop": GONE}),
+    "no stops": ({"stop": []}, {"stop": GONE}),
+    "empty stops": ({"stop": ["", "a"]}, {"stop": ["a"]}),
+    "many stops": ({"stop": list("abcdefgh")}, {"stop": list("abcd")}),
+    "stream_options without stream": ({"stream_options": {"include_usage": True}}, {"stream_options": GONE}),
+    "n of 1": ({"n": 1}, {"n": 1}),
+    "no tools": ({"tools": [], "tool_choice": "auto"}, {"tools": GONE, "tool_choice": GONE}),
+    "a choice without tools": (
+        {"tool_choice": "auto", "parallel_tool_calls": True},
+        {"tool_choice": GONE, "parallel_tool_calls": GONE},
+    ),
+    "a tool without type": ({"tools": [{"function": {"name": "f", "parameters": PARAMETERS}}]}, {"tools": [TOOL]}),
+    "a flat tool": ({"tools": [{"type": "function", "name": "f", "parameters": PARAMETERS}]}, {"tools": [TOOL]}),
+    "parameters null": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": None}}]},
+        {"tools": [TOOL]},
+    ),
+    "parameters missing": ({"tools": [NAMED]}, {"tools": [TOOL]}),
+    "parameters empty": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"tools": [TOOL]},
+    ),
+    "functions of old": (
+        {"functions": [{"name": "f", "parameters": PARAMETERS}], "function_call": {"name": "f"}},
+        {"tools": [TOOL], "tool_choice": NAMED, "functions": GONE, "function_call": GONE},
+    ),
+    "choice any": ({"tools": [TOOL], "tool_choice": "any"}, {"tool_choice": "required"}),
+    "choice {any}": ({"tools": [TOOL], "tool_choice": {"type": "any"}}, {"tool_choice": "required"}),
+    "choice {auto}": ({"tools": [TOOL], "tool_choice": {"type": "auto"}}, {"tool_choice": "auto"}),
+    "choice {tool}": ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, {"tool_choice": NAMED}),
+    "choice {function}": ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}}, {"tool_choice": NAMED}),
+    "response_format text": ({"response_format": {"type": "text"}}, {"response_format": GONE}),
+    "a schema without name": (
+        {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}},
+    ),
+    "a schema one level up": (
+        {"response_format": {"type": "json_schema", "schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}},
+    ),
+    "a schema one level down": (
+        {"response_format": {"type": "json_schema", "json_schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}},
+    ),
+    "effort max": ({"reasoning_effort": "max"}, {"reasoning_effort": "high"}),
+    "effort XHigh": ({"reasoning_effort": "XHigh"}, {"reasoning_effort": "high"}),
+    "effort balanced": ({"reasoning_effort": "balanced"}, {"reasoning_effort": "medium"}),
+    "effort min": ({"reasoning_effort": "min"}, {"reasoning_effort": "minimal"}),
+    "effort off": ({"reasoning_effort": "off"}, {"reasoning_effort": "none"}),
+    "effort auto": ({"reasoning_effort": "auto"}, {"reasoning_effort": GONE}),
+    "reasoning as an object": ({"reasoning": {"effort": "low"}}, {"reasoning_effort": "low", "reasoning": GONE}),
+    "thinking off": ({"thinking": {"type": "disabled"}}, {"reasoning_effort": "none", "thinking": GONE}),
+    "thinking with a small budget": (
+        {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+        {"reasoning_effort": "low", "thinking": GONE},
+    ),
+    "thinking with a large budget": (
+        {"thinking": {"type": "enabled", "budget_tokens": 32000}},
+        {"reasoning_effort": "high", "thinking": GONE},
+    ),
+    "enable_thinking": ({"enable_thinking": False}, {"reasoning_effort": "none", "enable_thinking": GONE}),
+    "thinking in a template": (
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        {"reasoning_effort": "none", "chat_template_kwargs": GONE},
+    ),
+    "fields nobody knows": (
+        {"providerOptions": {"a": 1}, "cache_control": {}},
+        {"providerOptions": {"a": 1}, "cache_control": {}},
+    ),
+}
+
+
+@pytest.fixture
+async def gateway(start_gateway):
+    return await start_gateway({"a": {"model": {"vision": True, "max_output": 8000}}})
+
+
+@pytest.mark.parametrize(("sent", "received"), MESSAGES.values(), ids=MESSAGES)
+async def test_messages_arrive_as_every_server_takes_them(gateway, fake, sent, received):
+    assert (await gateway.chat(messages=sent)).text == "hello from a"
+
+    assert fake.requests[0].json["messages"] == received
+
+
+@pytest.mark.parametrize(("sent", "received"), FIELDS.values(), ids=FIELDS)
+async def test_fields_arrive_as_every_server_takes_them(gateway, fake, sent, received):
+    assert (await gateway.chat(**sent)).text == "hello from a"
+
+    got = fake.requests[0].json
+    assert {name: got.get(name, GONE) for name in received} == received
+
+
+STRICT = {
+    "drop": ["logprobs"],
+    "standard_fields_only": True,
+    "max": {"temperature": 1},
+    "drop_message_fields": ["name"],
+    "reasoning_efforts": ["none", "high"],
+}
+EXTRA = {
+    "cache_control": {}, "providerOptions": {}, "metadata": {}, "store": True, "user": "me", "service_tier": "auto",
+    "prediction": {}, "safety_identifier": "x", "prompt_cache_key": "x", "verbosity": "low", "web_search_options": {},
+}  # fmt: skip
+
+
+async def test_a_strict_platform_gets_only_what_it_knows(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": STRICT}})
+    message = {"role": "user", "name": "Ada", "content": [text("hi") | {"cache_control": {"type": "ephemeral"}}]}
+
+    await gateway.chat(messages=[message], logprobs=True, temperature=1.5, reasoning_effort="low", **EXTRA)
+
+    assert fake.requests[0].json == {
+        "model": "a-model",
+        "messages": [said(text("hi"))],
+        "temperature": 1,
+        "reasoning_effort": "high",
+    }
+
+
+TOOL_NAMES = ["a.b", "server/tool", "with blank", "x" * 65, "x" * 66, "1st", "öl", "a_b"]
+
+
+async def test_tool_names_are_made_safe_and_stay_apart(gateway, fake):
+    tools = [{"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in TOOL_NAMES]
+    calls = [CALL | {"id": f"c{n}", "function": {"name": name, "arguments": "{}"}} for n, name in enumerate(TOOL_NAMES)]
+    results = [TOLD | {"tool_call_id": call["id"]} for call in calls]
+    fake.script("a", lambda request: completion(None, finish="tool_calls", message={"tool_calls": [
+        CALL | {"id": f"c{n}", "function": {"name": tool["function"]["name"], "arguments": "{}"}}
+        for n, tool in enumerate(request.json["tools"])
+    ]}))  # fmt: skip
+
+    got = await gateway.chat(messages=[HI, ASKED | {"tool_calls": calls}, *results], tools=tools)
+
+    sent = fake.requests[0].json
+    safe = [tool["function"]["name"] for tool in sent["tools"]]
+    assert len(set(safe)) == len(TOOL_NAMES)
+    assert all(
+        name.isascii() and name.replace("_", "a").replace("-", "a").isalnum() and len(name) <= 64 for name in safe
+    )
+    assert [call["function"]["name"] for call in sent["messages"][1]["tool_calls"]] == safe
+    answered = got.json["choices"][0]["message"]["tool_calls"]
+    assert [call["function"]["name"] for call in answered] == TOOL_NAMES
+
+
+# --- What arrives otherwise than as plain JSON -----------------------------------------------------------------------
+
+
+def raw_deflate(data: bytes) -> bytes:
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return packer.compress(data) + packer.flush()
+
+
+PACKERS = {
+    "gzip": ("gzip", gzip.compress),
+    "deflate": ("deflate", zlib.compress),
+    "bare deflate": ("deflate", raw_deflate),
+}
+
+
+@pytest.mark.parametrize(("encoding", "pack"), PACKERS.values(), ids=PACKERS)
+async def test_a_compressed_body_is_unpacked(gateway, fake, encoding, pack):
+    packed = pack(json.dumps(gateway.request("hello")).encode())
+
+    assert (await gateway.send(packed, headers={"content-encoding": encoding})).text == "hello from a"
+
+    assert fake.requests[0].prompt == "hello"
+
+
+BROKEN = {
+    "not compressed": (b"{}", "gzip", 400),
+    "cut off": (gzip.compress(b'{"messages": []}' * 100)[:30], "gzip", 400),
+    "nothing": (b"", "gzip", 400),
+    "an unknown packer": (b"\x28\xb5\x2f\xfd", "zstd", 415),
+    "a bomb": (gzip.compress(b" " * 40_000_000), "gzip", 413),
+}
+
+
+@pytest.mark.parametrize(("content", "encoding", "status"), BROKEN.values(), ids=BROKEN)
+async def test_a_body_that_cannot_be_unpacked_is_refused(gateway, fake, content, encoding, status):
+    got = await gateway.send(content, headers={"content-encoding": encoding})
+
+    assert got.status == status
+    assert got.error["type"] == "invalid_request_error"
+    assert fake.called == []
+
+
+@pytest.mark.parametrize(
+    "content_type", ["text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-8"]
+)
+async def test_the_content_type_does_not_matter(gateway, content_type):
+    assert (await gateway.send(gateway.request(), headers={"content-type": content_type})).text == "hello from a"
+
+
+@pytest.mark.parametrize("stream", ["true", "True", True])
+async def test_stream_may_be_spelled_as_text(gateway, stream):
+    async with gateway.post(gateway.request(stream=stream)) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/", "/v1/v1/chat/completions", "/chat/completions"])
+async def test_the_address_may_be_spelled_in_several_ways(gateway, path):
+    assert (await gateway.send(gateway.request(), path=path)).text == "hello from a"
+
+
+@pytest.mark.parametrize("model", ["", None, "auto", "freellmapi/auto", ...])
+async def test_a_missing_model_is_any_model(gateway, model):
+    request = {"messages": [HI]} | ({} if model is ... else {"model": model})
+
+    assert (await gateway.send(request)).text == "hello from a"
+
+
+UNSERVED = {
+    "n": {"n": 2},
+    "audio": {"audio": {"voice": "x"}},
+    "modalities": {"modalities": ["text", "audio"]},
+    "messages": {"messages": [said({"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}})]},
+}
+
+
+@pytest.mark.parametrize(("param", "fields"), UNSERVED.items())
+async def test_what_nobody_serves_is_refused_in_words(gateway, fake, param, fields):
+    got = await gateway.chat(**fields)
+
+    assert got.status == 400
+    assert got.error["param"].split("[")[0] == param
+    assert len(got.error["message"]) > 20
+    assert fake.called == []
+
+
+async def test_an_answer_of_thoughts_only_is_the_answer(gateway, fake):
+    fake.script("a", completion(None, message={"reasoning_content": "the answer"}))
+
+    got = await gateway.openai.chat.completions.create(model=IN_ORDER, messages=[HI])
+
+    assert got.choices[0].message.content == "the answer"
