@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from catalog import Key, Model, Platform
@@ -19,6 +20,7 @@ from wire import Chat, Completion, Event, Tally, dump, frame
 
 JSON = dict[str, Any]
 USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
+ENDPOINTS_MAX = 1024  # pairs of model and key in use lately
 FINISH_REASONS = {
     "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "COMPLETE": "stop",
     "tool_use": "tool_calls", "model_length": "length", "max_tokens": "length", "MAX_TOKENS": "length",
@@ -44,19 +46,32 @@ def base_url(platform: Platform, key: Key) -> tuple[str, str]:
     return url, secret or platform.quirks.get("anonymous_key", "")
 
 
+def bearer_headers(secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
+    if secret:
+        headers["Authorization"] = f"Bearer {secret}"
+    return {**headers, **quirks.get("headers", {})}
+
+
+@lru_cache(maxsize=ENDPOINTS_MAX)
+def endpoint(model: Model, key: Key) -> tuple[str, dict[str, str]]:
+    """Where and with which headers this model is asked with this key. A new snapshot has new models."""
+    url, secret = base_url(model.platform, key)
+    return f"{url}/chat/completions", bearer_headers(secret, model.quirks)
+
+
 class OpenAIAdapter:
     """POST {base_url}/chat/completions."""
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request:
-        url, secret = base_url(model.platform, key)
-        headers = self.headers(secret, model.quirks)
-        return Request(f"{url}/chat/completions", headers, dump(outgoing(model, chat)))
+        url, headers = endpoint(model, key)
+        return Request(url, headers, dump(outgoing(model, chat)))
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
-        if secret:
-            headers["Authorization"] = f"Bearer {secret}"
-        return {**headers, **quirks.get("headers", {})}
+        return bearer_headers(secret, quirks)
+
+    def plain_answer(self, body: Any, chat: Chat) -> str | None:
+        return None if chat.has_tools else plain_answer(body)
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         if not well_formed_answer(body):
@@ -70,6 +85,11 @@ class OpenAIAdapter:
 PLAIN_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"})
 PLAIN_CHOICE = frozenset({"index", "delta", "finish_reason", "logprobs"})
 PLAIN_DELTA = frozenset({"content", "role"})
+PLAIN_WHOLE_CHOICE = frozenset({"index", "message", "finish_reason", "logprobs"})
+PLAIN_MESSAGE = frozenset({"content", "role", "refusal", "annotations"})
+TEXT_OR_NONE = (str, type(None))  # as tuples, because a union is made anew each time it is written
+CONTENT = (str, list, type(None))
+ARGUMENTS = (str, dict, type(None))
 
 
 def plain_text(chunk: Any) -> str | None:
@@ -92,6 +112,25 @@ def plain_text(chunk: Any) -> str | None:
     return text if type(text) is str and text else None
 
 
+def plain_answer(body: Any) -> str | None:
+    """The same of a whole answer that has ended by itself."""
+    if type(body) is not dict or not PLAIN_CHUNK.issuperset(body):
+        return None
+    choices = body.get("choices")
+    if type(choices) is not list or len(choices) != 1:
+        return None
+    choice = choices[0]
+    if type(choice) is not dict or not PLAIN_WHOLE_CHOICE.issuperset(choice) or choice.get("finish_reason") != "stop":
+        return None
+    message = choice.get("message")
+    if type(message) is not dict or not PLAIN_MESSAGE.issuperset(message) or message.get("refusal"):
+        return None
+    text = message.get("content")
+    if type(text) is not str or text[:1].isspace() or text[:1] in ("", "<") or "</think" in text:
+        return None
+    return text
+
+
 def well_formed(chunk: Any) -> bool:
     """Whether a parsed event has the types that reading it relies on."""
     if type(chunk) is not dict:
@@ -110,12 +149,12 @@ def well_formed_answer(body: Any) -> bool:
 
 
 def well_formed_choice(choice: Any, part: str) -> bool:
-    if type(choice) is not dict or not isinstance(choice.get("finish_reason"), str | None):
+    if type(choice) is not dict or not isinstance(choice.get("finish_reason"), TEXT_OR_NONE):
         return False
     message = choice.get(part)
     if not message:
         return message is None or message == {}
-    if type(message) is not dict or not isinstance(message.get("content"), str | list | None):
+    if type(message) is not dict or not isinstance(message.get("content"), CONTENT):
         return False
     if type(message.get("content")) is list and not all(map(well_formed_segment, message["content"])):
         return False
@@ -128,14 +167,14 @@ def well_formed_segment(part: Any) -> bool:
 
 
 def well_formed_call(call: Any) -> bool:
-    if type(call) is not dict or not isinstance(call.get("id"), str | None):
+    if type(call) is not dict or not isinstance(call.get("id"), TEXT_OR_NONE):
         return False
     function = call.get("function")
     if function is None:
         return True
-    if type(function) is not dict or not isinstance(function.get("name"), str | None):
+    if type(function) is not dict or not isinstance(function.get("name"), TEXT_OR_NONE):
         return False
-    return isinstance(function.get("arguments"), str | dict | None)
+    return isinstance(function.get("arguments"), ARGUMENTS)
 
 
 def mend_completion(body: JSON, chat: Chat) -> bool:
@@ -445,35 +484,44 @@ def note(chunk: JSON, tally: Tally) -> bool:
     if not tally.head:
         tally.head = chunk
     choice = choices[0]
-    delta = choice.get("delta")
-    meaningful = False
-    if delta:
-        for name in ("content", "reasoning_content", "refusal"):
-            text = delta.get(name)
-            if text and type(text) is str:
-                tally.text_chars += len(text)
-                if tally.has_text or not text.isspace():
-                    tally.has_text = meaningful = True
-        calls = delta.get("tool_calls")
-        if calls:
-            tally.has_tool_calls = meaningful = True
-            for call in calls:
-                tally.text_chars += len((call.get("function") or {}).get("arguments") or "")
-        elif delta.get("function_call"):
-            tally.has_tool_calls = meaningful = True
-    finish = choice.get("finish_reason")
-    if finish is not None:
-        tally.finish = finish
-        meaningful = meaningful or finish == "content_filter"
-    return meaningful
+    return note_part(choice.get("delta"), choice.get("finish_reason"), tally)
 
 
 def note_completion(body: JSON, tally: Tally) -> None:
     """Count a whole answer."""
+    tally.head = body
     tally.note_usage(body.get("usage"))
     choice = body["choices"][0]
-    message = choice.get("message") or {}
-    note({**body, "choices": [{"delta": message, "finish_reason": choice.get("finish_reason")}]}, tally)
+    note_part(choice.get("message"), choice.get("finish_reason"), tally)
+
+
+def note_plain(body: JSON, text: str, tally: Tally) -> None:
+    """Count a whole answer that is plain text."""
+    tally.head = body
+    tally.note_usage(body.get("usage"))
+    tally.finish, tally.has_text, tally.text_chars = "stop", True, len(text)
+
+
+def note_part(part: JSON | None, finish: str | None, tally: Tally) -> bool:
+    meaningful = False
+    if part:
+        for name in ("content", "reasoning_content", "refusal"):
+            text = part.get(name)
+            if text and type(text) is str:
+                tally.text_chars += len(text)
+                if tally.has_text or not text.isspace():
+                    tally.has_text = meaningful = True
+        calls = part.get("tool_calls")
+        if calls:
+            tally.has_tool_calls = meaningful = True
+            for call in calls:
+                tally.text_chars += len((call.get("function") or {}).get("arguments") or "")
+        elif part.get("function_call"):
+            tally.has_tool_calls = meaningful = True
+    if finish is not None:
+        tally.finish = finish
+        meaningful = meaningful or finish == "content_filter"
+    return meaningful
 
 
 def as_chunks(body: JSON) -> list[JSON]:

@@ -8,6 +8,7 @@ of the field. What needs no mending is passed on as the very object that came in
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -32,17 +33,15 @@ __all__ = [
 ]  # fmt: skip
 
 JSON = dict[str, Any]
-MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict")
+MAX_TOKENS_NAMES = dict.fromkeys(("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict"))
 ANSWER_TOKENS_ASSUMED = 1000  # SPEC 3.7, where the client sets no limit
 EFFORT_ALIASES = {
     "max": "high", "xhigh": "high", "ultra": "high", "mid": "medium", "balanced": "medium", "normal": "medium",
     "min": "minimal", "off": "none", "disabled": "none", "auto": None, "adaptive": None, "default": None,
 }  # fmt: skip
 EFFORT_FIELDS = frozenset({"reasoning_effort", "reasoning", "thinking", "enable_thinking", "chat_template_kwargs"})
-NUMBERS = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "min_p", "repetition_penalty")
 RANGES = {"temperature": (0, 2), "top_p": (0.01, 1)}  # 0 would mean no token at all, and is refused
-INTEGERS = ("n", "seed", "top_k", "top_logprobs")
-OBJECTS = ("response_format", "logit_bias")
+TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
 
 
 def chat_from(body: JSON) -> Chat:
@@ -118,29 +117,45 @@ def refuse_unserved(body: JSON) -> None:
 
 
 def mend_sampling(body: JSON) -> None:
-    for name in NUMBERS:
-        if name in body:
-            body[name] = number(body[name], name)
-    for name, (low, high) in RANGES.items():
-        if name in body:
-            body[name] = min(max(body[name], low), high)
-    for name in INTEGERS:
-        if name in body:
-            body[name] = number(body[name], name, whole=True)
-    for name in OBJECTS:
-        if name in body and not isinstance(body[name], dict):
-            raise wrong_type(name, "an object")
-    given = [int(number(body.pop(name), name, whole=True)) for name in MAX_TOKENS_NAMES if name in body]
-    if given and given[0] > 0:
-        body["max_tokens"] = given[0]
-    if "stop" in body:
-        stops = [body["stop"]] if isinstance(body["stop"], str) else body["stop"]
-        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-            raise wrong_type("stop", "a string or a list of strings")
-        if not all(stops) or not stops:
-            body["stop"] = [stop for stop in stops if stop]
-        if not body["stop"]:
-            del body["stop"]
+    for name in body:
+        if (mend := SAMPLING.get(name)) is not None:
+            body[name] = mend(body[name], name)
+    if not MAX_TOKENS_NAMES.keys().isdisjoint(body):
+        given = [int(number(body.pop(name), name, whole=True)) for name in MAX_TOKENS_NAMES if name in body]
+        if given[0] > 0:
+            body["max_tokens"] = given[0]
+    if "stop" in body and not body["stop"]:
+        del body["stop"]
+
+
+def whole_number(value: object, param: str) -> float | int:
+    return number(value, param, whole=True)
+
+
+def in_range(value: object, param: str) -> float | int:
+    low, high = RANGES[param]
+    return min(max(number(value, param), low), high)
+
+
+def an_object(value: object, param: str) -> JSON:
+    if not isinstance(value, dict):
+        raise wrong_type(param, "an object")
+    return value
+
+
+def stops(value: object, param: str) -> str | list[str]:
+    """Without empty ones, which would stop everything at once."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(stop, str) for stop in listed):
+        raise wrong_type(param, "a string or a list of strings")
+    return value if isinstance(value, str) else listed if all(listed) else [stop for stop in listed if stop]
+
+
+SAMPLING: Mapping[str, Callable[[object, str], Any]] = {
+    "temperature": in_range, "top_p": in_range, "presence_penalty": number, "frequency_penalty": number,
+    "min_p": number, "repetition_penalty": number, "n": whole_number, "seed": whole_number, "top_k": whole_number,
+    "top_logprobs": whole_number, "response_format": an_object, "logit_bias": an_object, "stop": stops,
+}  # fmt: skip
 
 
 def mend_effort(body: JSON) -> None:
@@ -208,6 +223,8 @@ def mend_tools(body: JSON) -> dict[str, str]:
 
     MCP clients name tools with dots, slashes and blanks, and at length; strict servers refuse that.
     """
+    if TOOL_FIELDS.isdisjoint(body):
+        return {}
     if "functions" in body:
         functions = body.pop("functions")
         if "tools" not in body and isinstance(functions, list):

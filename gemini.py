@@ -94,6 +94,9 @@ class GeminiAdapter:
             headers["x-goog-api-key"] = secret
         return {**headers, **quirks.get("headers", {})}
 
+    def plain_answer(self, body: object, chat: Chat) -> str | None:
+        return None  # an answer in this form has to be translated
+
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         tally = Tally()
         reader = Answering(tally, chat, self._signatures, self._clock())

@@ -18,6 +18,7 @@ from wire import InvalidRequest
 
 JSON = dict[str, Any]
 ROLES = frozenset({"system", "user", "assistant", "tool"})
+PLAIN_ROLES = ("user", "assistant", "system")
 ROLE_ALIASES = {"developer": "system", "function": "tool"}
 TEXT_PART_TYPES = frozenset({"text", "input_text", "output_text", "refusal"})
 IMAGE_PART_TYPES = frozenset({"image_url", "input_image", "image"})
@@ -58,13 +59,27 @@ class Messages:
         self._made_ids: set[str] = set()  # of calls that came without one
         self.mended: list[JSON] = []
         for index, message in enumerate(messages):
-            mended = self._mended(message, f"messages[{index}]")
-            if mended is not None:
+            if self._plain(message):
+                self.mended.append(message)
+            elif (mended := self._mended(message, f"messages[{index}]")) is not None:
                 self.mended.append(mended)
         if self._has_calls:
             self.mended = paired(self.mended)
         if not self.mended:
             raise InvalidRequest("'messages' holds only empty turns.", param="messages")
+
+    def _plain(self, message: Any) -> bool:
+        """Whether a message is nothing but role and text, as most are: then there is nothing to mend."""
+        if type(message) is not dict or len(message) != 2:
+            return False
+        role, text = message.get("role"), message.get("content")
+        if type(text) is not str or not text or role not in PLAIN_ROLES:
+            return False
+        self.chars += len(text)
+        if role == "user" and not self._seen_user:
+            self._seen_user = True
+            self.first_user_text = text
+        return True
 
     def _mended(self, message: object, param: str) -> JSON | None:
         if not isinstance(message, dict):

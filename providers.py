@@ -18,7 +18,17 @@ from typing import Any, Protocol, Self
 import aiohttp
 
 import faults
-from adapters import OpenAIAdapter, Request, as_chunks, base_url, failed_generation, note, note_completion, well_formed
+from adapters import (
+    OpenAIAdapter,
+    Request,
+    as_chunks,
+    base_url,
+    failed_generation,
+    note,
+    note_completion,
+    note_plain,
+    well_formed,
+)
 from catalog import Key, Model, Platform, is_demo
 from deadlines import Limit
 from gemini import GeminiAdapter
@@ -73,6 +83,9 @@ class Adapter(Protocol):
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         """Of every call; the secret is in one of them."""
+
+    def plain_answer(self, body: Any, chat: Chat) -> str | None:
+        """The text of a whole answer in OpenAI's form that is nothing else, so that it can go out as it came."""
 
     def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion | None:
         """A whole answer; None when this is none. Raises UpstreamError for one that says it failed."""
@@ -375,7 +388,7 @@ class Providers:
                     raise refusal(response, await error_body(response), route)
                 raw = await read_body(response.content, b"")
                 if not raw.lstrip().startswith(b"["):  # some give a bare list
-                    parsed_answer(raw, route)
+                    checked_answer(loaded(raw), route)
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             raise no_answer(error, route, None) from None
         return bool(path)
@@ -439,24 +452,37 @@ def refusal(response: aiohttp.ClientResponse, body: object, route: Route) -> Ups
 
 def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route) -> Reply:
     """A committed answer from a whole body."""
-    tally = Tally()
-    body = parsed_answer(raw, route)
-    completion = adapter.completion(raw, body, chat)
-    if completion is None:
-        raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
-    note_completion(completion.body, tally)
-    if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
-        raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
+    tally, body = Tally(), loaded(raw)
+    if (text := adapter.plain_answer(body, chat)) is not None:
+        completion = Completion(raw, body)
+        note_plain(body, text, tally)
+    else:
+        completion = whole_completion(raw, body, adapter, chat, route)
+        note_completion(completion.body, tally)
+        if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
+            raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
     if not chat.stream:
         return Reply(tally, completion=completion)
     return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in as_chunks(completion.body)])
 
 
-def parsed_answer(raw: bytes, route: Route) -> dict[str, Any]:
+def whole_completion(raw: bytes, body: Any, adapter: Adapter, chat: Chat, route: Route) -> Completion:
+    checked = checked_answer(body, route)
+    completion = adapter.completion(raw, checked, chat)
+    if completion is None:
+        raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
+    return completion
+
+
+def loaded(raw: bytes) -> Any:
     try:
-        body = load_lenient(raw)
+        return load_lenient(raw)
     except ValueError:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer is not JSON.", status=200) from None
+
+
+def checked_answer(body: Any, route: Route) -> dict[str, Any]:
+    """A 200's JSON, unless it is an error after all."""
     if isinstance(body, list) and body and isinstance(body[0], dict) and "error" in body[0]:
         body = body[0]
     if not isinstance(body, dict):

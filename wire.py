@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import orjson
 
 CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
+TOKENS_MAX = 10**12  # of one answer; what is above (or no number at all) is nonsense, and would not fit the log
 EVENT_BYTES_MAX = 1024 * 1024  # one SSE event from a provider (SPEC 13.3)
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -123,6 +124,10 @@ class Chat:
     origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
 
 
+def token_count(value: object) -> int | None:
+    return int(value) if isinstance(value, (int, float)) and 0 <= value < TOKENS_MAX else None
+
+
 @dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens of one answer."""
@@ -135,11 +140,8 @@ class Usage:
         """From OpenAI's `usage` object; None when it does not say."""
         if not isinstance(usage, dict):
             return None
-        counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        known = [int(n) if isinstance(n, int | float) and n >= 0 else None for n in counts]
-        if known == [None, None]:
-            return None
-        return cls(known[0] or 0, known[1] or 0)
+        prompt, answer = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
+        return None if prompt is None and answer is None else cls(prompt or 0, answer or 0)
 
 
 @dataclass(slots=True)
