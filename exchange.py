@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
@@ -26,7 +26,7 @@ from catalog import KeyStatus
 from deadlines import Deadlines, Limit
 from eventlog import EventLog
 from metrics import Metrics
-from protection import Cooling, Failure, Kind, Phase, Protection, Scope, UpstreamError
+from protection import Active, Cooling, Failure, Kind, Phase, Protection, Scope, UpstreamError
 from providers import Providers, Reply, cut_short
 from router import Attempt, Plan, Route, Router, exhausted, refusal, request_is_bad
 from settings import CatalogFiles, Settings
@@ -78,8 +78,11 @@ class Running:
     """One attempt while it runs."""
 
     route: Route
+    chat: Chat
+    plan: Plan
     number: int
     started: float
+    active: Active
     skipped: list[str]
     reply: Reply | None = None
     finished: bool = False  # the provider has answered to the end
@@ -121,6 +124,8 @@ class Engine:
         self.providers: Providers
         self._rng = rng
         self._idle_s = settings.keepalive_interval_ms / 1000
+        self._watches = Watches()
+        self._attempts_max = settings.max_fallback_attempts
 
     async def apply(self, change: Callable[[store.Connection], T]) -> T:
         """Make an operator's change, all of it or nothing; it holds from the next request on."""
@@ -147,11 +152,12 @@ class Engine:
         self.running.add(exchange)
         assert exchange.chat is not None
         encoder = dialect.encoder(exchange.chat, exchange.utc)
+        task = exchange.limit.task
+        watch = Watch(receive, task, time.monotonic())
+        self._watches.add(watch)
         try:
             try:
-                last = await unless_disconnected(
-                    receive, exchange.limit.task, self._answer(exchange, exchange.chat, encoder, send)
-                )
+                last = await unless_disconnected(watch, task, self._answer(exchange, exchange.chat, encoder, send))
             except asyncio.CancelledError:
                 last = stopping(exchange, encoder)
             exchange.blocked_since = time.monotonic()
@@ -164,29 +170,33 @@ class Engine:
 
     async def _answer(self, exchange: Exchange, chat: Chat, encoder: Encoder, send: Send) -> dict[str, Any]:
         """Everything but the last message, which it returns: by then the provider's connection is closed."""
-        async with self.first_success(exchange, chat) as running:
+        running = await self.first_success(exchange, chat)
+        try:
             reply = running.reply
             assert reply is not None
-            if not chat.stream:
-                assert reply.completion is not None
+            if reply.completion is not None:
                 body = encoder.whole(reply.completion)
                 running.finished = True
                 length = (b"content-length", str(len(body)).encode())
                 await send(response_start(200, [*JSON_HEADERS, length, *route_headers(exchange)]))
-                return {"type": "http.response.body", "body": body}
-            exchange.tally = reply.tally
-            await send(response_start(200, [*STREAM_HEADERS, *route_headers(exchange)]))
-            last = await self._relay(exchange, running, reply, encoder, send)
-        return {"type": "http.response.body", "body": last}
+            else:
+                exchange.tally = reply.tally
+                await send(response_start(200, [*STREAM_HEADERS, *route_headers(exchange)]))
+                body = await self._relay(exchange, running, reply, encoder, send)
+        finally:
+            self._settle(exchange, running)
+        return {"type": "http.response.body", "body": body}
 
     async def _relay(self, exchange: Exchange, running: Running, reply: Reply, encoder: Encoder, send: Send) -> bytes:
-        """Send a stream's events as they arrive; gives its last bytes."""
+        """Send a stream's events as they arrive; gives its last bytes, with which the events go out that came last."""
+        body = b""
         try:
             while (events := await reply.next_batch(self._idle_s)) is not None:
-                if body := encoder.feed(events) if events else KEEP_ALIVE:
+                body += encoder.feed(events) if events else KEEP_ALIVE
+                if body and not reply.ended:
                     exchange.blocked_since = time.monotonic()
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-                    exchange.blocked_since = None
+                    exchange.blocked_since, body = None, b""
         except UpstreamError as error:  # the client has bytes already: say so in the stream, then end it
             running.error = error
             stalled = error.failure is Failure.STALL
@@ -194,33 +204,30 @@ class Engine:
             words = "stopped sending" if stalled else "failed in the middle of its answer"
             platform = running.route.model.platform.name
             message = f"{platform} {words}. The answer is incomplete; send the request again."
-            return encoder.fail(message, name, 504 if stalled else 502, reply.tally)
+            return body + encoder.fail(message, name, 504 if stalled else 502, reply.tally)
         running.finished = True
-        return encoder.end(reply.tally)
+        return body + encoder.end(reply.tally)
 
-    @asynccontextmanager
-    async def first_success(self, exchange: Exchange, chat: Chat) -> AsyncIterator[Running]:
-        """Open the first route that answers; it closes when the caller's block ends. Raises GatewayError."""
+    async def first_success(self, exchange: Exchange, chat: Chat) -> Running:
+        """Open the first route that answers. Whoever gets it settles it. Raises GatewayError."""
         try:
             plan = self._plan(exchange, chat)
         except NoProviders:
             raise self._exhausted(exchange, Plan([], chat.tokens), chat) from None
         while (route := self._next_route(exchange, plan)) is not None:
-            running = Running(route, len(exchange.failures) + 1, time.monotonic(), plan.skipped_labels())
-            active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, running.started)
+            now, model = time.monotonic(), route.model
+            active = self.protection.begin(exchange.session, model.platform.id, model.id, now)
+            running = Running(route, chat, plan, len(exchange.failures) + 1, now, active, plan.skipped_labels())
             try:
                 running.reply = await self.providers.open(route, chat, exchange.limit)
-                self._committed(exchange, running)
-                yield running
-                return
             except UpstreamError as error:
                 running.error = error
-            finally:
-                if running.reply is not None:
-                    running.reply.close()
-                self.protection.end(active)
-                self._settle(exchange, running, chat, plan)
-            assert running.error is not None
+            finally:  # also when it was cancelled
+                if running.reply is None:
+                    self._settle(exchange, running)
+            if running.error is None:
+                self._committed(exchange, running)
+                return running
             if running.error.rule.scope is Scope.REQUEST and self.settings.content_filter == "propagate":
                 raise refusal(exchange.failures)
         raise self._exhausted(exchange, plan, chat)
@@ -237,9 +244,7 @@ class Engine:
         """The next attempt's route, within the limits of attempts and time."""
         now = time.monotonic()
         failures = exchange.failures
-        if len(failures) >= self.settings.max_fallback_attempts or (failures and now >= exchange.deadline):
-            return None
-        if request_is_bad(failures):
+        if failures and (now >= exchange.deadline or len(failures) >= self._attempts_max or request_is_bad(failures)):
             return None
         exchange.route = self.router.next_route(plan, now)
         return exchange.route
@@ -251,10 +256,14 @@ class Engine:
         model = running.route.model
         self.protection.used(exchange.session, model.platform.id, model.id, now)
 
-    def _settle(self, exchange: Exchange, running: Running, chat: Chat, plan: Plan) -> None:
-        """Close the books on one attempt, however it ended: ledger, protection, session, log row."""
+    def _settle(self, exchange: Exchange, running: Running) -> None:
+        """Let go of the provider and close the books on one attempt, however it ended: ledger, protection, session,
+        log row."""
+        if running.reply is not None:
+            running.reply.close()
+        self.protection.end(running.active)
         now = time.monotonic()
-        route, error = running.route, running.error
+        route, chat, error = running.route, running.chat, running.error
         tally = running.reply.tally if running.reply else None
         row = Row(
             request_id=exchange.id,
@@ -277,20 +286,20 @@ class Engine:
             tokens = row.input_tokens + row.output_tokens
         self.router.ledger.settle(route.reservation, tokens)
         if error is not None:
-            self._failed(exchange, running, error, plan, now)
+            self._failed(exchange, running, error, now)
             row.error_kind, row.http_status, row.error = str(error.failure), error.status, error.message
         elif running.finished:
             row.status, row.http_status = "success", 200
-            self._succeeded(exchange, running, chat, now)
+            self._succeeded(exchange, running, now)
         else:
             row.status = "cancelled"
         exchange.status = row.status
         self.metrics.attempt(row)
         self.store.log(row)
 
-    def _failed(self, exchange: Exchange, running: Running, error: UpstreamError, plan: Plan, now: float) -> None:
+    def _failed(self, exchange: Exchange, running: Running, error: UpstreamError, now: float) -> None:
         """What one failure costs: this request, everybody, and the session (SPEC 5.2, 7)."""
-        rule, model, key = error.rule, running.route.model, running.route.key
+        rule, model, key, plan = error.rule, running.route.model, running.route.key, running.plan
         exchange.failures.append(Attempt(running.route, error, round((now - running.started) * 1000)))
         if rule.cooling is Cooling.TRANSIENT:
             until = now + self.settings.transient_cooldown_ms / 1000
@@ -318,24 +327,24 @@ class Engine:
             plan.skip(model)
         if kind is not None:
             phase = Phase.MID_STREAM if running.reply else Phase.BEFORE_STREAM
-            self._punish(exchange, running, kind, phase, plan, now)
+            self._punish(exchange, running, kind, phase, now)
 
-    def _punish(self, exchange: Exchange, running: Running, kind: Kind, phase: Phase, plan: Plan, now: float) -> None:
+    def _punish(self, exchange: Exchange, running: Running, kind: Kind, phase: Phase, now: float) -> None:
         model = running.route.model
         action = self.protection.punish(exchange.session, model.platform.id, model.id, kind, phase, now)
         if action.ban_provider:
-            plan.ban(model.platform.id)
+            running.plan.ban(model.platform.id)
             self.log.write("info", "ban", platform=model.platform.id, reason=action.reason, request_id=exchange.id)
 
-    def _succeeded(self, exchange: Exchange, running: Running, chat: Chat, now: float) -> None:
+    def _succeeded(self, exchange: Exchange, running: Running, now: float) -> None:
         route, reply = running.route, running.reply
         assert reply is not None
         self._set_key_status(route.key.id, KeyStatus.HEALTHY)
         self.router.penalties.success(route.model.id, now)
         self.protection.used(exchange.session, route.model.platform.id, route.model.id, now)
         self.protection.sessions.pin(exchange.session, route.model.id, route.key.id, now)
-        if cut_short(reply.tally, chat, route.model) and exchange.plan is not None:
-            self._punish(exchange, running, Kind.TRUNCATION, Phase.MID_STREAM, exchange.plan, now)
+        if cut_short(reply.tally, running.chat, route.model):
+            self._punish(exchange, running, Kind.TRUNCATION, Phase.MID_STREAM, now)
 
     def _set_key_status(self, key: int, status: KeyStatus, error: str | None = None) -> None:
         """Remember it; tell the database when it is news. A success that began before does not lift invalid."""
@@ -351,7 +360,7 @@ class Engine:
         error = exhausted(plan, exchange.failures, stream=chat.stream, retry_after_s=soonest_s)
         self.metrics.exhausted()
         pool = {
-            "candidates": len(plan.order),
+            "candidates": len(plan.complete()),
             "skipped": plan.skipped_labels(),
             "blocked": [f"{self.router.catalog.by_id[id].label}={b.reason}" for id, b in plan.blocked.items()],
             "transient_cooldowns": len(self.protection.transient),
@@ -417,10 +426,9 @@ def skipped_text(plan: Plan | None) -> str | None:
 
 async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int, limit: Limit) -> bytes:
     """The request's body, refused as soon as it is too large."""
-    too_large = InvalidRequest(f"The body is larger than {bytes_max} bytes.", code="request_too_large", status=413)
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > bytes_max:
-        raise too_large
+        raise too_large(bytes_max)
     pieces: list[bytes] = []
     size, more = 0, True
     try:
@@ -432,16 +440,20 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: in
                 pieces.append(message.get("body", b""))
                 size += len(pieces[-1])
                 if size > bytes_max:
-                    raise too_large
+                    raise too_large(bytes_max)
                 more = message.get("more_body", False)
     except TimeoutError:
         raise InvalidRequest("The body did not arrive in time.", code="request_timeout", status=408) from None
     raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
     encoding = headers.get(b"content-encoding", b"").strip().lower()
-    return raw if encoding in (b"", b"identity") else unpacked(raw, encoding, too_large, bytes_max)
+    return raw if encoding in (b"", b"identity") else unpacked(raw, encoding, bytes_max)
 
 
-def unpacked(raw: bytes, encoding: bytes, too_large: InvalidRequest, bytes_max: int) -> bytes:
+def too_large(bytes_max: int) -> InvalidRequest:
+    return InvalidRequest(f"The body is larger than {bytes_max} bytes.", code="request_too_large", status=413)
+
+
+def unpacked(raw: bytes, encoding: bytes, bytes_max: int) -> bytes:
     """A compressed body, refused as soon as it turns out too large."""
     if encoding not in (b"gzip", b"x-gzip", b"deflate"):
         message = f"Content-Encoding {encoding.decode('latin-1')!r} is not supported: send gzip, deflate or plain JSON."
@@ -453,7 +465,7 @@ def unpacked(raw: bytes, encoding: bytes, too_large: InvalidRequest, bytes_max: 
     except zlib.error:
         raise InvalidRequest("The body is not what its Content-Encoding says.", code="invalid_encoding") from None
     if len(unpacked) > bytes_max:
-        raise too_large
+        raise too_large(bytes_max)
     if not unpacker.eof:
         raise InvalidRequest("The compressed body is incomplete.", code="invalid_encoding")
     return unpacked
@@ -485,48 +497,83 @@ def header_value(text: str) -> bytes:
     return quote(text, safe=HEADER_SAFE).encode()
 
 
-async def unless_disconnected(receive: Receive, task: asyncio.Task[Any], work: Coroutine[Any, Any, T]) -> T:
+class Watch:
+    """A client whose leaving cancels the work that is done for it."""
+
+    __slots__ = ("_receive", "_task", "_watcher", "gone", "over", "since")
+
+    def __init__(self, receive: Receive, task: asyncio.Task[Any], since: float) -> None:
+        self.since = since
+        self.gone = False
+        self.over = False
+        self._receive = receive
+        self._task = task
+        self._watcher: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        self._watcher = asyncio.create_task(self._wait())
+
+    def end(self) -> None:
+        self.over = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+
+    async def _wait(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.gone = True
+        self._task.cancel()
+
+
+class Watches:
+    """Who is still being served after WATCH_AFTER_S gets a task that watches: one for each request would cost more
+    than a quick answer."""
+
+    def __init__(self) -> None:
+        self._fresh: deque[Watch] = deque()  # oldest first
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, watch: Watch) -> None:
+        self._fresh.append(watch)
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = time.monotonic()
+        while self._fresh:
+            left_s = self._fresh[0].since + WATCH_AFTER_S - now
+            if left_s > 0 and not self._fresh[0].over:
+                self._timer = asyncio.get_running_loop().call_later(left_s, self._look)
+                return
+            watch = self._fresh.popleft()
+            if not watch.over:
+                watch.begin()
+
+
+async def unless_disconnected(watch: Watch, task: asyncio.Task[Any], work: Coroutine[Any, Any, T]) -> T:
     """Run the work in `task`, the current one; a client's disconnect cancels it and raises ClientGone.
 
-    uvicorn neither cancels the app nor fails send() when the client leaves: only receive() tells. Work that is done
-    before WATCH_AFTER_S is not watched at all, because a task for watching costs more than such work.
+    uvicorn neither cancels the app nor fails send() when the client leaves: only receive() tells.
     """
-    gone = False
-    watcher: asyncio.Task[None] | None = None
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        task.cancel()
-
-    def begin() -> None:
-        nonlocal watcher
-        watcher = loop.create_task(watch())
-
-    loop = asyncio.get_running_loop()
-    timer = loop.call_later(WATCH_AFTER_S, begin)
     try:
         result = await work
     except asyncio.CancelledError:
-        if not gone or task.uncancel() > 0:  # somebody else's cancellation goes on
+        if not watch.gone or task.uncancel() > 0:  # somebody else's cancellation goes on
             raise
         raise ClientGone from None
     except BaseException:
-        if not gone:
+        if not watch.gone:
             raise
         await absorb_cancellation(task)
         raise ClientGone from None
     else:
-        if gone:
+        if watch.gone:
             await absorb_cancellation(task)
             raise ClientGone
         return result
     finally:
-        timer.cancel()
-        if watcher is not None:
-            watcher.cancel()
+        watch.end()
 
 
 async def absorb_cancellation(task: asyncio.Task[Any]) -> None:

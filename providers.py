@@ -208,6 +208,11 @@ class Reply:
         self.completion = completion
         self._first = first
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last batch was the last one, and the end is known without waiting."""
+        return True
+
     async def next_batch(self, idle_s: float) -> list[Event] | None:
         """The next events, those that arrived together; [] when none came for `idle_s`, None at the end.
 
@@ -240,6 +245,11 @@ class LiveReply(Reply):
         self._stall_s = self._stall_left_s = stall_s
         self._at_end = False
         self._clock = asyncio.get_running_loop().time
+
+    @property
+    def ended(self) -> bool:
+        incoming = self._incoming
+        return self._at_end or incoming.error is not None or (incoming.done and self._content.is_eof())
 
     async def next_batch(self, idle_s: float) -> list[Event] | None:
         if self._first:

@@ -10,7 +10,7 @@ says what stood in the way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -126,8 +126,9 @@ class Blocked:
 class Plan:
     """One request's way through the models: the order, and what has been ruled out so far."""
 
-    order: list[Model]
+    order: list[Model]  # as far as it has been worked out
     tokens: int
+    more: Callable[[], list[Model]] | None = None  # works out the rest, which most requests never need
     preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
     banned: set[str] = field(default_factory=set)
     skipped: dict[int, Model] = field(default_factory=dict)
@@ -135,12 +136,26 @@ class Plan:
     blocked: dict[int, Blocked] = field(default_factory=dict)
     cooling: list[str] = field(default_factory=list)  # labels of models left out by transient cooldowns and bans
 
+    def complete(self) -> list[Model]:
+        """The whole order."""
+        if self.more is not None:
+            more, self.more = self.more, None
+            self.order = self.order + more()
+        return self.order
+
+    def models(self) -> Iterator[Model]:
+        """The order, its rest only when that is reached."""
+        known = self.order
+        yield from known
+        if self.more is not None:
+            yield from self.complete()[len(known) :]
+
     def skip(self, model: Model) -> None:
         self.skipped[model.id] = model
 
     def skip_window(self, model: Model) -> None:
         """The request is too long for this model, so for every model that holds no more."""
-        for other in self.order:
+        for other in self.complete():
             if other.context_window <= model.context_window:
                 self.skip(other)
         self.skip(model)
@@ -244,23 +259,35 @@ class Router:
 
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
-        asked: list[Model] = []
-        chain = self._pools[chat.mode]
-        if chat.pinned is not None:
+        preferred = (standing.preferred_model, standing.preferred_key)
+        plan = Plan([], chat.tokens, preferred=preferred, banned=set(standing.banned))
+        pool = self._pools[chat.mode]
+
+        def ordered(models: list[Model]) -> list[Model]:
+            return self._ordered(models, chat.mode, standing, plan, now, rng)
+
+        if chat.pinned is None:
+            candidates = fit(chat, pool)
+            plan.order = ordered(candidates)
+        else:
             asked = [m for m in self.catalog.resolve(chat.pinned) if self.has_key(m)]
-            chain = [] if strict else [m for m in chain if m not in asked and not is_demo(m.platform)]
-        fitting = fit(chat, asked + chain)
-        plan = Plan([], chat.tokens, (standing.preferred_model, standing.preferred_key), set(standing.banned))
-        asked = [m for m in fitting if m in asked]
-        plan.order = asked + self._ordered(fitting[len(asked) :], chat.mode, standing, plan, now, rng)
+            others = [] if strict else pool
+            if not (candidates := fitting(chat, asked)):
+                candidates = fit(chat, asked + [m for m in others if not is_demo(m.platform)])
+                plan.order = ordered(candidates)
+            else:
+                plan.order = candidates
+                plan.more = lambda: ordered(
+                    fitting(chat, [m for m in others if m not in asked and not is_demo(m.platform)])
+                )
         if plan.banned or len(self._transient):
-            plan.cooling = [m.label for m in plan.order if not plan.allows(m) or self._transient.left(m.id, now)]
+            plan.cooling = [m.label for m in plan.complete() if not plan.allows(m) or self._transient.left(m.id, now)]
         return plan
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The next (model, key) of this plan with its capacity reserved; None when nothing is left."""
         plan.blocked.clear()
-        for model in plan.order:
+        for model in plan.models():
             if not (plan.allows(model) and self.has_key(model)):
                 continue
             if left_s := self._transient.left(model.id, now):
@@ -280,19 +307,19 @@ class Router:
 
     def soonest_s(self, plan: Plan, now: float) -> float | None:
         """When the first of the plan's models may be available again, if that is known."""
-        waits = [self._transient.left(m.id, now) or self._available(m, plan, now)[1] for m in plan.order]
+        waits = [self._transient.left(m.id, now) or self._available(m, plan, now)[1] for m in plan.complete()]
         return min((wait_s for wait_s in waits if wait_s), default=None)
 
     def _available(self, model: Model, plan: Plan, now: float) -> tuple[Key | None, float | None]:
         """A key with capacity whose turn it is, else the shortest known wait in seconds for one."""
         keys = self._usable_keys[model.platform.id]
-        if len(keys) > 1:
-            start = self._turn.get(model.id, 0) % len(keys)
-            keys = keys[start:] + keys[:start]
-            if plan.preferred[0] == model.id:
-                keys.sort(key=lambda key: key.id != plan.preferred[1])
+        start = self._turn.get(model.id, 0) % len(keys) if keys else 0
+        if plan.preferred[0] == model.id:
+            keys = sorted(keys[start:] + keys[:start], key=lambda key: key.id != plan.preferred[1])
+            start = 0
         soonest: float | None = None
-        for key in keys:
+        for place in range(start - len(keys), start):  # from `start` on and around
+            key = keys[place]
             wait_s: float | None = self._key_cooldowns.left((key.id, model.id), now)
             if not wait_s:
                 wait_s = self.ledger.wait_s(model, key.id, plan.tokens, now)
@@ -345,24 +372,33 @@ class Router:
         return scores
 
 
+def fitting(chat: Chat, models: list[Model]) -> list[Model]:
+    """The models this request fits (SPEC 3.7)."""
+    return [
+        m
+        for m in models
+        if chat.tokens <= m.context_window and (m.vision or not chat.has_images) and (m.tools or not chat.has_tools)
+    ]
+
+
 def fit(chat: Chat, models: list[Model]) -> list[Model]:
-    """The models this request fits (SPEC 3.7); raises a GatewayError that says what is missing when there is none."""
+    """The same; raises a GatewayError that says what is missing when there is none."""
+    if found := fitting(chat, models):
+        return found
     if not models:
         raise NoProviders
     if chat.has_images and not (models := [m for m in models if m.vision]):
         raise InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
     if chat.has_tools and not (models := [m for m in models if m.tools]):
         raise InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
-    if not (fitting := [m for m in models if chat.tokens <= m.context_window]):
-        largest = max(m.context_window for m in models)
-        raise InvalidRequest(
-            f"The request needs about {chat.tokens} tokens, and the largest context window here is {largest}. "
-            "Shorten the messages or lower max_tokens.",
-            status=413,
-            code="context_length_exceeded",
-            param="messages",
-        )
-    return fitting
+    largest = max(m.context_window for m in models)
+    raise InvalidRequest(
+        f"The request needs about {chat.tokens} tokens, and the largest context window here is {largest}. "
+        "Shorten the messages or lower max_tokens.",
+        status=413,
+        code="context_length_exceeded",
+        param="messages",
+    )
 
 
 def request_is_bad(attempts: Sequence[Attempt]) -> bool:

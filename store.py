@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,11 +71,12 @@ class Row:
     streamed: bool = False
     skipped_models: str | None = None
 
-    def values(self) -> list[Any]:
-        return [iso(self.created_at), *(getattr(self, name) for name in ROW_COLUMNS[1:])]
+    def values(self) -> tuple[Any, ...]:
+        return (iso(self.created_at), *OTHER_COLUMNS_OF(self))
 
 
 ROW_COLUMNS = ("created_at", *(f.name for f in fields(Row) if f.name != "created_at"))
+OTHER_COLUMNS_OF = attrgetter(*ROW_COLUMNS[1:])
 INSERT_ROW = f"INSERT INTO requests ({', '.join(ROW_COLUMNS)}) VALUES ({', '.join('?' * len(ROW_COLUMNS))})"
 
 # Recency: a row weighs 1 now and 0 at the window's far end (SPEC 10.1). One pass, the window bound once.

@@ -60,7 +60,7 @@ class World:
         )
 
     def order(self, model: str, seed: int = 0, standing: Standing = NO_STANDING, now: float = NOW) -> list[int]:
-        return [m.id for m in self.router.plan(a_chat(model), standing, now, Random(seed)).order]
+        return [m.id for m in self.router.plan(a_chat(model), standing, now, Random(seed)).complete()]
 
     def orders(self, model: str, standing: Standing = NO_STANDING) -> list[list[int]]:
         return [self.order(model, seed, standing) for seed in range(DRAWS)]
