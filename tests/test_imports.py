@@ -21,6 +21,7 @@ CORE = {
     "faults": set(),
     "schemas": set(),
     "rescue": set(),
+    "calls": {"protection", "rescue", "wire"},
     "messages": {"wire"},
     "chat": {"messages", "wire"},
     "response_events": {"wire"},
@@ -30,7 +31,7 @@ CORE = {
     "ledger": {"catalog"},
     "router": {"catalog", "ledger", "protection", "wire"},
     "outgoing": {"catalog", "chat", "schemas", "wire"},
-    "adapters": {"catalog", "outgoing", "protection", "rescue", "wire"},
+    "adapters": {"calls", "catalog", "outgoing", "rescue", "wire"},
     "gemini": {"adapters", "catalog", "outgoing", "protection", "schemas", "wire"},
 }
 SHELL = {
