@@ -17,7 +17,7 @@ import orjson
 
 from adapters import USER_AGENT, Request, base_url
 from catalog import Key, Model
-from outgoing import clamp_effort
+from outgoing import cannot_carry, clamp_effort
 from protection import Failure, UpstreamError
 from schemas import gemini_schema
 from wire import Chat, Completion, Event, Tally, dump, frame
@@ -59,12 +59,13 @@ class Signatures:
         while len(self._held) > self._entries_max:
             self._held.popitem(last=False)
 
-    def get(self, call_id: str, name: str, args: object, now: float) -> str | None:
-        for key in (call_id, canonical(name, args)):
-            held = self._held.get(key)
-            if held is not None and held[1] > now:
-                return held[0]
-        return None
+    def get(self, call_id: str, now: float) -> str | None:
+        held = self._held.get(call_id)
+        return held[0] if held is not None and held[1] > now else None
+
+    def like(self, name: str, args: object, now: float) -> str | None:
+        """Of the last call that read so."""
+        return self.get(canonical(name, args), now)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -205,7 +206,8 @@ class Asking:
         return {"functionResponse": {"id": call_id, "name": name, "response": response}}
 
     def _calls(self, calls: Iterable[JSON]) -> list[JSON]:
-        """The step's calls; where signatures are wanted the first one carries one, made up if need be."""
+        """The step's calls; where signatures are wanted the first one carries one, made up if need be. The others
+        have none, unless they came with one."""
         parts: list[JSON] = []
         wanted = self._model.quirks.get("call_signatures")
         for call in calls:
@@ -215,25 +217,24 @@ class Asking:
             args = arguments_object(function.get("arguments"))
             self._call_names[call["id"]] = function["name"]
             part: JSON = {"functionCall": {"id": call["id"], "name": function["name"], "args": args}}
-            signature = given_signature(call) or self._signatures.get(call["id"], function["name"], args, self._now)
-            if wanted and (signature or not parts):
-                part["thoughtSignature"] = signature or UNSIGNED
+            if wanted:
+                signature = given_signature(call) or self._signatures.get(call["id"], self._now)
+                if not signature and not parts:
+                    signature = self._signatures.like(function["name"], args, self._now) or UNSIGNED
+                if signature:
+                    part["thoughtSignature"] = signature
             parts.append(part)
         return parts
-
-
-def cannot_carry(what: str) -> UpstreamError:
-    return UpstreamError(Failure.BAD_REQUEST, f"This platform's wire format cannot carry {what}.", status=400)
 
 
 def inline_data(url: str) -> JSON:
     """A data URL as this wire takes it. Other addresses are not fetched for the client: whatever a gateway can reach,
     its clients could read."""
-    if not url.startswith("data:"):
+    if url[:5].lower() != "data:":
         raise cannot_carry("an image by its address; send it as a data: URL")
     head, comma, data = url[5:].partition(",")
     kind, *rest = head.split(";")
-    if not comma or "base64" not in rest:
+    if not comma or "base64" not in map(str.lower, rest):
         raise cannot_carry("a data: URL that is not base64")
     return {"inlineData": {"mimeType": kind or "application/octet-stream", "data": data}}
 

@@ -30,7 +30,7 @@ CORE = {
     "catalog": {"protection", "wire"},
     "ledger": {"catalog"},
     "router": {"catalog", "ledger", "protection", "wire"},
-    "outgoing": {"catalog", "chat", "schemas", "wire"},
+    "outgoing": {"catalog", "chat", "protection", "schemas", "wire"},
     "adapters": {"calls", "catalog", "outgoing", "rescue", "wire"},
     "gemini": {"adapters", "catalog", "outgoing", "protection", "schemas", "wire"},
 }

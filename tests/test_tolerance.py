@@ -99,6 +99,21 @@ MESSAGES = {
     "arguments empty": (with_arguments(""), with_arguments("{}")),
     "arguments null": (with_arguments(None), with_arguments("{}")),
     "arguments encoded twice": (with_arguments('"{\\"a\\": 1}"'), with_arguments('{"a": 1}')),
+    "arguments cut off": (with_arguments('{"a": '), with_arguments('{"value":"{\\"a\\": "}')),
+    "arguments that are no object": (with_arguments("[1]"), with_arguments('{"value":[1]}')),
+    "results in another order": (
+        [HI, ASKED | {"tool_calls": [CALL, CALL | {"id": "c2"}]}, TOLD | {"tool_call_id": "c2"}, TOLD],
+        [HI, ASKED | {"tool_calls": [CALL, CALL | {"id": "c2"}]}, TOLD, TOLD | {"tool_call_id": "c2"}],
+    ),
+    "one id for two calls": (
+        [HI, ASKED | {"tool_calls": [CALL, CALL]}, TOLD, TOLD | {"content": "2"}],
+        [
+            HI,
+            ASKED | {"tool_calls": [CALL, CALL | {"id": "call_1_1"}]},
+            TOLD,
+            TOLD | {"content": "2", "tool_call_id": "call_1_1"},
+        ],
+    ),
     "a result without id": ([HI, ASKED, {"role": "tool", "content": "done"}], [HI, ASKED, TOLD]),
     "a result too many": ([HI, ASKED, TOLD, {"role": "tool", "content": "x"}, HI], [HI, ASKED, TOLD, HI]),
     "a result without its call": ([HI, TOLD, HI], [HI, HI]),
@@ -254,16 +269,37 @@ EXTRA = {
 
 async def test_a_strict_platform_gets_only_what_it_knows(start_gateway, fake):
     gateway = await start_gateway({"a": {"quirks": STRICT}})
-    message = {"role": "user", "name": "Ada", "content": [text("hi") | {"cache_control": {"type": "ephemeral"}}]}
+    mark = {"cache_control": {"type": "ephemeral"}}
+    message = {"role": "user", "name": "Ada", "id": "m1", "content": [text("hi") | mark]} | mark
+    tools = [TOOL | mark | {"function": TOOL["function"] | {"returns": {}}}]
 
-    await gateway.chat(messages=[message], logprobs=True, temperature=1.5, reasoning_effort="low", **EXTRA)
+    await gateway.chat(messages=[message], tools=tools, logprobs=True, temperature=1.5, reasoning_effort="low", **EXTRA)
 
     assert fake.requests[0].json == {
         "model": "a-model",
         "messages": [said(text("hi"))],
+        "tools": [TOOL],
         "temperature": 1,
         "reasoning_effort": "high",
     }
+
+
+async def test_a_part_that_a_platform_would_lose_is_not_lost_in_silence(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"flatten_content": True}}, "b": {}})
+    file = {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}
+
+    assert (await gateway.chat(messages=[said(text("sum it up"), file)])).text == "hello from b"
+
+    assert fake.called == ["b"]
+
+
+async def test_an_effort_where_there_is_only_on_and_off(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"reasoning_efforts": ["none", "default"]}}})
+
+    for effort in ("low", "high", "none"):
+        await gateway.chat(reasoning_effort=effort)
+
+    assert [request.json["reasoning_effort"] for request in fake.requests] == ["default", "default", "none"]
 
 
 TOOL_NAMES = ["a.b", "server/tool", "with blank", "x" * 65, "x" * 66, "1st", "öl", "a_b"]
