@@ -14,7 +14,8 @@ from typing import Any
 from calls import StreamedCalls, called, lost_turn, mend_whole_calls
 from catalog import Key, Model, Platform
 from outgoing import outgoing
-from rescue import TextGate, Unreadable, declared_tools, split_thoughts, whole
+from protection import Failure, UpstreamError
+from rescue import TextGate, Unreadable, declared_tools, found_json, split_thoughts, whole
 from wire import Chat, Completion, Event, Tally, dump, frame
 
 JSON = dict[str, Any]
@@ -179,6 +180,22 @@ def mend_whole_text(message: JSON, answer: JSON, chat: Chat) -> bool:
     message["content"], calls = rescued[0] or None, rescued[1]
     message["tool_calls"] = [called(answer, place, *call) for place, call in enumerate(calls)]
     return True
+
+
+def with_json(completion: Completion, chat: Chat) -> Completion:
+    """The answer with nothing but JSON in it, where JSON was asked for. Raises UpstreamError for one without: another
+    model may do better. One that was cut off stands: with the client's limit the others would be cut off too."""
+    choice = completion.body["choices"][0]
+    text = choice["message"].get("content")
+    if not text or not isinstance(text, str) or choice.get("finish_reason") != "stop":
+        return completion
+    found = found_json(text)
+    if found is None:
+        raise UpstreamError(Failure.MALFORMED, "The answer is not the JSON that was asked for.", status=200)
+    if found is text:
+        return completion
+    choice["message"]["content"] = found
+    return Completion(dump(completion.body), completion.body)
 
 
 def failed_generation(body: object, chat: Chat) -> bytes | None:

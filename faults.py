@@ -120,7 +120,8 @@ def refused_quota(body: dict[str, Any], message: str) -> Fault | None:
         for violation in detail["violations"]
         if isinstance(violation, dict)
     ]
-    if any(str(violation.get("quotaValue")) == "0" for violation in violations):  # not part of this key's plan
+    nothing = violations and NO_QUOTA.search(message)  # a zero may be left out of the structure
+    if nothing or any(str(violation.get("quotaValue")) == "0" for violation in violations):  # not in this key's plan
         return Fault(403, "permission_denied", message, sure=True, daily=True)
     if any("PerDay" in str(violation.get("quotaId")) for violation in violations):
         return Fault(429, DAILY_QUOTA, message, sure=True, daily=True)
@@ -231,6 +232,7 @@ MOMENT = re.compile(r"reset\w*\s+(?:at|on)\s+(\d{4}-\d\d-\d\d[ T]\d\d:\d\d(?::\d
 # Of a text that gives no time at all; a text alone never makes a failure a quota.
 DAILY = re.compile(r"\bdaily\b|\bper[ -]?day\b|\btoday\b|/\s*day\b|\bPerDay\b|\bByDay\b|\b[RT]PD\b", re.IGNORECASE)
 MONTHLY = re.compile(r"\bmonthly\b|\bper[ -]month\b|/\s*month\b", re.IGNORECASE)
+NO_QUOTA = re.compile(r"\blimit: 0\b(?!\.\d)")
 HINTS = frozenset({"retrydelay", "retry_after", "retry_after_seconds", "retryafter", "retry-after"})
 
 
@@ -312,7 +314,8 @@ def header_delay_s(value: str, utc: float) -> float | None:
     if (seconds := duration_s(value)) is not None:
         return seconds
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - utc)
+        moment = parsedate_to_datetime(value)
+        return max(0.0, moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() - utc)
     except (ValueError, OverflowError):
         return None
 

@@ -18,7 +18,17 @@ from typing import Any, Protocol, Self
 import aiohttp
 
 import faults
-from adapters import OpenAIAdapter, Request, as_chunks, base_url, failed_generation, note, note_completion, well_formed
+from adapters import (
+    OpenAIAdapter,
+    Request,
+    as_chunks,
+    base_url,
+    failed_generation,
+    note,
+    note_completion,
+    well_formed,
+    with_json,
+)
 from catalog import Key, Model, Platform, is_demo
 from gemini import GeminiAdapter
 from protection import Failure, UpstreamError, classify
@@ -477,6 +487,8 @@ def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route) -> Reply
     completion = adapter.completion(raw, body, chat)
     if completion is None:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
+    if "response_format" in chat.body and not chat.has_tools:  # beside tools some platforms know no JSON mode
+        completion = with_json(completion, chat)
     note_completion(completion.body, tally)
     if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
         raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)

@@ -10,7 +10,7 @@ import pytest
 from conftest import IN_ORDER
 from fake_provider import answer, body, error, until
 
-from outgoing import QUIRKS
+from outgoing import EFFORTS, QUIRKS
 from settings import load_catalog, load_settings
 from wire import MODES
 
@@ -84,7 +84,7 @@ def test_patterns_and_regions_in_quirks_are_real():
         re.compile(quirks.get("tool_call_id_pattern", ""))
         zone = quirks.get("daily_reset", "UTC").split(" ")[-1]
         assert zone == "UTC" or "/" in zone
-        assert set(quirks.get("reasoning_efforts", [])) <= {"none", "minimal", "low", "medium", "high"}
+        assert set(quirks.get("reasoning_efforts", [])) <= set(EFFORTS)
 
 
 def test_no_module_names_a_platform():

@@ -99,6 +99,14 @@ SHAPES = {
     "Gemini: not in the plan": Shape(
         "google", 429, google(429, "RESOURCE_EXHAUSTED", violated(PER_DAY, "0")), "forbidden", 403, DAY
     ),
+    "Gemini: not in the plan, in words": Shape(
+        "google",
+        429,
+        google(429, "RESOURCE_EXHAUSTED", violated(PER_DAY, ""), message="Quota exceeded for metric: x, limit: 0"),
+        "forbidden",
+        403,
+        DAY,
+    ),
     "Gemini: in a list": Shape(
         "google", 503, [google(503, "UNAVAILABLE", message="The model is overloaded")], "server_error", 503, "model"
     ),
@@ -203,6 +211,19 @@ SHAPES = {
     ),
     "Groq: decommissioned": Shape(
         "groq", 400, {"error": {"message": "gone", "code": "model_decommissioned"}}, "not_found", 400
+    ),
+    "llama.cpp: too long": Shape(
+        "llamacpp",
+        400,
+        {
+            "error": {
+                "code": 400,
+                "message": "the request exceeds the available context size, try increasing it",
+                "type": "exceed_context_size_error",
+            }
+        },
+        "context_length",
+        400,
     ),
     "Cerebras: queue": Shape(
         "cerebras",
@@ -462,6 +483,10 @@ async def test_a_stream_that_begins_well_after_an_error_elsewhere_is_whole(start
 NOON = 1_795_521_600.0  # 2026-11-24T12:00:00Z
 WAITS = {
     "a bare number": ({"Retry-After": "17"}, {}, "", 17),
+    "a date without a zone": ({"Retry-After": "Tue, 24 Nov 2026 12:01:00 -0000"}, {}, "", 60),
+    "below zero": ({"Retry-After": "-5"}, {}, "", None),
+    "no number": ({"Retry-After": "NaN"}, {}, "", None),
+    "a fraction": ({"Retry-After": "1.5"}, {}, "", 1.5),
     "a date": ({"Retry-After": "Tue, 24 Nov 2026 12:01:00 GMT"}, {}, "", 60),
     "too long": ({"Retry-After": "999999"}, {}, "", 86_400),
     "in the body": ({}, {"error": {"details": [{"retryDelay": "17s"}]}}, "", 17),

@@ -31,7 +31,7 @@ CORE = {
     "ledger": {"catalog"},
     "router": {"catalog", "ledger", "protection", "wire"},
     "outgoing": {"catalog", "chat", "protection", "schemas", "wire"},
-    "adapters": {"calls", "catalog", "outgoing", "rescue", "wire"},
+    "adapters": {"calls", "catalog", "outgoing", "protection", "rescue", "wire"},
     "gemini": {"adapters", "catalog", "outgoing", "protection", "schemas", "wire"},
 }
 SHELL = {
