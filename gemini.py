@@ -360,7 +360,7 @@ class Answering:
             self._tally.finish = "length"
         elif reason == "PUP_LIMITED_DISABLED":
             raise UpstreamError(Failure.FORBIDDEN, f"The account is limited: {words or reason}", status=403)
-        elif reason in DEAD and not (self._said or self._tally.has_text):
+        elif reason in DEAD and not self._said:
             raise UpstreamError(Failure.EMPTY, f"The model gave up: {words or reason}", status=200, code=reason)
         else:
             self._tally.finish = "tool_calls" if self._calls_total else "stop"
@@ -448,12 +448,10 @@ class ChunkTranslator:
         return None
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
-        if self._tally.finish is not None:  # only usage is left
-            self._reader.read({"usageMetadata": chunk.get("usageMetadata")})
-            return []
-        reader = self._reader
+        reader, ended = self._reader, self._tally.finish
         reader.read(chunk)
-        finish, self._tally.finish = self._tally.finish, None  # counted with its chunk, like every other
+        finish = self._tally.finish if ended is None else None  # once, though some servers say it with every frame
+        self._tally.finish = ended  # counted with its chunk, like every other
         delta: JSON = {}
         if reader.thoughts:
             delta["reasoning_content"] = "".join(reader.thoughts)

@@ -221,7 +221,7 @@ def found_json(text: str) -> str | None:
     if loaded(text) is not None or text.strip() == "null":
         return text
     within = [block.removeprefix("json") for block in enclosed(text, "```", "```")]
-    for opening, end in sorted(("{}", "[]"), key=lambda pair: text.find(pair[0]) % (len(text) + 1)):
+    for opening, end in sorted((("{", "}"), ("[", "]")), key=lambda pair: text.find(pair[0])):
         within.append(text[text.find(opening) : text.rfind(end) + 1])
     return next((part.strip() for part in within if part.strip() and loaded(part) is not None), None)
 

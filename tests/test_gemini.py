@@ -340,6 +340,22 @@ async def test_usage_after_the_last_word_is_still_read(google):
     assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
 
 
+async def test_text_behind_an_ending_is_not_lost(google):
+    gateway = await google(chunked(event(ended("STOP", {"text": "yes"})), event(ended("STOP", {"text": " and no"}))))
+
+    (await gateway.stream()).assert_whole("yes and no")
+
+
+async def test_thoughts_that_end_in_a_broken_call_are_no_finished_answer(google):
+    thought = gemini_frame({"text": "hm", "thought": True}, said=None)
+    gateway = await google(chunked(event(thought), event(ended("MALFORMED_FUNCTION_CALL"))))
+
+    got = await gateway.stream()
+
+    assert got.finishes == ["error"]
+    assert (await gateway.row())["error_kind"] == "empty"
+
+
 FINISHES = {
     "STOP": "stop", "MAX_TOKENS": "length", "SAFETY": "content_filter", "RECITATION": "content_filter",
     "IMAGE_SAFETY": "content_filter", "SPII": "content_filter", "OTHER": "stop", "LANGUAGE": "stop",
