@@ -227,6 +227,20 @@ async def test_a_discovered_model_stays_switched_off_over_a_restart(start_gatewa
     assert await discovered(again) == ["b:7b"]
 
 
+async def test_a_new_model_is_there_on_demand(start_gateway, fake):
+    fake.script("mine", listing({"id": "a:1b"}))
+    fake.script("off", error(500))
+    gateway = await start_gateway(MINE | {"off": {"keyless": True, "discover": True, "models": []}})
+    assert await discovered(gateway) == ["a:1b"]
+    fake.script("mine", listing({"id": "a:1b"}, {"id": "b:7b"}))
+
+    told = await gateway.send({}, path="/api/models/discover")
+
+    assert told.json == [{"platform": "mine", "models": 2}, {"platform": "off", "models": None}]
+    assert sorted(await models_of(gateway)) == ["a:1b", "b:7b"]
+    assert (await gateway.chat(model="b:7b")).text == "I am b:7b"
+
+
 async def test_a_server_with_a_key_is_asked_with_its_key(start_gateway, fake):
     fake.script("mine", listing({"id": "a:1b"}))
     await start_gateway({"mine": {"discover": True, "models": [], "keys": ["sk-my-own-key-0001"]}})

@@ -46,7 +46,7 @@ SHELL = {
 }
 TOP = {
     "exchange": set(CORE) | {"eventlog", "metrics", "providers", "settings", "store"},
-    "admin": {"exchange", "store", "analytics", "controls", "metrics", "settings"} | set(CORE),
+    "admin": {"discovery", "exchange", "store", "analytics", "controls", "metrics", "settings"} | set(CORE),
     "discovery": {"catalog", "exchange", "protection", "settings", "store"},
     "gateway": {"exchange", "admin", "discovery"} | set(CORE) | set(SHELL),
 }
