@@ -17,6 +17,7 @@ from wire import MODES
 HERE = Path(__file__).resolve().parent.parent
 RAW = json.loads((HERE / "catalog.json").read_text())
 PLATFORMS, MODELS = RAW["platforms"], RAW["models"]
+PLATFORM_QUIRKS = {platform["id"]: platform.get("quirks", {}) for platform in PLATFORMS}
 
 
 def loaded(tmp_path, **environ: str):
@@ -143,7 +144,8 @@ async def discovered(gateway) -> list[str]:
 
     async def look() -> bool:
         found[:] = sorted(await models_of(gateway))
-        return bool(found)
+        served = {model["id"] for model in (await gateway.get("/v1/models")).json["data"]}  # routing learns it last
+        return bool(found) and served.issuperset(found)
 
     for _ in range(500):
         if await look():
@@ -248,3 +250,22 @@ async def test_a_server_with_a_key_is_asked_with_its_key(start_gateway, fake):
     await until(lambda: fake.requests)
 
     assert fake.requests[0].key == "sk-my-own-key-0001"
+
+
+STRANGERS = {"kilo": "kilo-auto/free", "ovh": "gpt-oss-20b", "aihorde": "google/gemma-4-31b"}
+
+
+async def test_public_services_without_keys_are_off_until_the_operators_file_says_keyless(start_gateway, fake):
+    platforms = {id: {"keys": [], "models": [], "quirks": PLATFORM_QUIRKS.get(id, {})} for id in STRANGERS}
+    gateway = await start_gateway(platforms)
+    for platform, model in STRANGERS.items():
+        assert (await gateway.chat(model=f"{platform}/{model}")).status == 503
+    assert fake.called == []
+    await gateway.stop()
+
+    gateway = await start_gateway({id: given | {"keyless": True} for id, given in platforms.items()})
+
+    for platform, model in STRANGERS.items():
+        assert (await gateway.chat(model=f"{platform}/{model}")).text == f"hello from {platform}"
+    sent = {request.platform: request.headers.get("authorization") for request in fake.requests}
+    assert sent == {"kilo": None, "ovh": None, "aihorde": "Bearer 0000000000"}
