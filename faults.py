@@ -16,8 +16,10 @@ from functools import lru_cache
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import orjson
+
 RETRY_AFTER_MAX_S = 86_400.0  # a longer wish is a mistake more often than a plan
-HINT_DEPTH_MAX = 6  # how deep in an error body a retry hint is looked for; providers nest it up to 4
+HINT_DEPTH_MAX = 7  # how deep in an error body a retry hint is looked for; a backend's error in another's nests 7
 STATUS_BY_NAME = {
     "resource_exhausted": 429, "rate_limit_exceeded": 429, "rate_limit_error": 429, "rate_limited": 429,
     "too_many_requests": 429, "too_many_requests_error": 429, "insufficient_quota": 429, "quota_exceeded": 429,
@@ -202,9 +204,10 @@ def found_message(body: dict[str, Any], places: list[dict[str, Any]]) -> str:
 
 
 def as_text(value: object) -> str:
-    """Words from a message that may be text, an object, or a list of them."""
+    """Words from a message that may be text, an object, or a list of them; the text may be an object's JSON."""
     if isinstance(value, str):
-        return value
+        inner = packed_object(value)
+        return value if inner is None else as_text(inner) or value
     if isinstance(value, list) and value:
         return as_text(value[0])
     if isinstance(value, dict):
@@ -214,11 +217,22 @@ def as_text(value: object) -> str:
     return ""
 
 
+def packed_object(text: str) -> dict[str, Any] | None:
+    """The error body of a backend, which some gateways pass on as text."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def with_raw(text: str, error: object) -> str:
     """An aggregator's "Provider returned error" says nothing without the backend's own words."""
     metadata = error.get("metadata") if isinstance(error, dict) else None
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
-    return f"{text}: {raw}" if isinstance(raw, str) and raw else text
+    return f"{text}: {as_text(raw)}" if isinstance(raw, str) and raw else text
 
 
 DURATION = r"(?:\d+(?:\.\d+)?\s*(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|h|days?|d)\s*)+"
@@ -332,6 +346,9 @@ def hint_s(value: object, depth: int, utc: float) -> float | None:
                     return seconds
                 if lower == "x-ratelimit-reset" and (seconds := duration_s(str(item))) is not None:
                     return since_epoch_s(seconds, utc)
+                packed = packed_object(item) if isinstance(item, str) else None
+                if packed and (seconds := hint_s(packed, depth - 1, utc)) is not None:
+                    return seconds
             elif (seconds := hint_s(item, depth - 1, utc)) is not None:
                 return seconds
     elif isinstance(value, list):

@@ -335,6 +335,20 @@ SHAPES = {
     "SiliconFlow: flat code": Shape(
         "siliconflow", 400, {"code": 20012, "message": "Model does not exist", "data": None}, "not_found", 404
     ),
+    "OpenRouter: the backend's error as text": Shape(
+        "openrouter",
+        429,
+        {
+            "error": {
+                "message": "Provider returned error",
+                "code": 429,
+                "metadata": {"raw": json.dumps(google(429, "RESOURCE_EXHAUSTED", retry("38.2s"), message="spent"))},
+            }
+        },
+        "rate_limited",
+        429,
+        38.2,
+    ),
     "plain text": Shape("nvidia", 404, "404 page not found", "not_found", 404),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -445,6 +459,12 @@ async def test_three_platforms_that_refuse_the_request_are_believed(start_gatewa
     assert got.status == 400
     assert got.error["type"] == "invalid_request_error"
     assert "this cannot be" in got.error["attempts"][0]["message"]
+
+
+def test_a_message_that_is_packed_json_is_read():
+    packed = json.dumps({"error": {"message": "inner words", "code": 429}})
+    assert faults.read({"error": {"message": packed}}).message == "inner words"
+    assert faults.read({"error": {"message": "{not json"}}).message == "{not json"
 
 
 async def test_a_key_in_an_error_is_not_passed_on(start_gateway, fake):
