@@ -32,6 +32,7 @@ QUIRKS: Mapping[str, type] = {
     "stop_as_array": bool,
     "reasoning_efforts": list,  # those it knows, lowest first
     "effort_as_thinking": bool,  # a switch {"thinking": {"type": …}} in place of an effort
+    "effort_as_template": str,  # a switch of this name for the model's chat template; efforts beside it, but not "none"
     "json_object_as_schema": bool,  # JSON mode only with a schema
     "single_tool_call": bool,
     "strip_tool_schema_keys": list,
@@ -87,15 +88,18 @@ def outgoing(model: Model, chat: Chat) -> JSON:
         body["stream"] = True
         if not quirks.get("no_stream_usage"):
             body["stream_options"] = {"include_usage": True}
-    if model.max_output is not None and body.get("max_tokens", 0) > model.max_output:
-        body["max_tokens"] = model.max_output  # asking for more is a 400 nearly everywhere
     body["messages"] = outgoing_messages(body["messages"], quirks)
-    apply_quirks(body, quirks)
+    apply_quirks(body, quirks, model.max_output)
     return body
 
 
-def apply_quirks(body: JSON, quirks: Mapping[str, Any]) -> None:
+def apply_quirks(body: JSON, quirks: Mapping[str, Any], max_output: int | None) -> None:
     """Leave out, clamp and rename what the platform would refuse."""
+    if "reasoning_effort" in body and (switch := quirks.get("effort_as_template")):
+        thinks = body["reasoning_effort"] != "none"
+        body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), switch: thinks}
+        if not thinks:
+            del body["reasoning_effort"]
     if quirks.get("effort_as_thinking") and "reasoning_effort" in body:
         body["thinking"] = {"type": "disabled" if body.pop("reasoning_effort") == "none" else "enabled"}
     elif quirks.get("standard_fields_only"):
@@ -108,6 +112,8 @@ def apply_quirks(body: JSON, quirks: Mapping[str, Any]) -> None:
     for name, limit in quirks.get("max", {}).items():
         if name in body and body[name] > limit:
             body[name] = limit
+    if max_output is not None and body.get("max_tokens", 0) > max_output:
+        body["max_tokens"] = max_output  # asking for more is a 400 nearly everywhere
     for name, limit in quirks.get("min", {}).items():
         if name in body and body[name] < limit:
             body[name] = limit

@@ -304,6 +304,27 @@ async def test_an_effort_where_there_is_only_on_and_off(start_gateway, fake):
     assert [request.json["reasoning_effort"] for request in fake.requests] == ["default", "default", "none"]
 
 
+async def test_an_effort_as_a_switch_of_the_chat_template(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"effort_as_template": "enable_thinking"}}})
+
+    await gateway.chat(chat_template_kwargs={"enable_thinking": False, "more": 1})
+    await gateway.chat(reasoning_effort="low")
+
+    fields = ("chat_template_kwargs", "reasoning_effort")
+    assert [{name: sent.json.get(name) for name in fields} for sent in fake.requests] == [
+        {"chat_template_kwargs": {"enable_thinking": False, "more": 1}, "reasoning_effort": None},
+        {"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "low"},
+    ]
+
+
+async def test_a_default_is_no_more_than_the_model_can_give(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"default": {"max_tokens": 8192}}, "model": {"max_output": 4096}}})
+
+    await gateway.chat()
+
+    assert fake.requests[0].json["max_tokens"] == 4096
+
+
 TOOL_NAMES = ["a.b", "server/tool", "with blank", "x" * 65, "x" * 66, "1st", "öl", "a_b"]
 
 
