@@ -139,7 +139,7 @@ class Asking:
         body: JSON = {"contents": self._contents(system if quirks.get("system_as_user") else "")}
         if system and not quirks.get("system_as_user"):
             body["systemInstruction"] = {"parts": [{"text": system}]}
-        declared = [declaration(tool["function"]) for tool in chat.get("tools", ()) if "function" in tool]
+        declared = [declaration(tool) for tool in chat.get("tools", ())]
         if declared:
             body["tools"] = [{"functionDeclarations": declared}]
             if config := calling_config(chat.get("tool_choice")):
@@ -258,7 +258,9 @@ def given_signature(call: JSON) -> str | None:
     return None
 
 
-def declaration(function: JSON) -> JSON:
+def declaration(tool: JSON) -> JSON:
+    if not isinstance(function := tool.get("function"), dict):
+        raise cannot_carry(f"a tool of type {tool.get('type')!r}")
     declared: JSON = {"name": function["name"]}
     if isinstance(function.get("description"), str) and function["description"]:
         declared["description"] = function["description"]

@@ -234,6 +234,14 @@ async def test_an_image_by_address_is_neither_fetched_nor_sent(google, fake, url
     assert "data: URL" in (await gateway.rows(2))[0]["error"]
 
 
+async def test_a_tool_that_is_no_function_is_not_dropped_in_silence(google, fake):
+    gateway = await google()
+
+    got = await gateway.chat(tools=[tool(), {"type": "custom", "custom": {"name": "x"}}])
+
+    assert (got.text, fake.called) == ("hello from b", ["b"])
+
+
 # --- Schemas ------------------------------------------------------------------------------------------------------
 
 TREE = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}}}}
