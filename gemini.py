@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from adapters import USER_AGENT, Request, base_url
+from adapters import USER_AGENT, ChunkMender, Request, base_url, mend_completion
 from catalog import Key, Model
 from outgoing import cannot_carry, clamp_effort
 from protection import Failure, UpstreamError
@@ -110,10 +110,12 @@ class GeminiAdapter:
         whole = {**reader.head, "object": "chat.completion", "choices": [choice]}
         if tally.usage_object:
             whole["usage"] = tally.usage_object
+        mend_completion(whole, chat)  # its open models write thoughts and calls as text, too
         return Completion(dump(whole), whole)
 
     def translator(self, tally: Tally, chat: Chat) -> ChunkTranslator:
-        return ChunkTranslator(tally, Answering(tally, chat, self._signatures, self._clock()))
+        reader = Answering(tally, chat, self._signatures, self._clock())
+        return ChunkTranslator(tally, reader, ChunkMender(tally, chat))
 
 
 # --- The request ----------------------------------------------------------------------------------------------------
@@ -441,9 +443,10 @@ def filtered(reason: str, words: str) -> UpstreamError:
 class ChunkTranslator:
     """One stream's frames as chunks in OpenAI's form: at most one with what is new and one with how it ended."""
 
-    def __init__(self, tally: Tally, reader: Answering) -> None:
+    def __init__(self, tally: Tally, reader: Answering, mender: ChunkMender) -> None:
         self._tally = tally
         self._reader = reader
+        self._mender = mender  # of what the models write, whatever wire it comes by
         self._begun = False
 
     def plain_text(self, chunk: Any) -> str | None:
@@ -466,15 +469,15 @@ class ChunkTranslator:
         if delta:
             if not self._begun:
                 delta, self._begun = {"role": "assistant", **delta}, True
-            events.append(self._event(delta, None))
+            events += self._events(delta, None)
         if finish is not None:
-            events.append(self._event({}, finish))
+            events += self._events({}, finish)
         return events
 
     def end(self) -> list[Event]:
-        return []
+        return self._mender.end()
 
-    def _event(self, delta: JSON, finish: str | None) -> Event:
+    def _events(self, delta: JSON, finish: str | None) -> list[Event]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         chunk = {**self._reader.head, "object": "chat.completion.chunk", "choices": [choice]}
-        return Event(frame(chunk), chunk)
+        return self._mender.feed(frame(chunk), chunk)

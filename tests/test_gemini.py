@@ -336,6 +336,22 @@ async def test_thoughts_are_reasoning_and_count_as_output(google, streaming):
     assert (row["input_tokens"], row["output_tokens"]) == (11, 7)
 
 
+@both_ways
+async def test_thoughts_and_calls_written_as_text_are_what_they_are(google, streaming):
+    text = '<thought>hm</thought>\n<tool_call>{"name": "weather", "arguments": {"city": "Rom"}}</tool_call>'
+    pieces = [gemini_frame({"text": text[at : at + 9]}, said=None) for at in range(0, len(text), 9)]
+    gateway = await google(frames(*pieces, ended("STOP"), streaming=streaming))
+
+    got = await gateway.ask(streaming=streaming, tools=[tool()])
+
+    told = got.deltas if streaming else [got.json["choices"][0]["message"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in told) == "hm"
+    (call,) = [call for delta in told for call in delta.get("tool_calls", [])]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rom"}
+    assert not any(delta.get("content") for delta in told)
+    assert (got.finishes if streaming else [got.json["choices"][0]["finish_reason"]]) == ["tool_calls"]
+
+
 async def test_usage_after_the_last_word_is_still_read(google):
     late = {"usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 9, "cachedContentTokenCount": 3}}
     gateway = await google(chunked(event(ended("STOP", {"text": "yes"})), event(late)))
