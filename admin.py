@@ -21,6 +21,7 @@ import analytics
 import controls
 import store
 from catalog import Key, KeyStatus, Model, pools
+from deadlines import Deadlines
 from discovery import discover
 from exchange import Engine, read_body
 from metrics import CONTENT_TYPE
@@ -186,7 +187,7 @@ class Admin:
 
     async def add_key(self, request: Request) -> Response:
         """201 with the new key; 200 with the existing one where it was known already."""
-        body = fields(await read_json(request), platform=str, key=str, label=str)
+        body = fields(await read_json(request, self._engine.deadlines), platform=str, key=str, label=str)
         for needed in ("platform", "key"):
             if needed not in body:
                 raise InvalidRequest(f"'{needed}' is missing.", param=needed, code="missing_field")
@@ -205,7 +206,7 @@ class Admin:
         return json_response(self._live(key), 201 if is_new else 200)
 
     async def change_key(self, request: Request) -> Response:
-        body = fields(await read_json(request), label=str, enabled=bool, status=str)
+        body = fields(await read_json(request, self._engine.deadlines), label=str, enabled=bool, status=str)
         if body.get("status", KeyStatus.UNKNOWN) != KeyStatus.UNKNOWN:
             message = "'status' can only be set to 'unknown', to have the key tried again."
             raise InvalidRequest(message, param="status", code="invalid_value")
@@ -266,7 +267,7 @@ class Admin:
         return json_response([{"platform": platform, "models": count} for platform, count in told.items()])
 
     async def change_model(self, request: Request) -> Response:
-        body = fields(await read_json(request), enabled=bool)
+        body = fields(await read_json(request, self._engine.deadlines), enabled=bool)
         id = path_id(request)
         if id not in self._engine.router.catalog.by_id:
             raise unknown("model", id)
@@ -280,7 +281,7 @@ class Admin:
 
     async def change_chain(self, request: Request) -> Response:
         """All of the changes or none; gives the chain as it is then."""
-        changes = await read_json(request)
+        changes = await read_json(request, self._engine.deadlines)
         if not isinstance(changes, list):
             raise InvalidRequest("The body must be a list of {model_db_id, priority, enabled}.", code="invalid_type")
         links = [self._link(index, change) for index, change in enumerate(changes)]
@@ -383,8 +384,12 @@ def watch(engine: Engine) -> None:
 # Reading what the operator sent. Each raises InvalidRequest naming the field.
 
 
-async def read_json(request: Request) -> Any:
-    raw = await read_body(dict(request.scope["headers"]), request.receive, BODY_BYTES_MAX)
+async def read_json(request: Request, deadlines: Deadlines) -> Any:
+    limit = deadlines.limit()
+    try:
+        raw = await read_body(dict(request.scope["headers"]), request.receive, BODY_BYTES_MAX, limit)
+    finally:
+        limit.close()
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import deque
-from datetime import UTC, datetime
 from typing import Any
 
 import orjson
+
+from store import iso
 
 LEVELS = ("debug", "info", "warning", "error")
 LINES_MAX = 10_000  # waiting for a slow reader; then the oldest are lost and counted
@@ -25,7 +27,7 @@ class EventLog:
 
     def __init__(self, level: str = "info") -> None:
         self.dropped = 0
-        self._least = LEVELS.index(level)
+        self._wanted = frozenset(LEVELS[LEVELS.index(level) :])
         self._lines: deque[bytes] = deque()
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -42,16 +44,17 @@ class EventLog:
             self._thread.join(STOP_S)
 
     def wants(self, level: str) -> bool:
-        return LEVELS.index(level) >= self._least
+        return level in self._wanted
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        if LEVELS.index(level) < self._least:
+        if level not in self._wanted:
             return
-        at = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         if len(self._lines) >= LINES_MAX:
             self._lines.popleft()
             self.dropped += 1
-        self._lines.append(orjson.dumps({"at": at, "level": level, "event": event, **fields}, default=str))
+        self._lines.append(
+            orjson.dumps({"at": iso(time.time()), "level": level, "event": event, **fields}, default=str)
+        )
         if not self._wake.is_set():
             self._wake.set()
 

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 from random import Random
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ import orjson
 
 import store
 from catalog import KeyStatus
+from deadlines import Deadlines, Limit
 from eventlog import EventLog
 from metrics import Metrics
 from protection import Cooling, Failure, Kind, Phase, Protection, Scope, UpstreamError
@@ -35,6 +37,7 @@ Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 T = TypeVar("T")
 BODY_READ_S = 60.0  # for a client to send its request; a laptop's slowest upload of 32 MB is faster
+WATCH_AFTER_S = 0.03  # well within the 100 ms in which a client's leaving must reach the provider (SPEC 8.6)
 SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1)
 HEADER_SAFE = "".join(map(chr, range(33, 127))).replace("%", "") + " "
 STREAM_HEADERS = [
@@ -57,6 +60,7 @@ class Exchange:
     started: float  # monotonic seconds
     utc: float  # seconds since 1970, at the same moment
     deadline: float  # no new attempt starts after this
+    limit: Limit  # on what its task waits for
     session: str = ""
     strict: bool = False  # only the pinned model may answer
     chat: Chat | None = None
@@ -67,7 +71,6 @@ class Exchange:
     first_event_ms: int | None = None
     tally: Tally | None = None  # of a stream that has begun
     blocked_since: float | None = None  # when the client stopped taking bytes
-    task: asyncio.Task[Any] | None = None
 
 
 @dataclass(slots=True)
@@ -114,7 +117,8 @@ class Engine:
         self.log = log
         self.metrics = Metrics()
         self.running: set[Exchange] = set()
-        self.providers: Providers  # set while the lifespan holds it open
+        self.deadlines: Deadlines  # these two are set while the lifespan holds them
+        self.providers: Providers
         self._rng = rng
         self._idle_s = settings.keepalive_interval_ms / 1000
 
@@ -131,19 +135,23 @@ class Engine:
     def snapshot(self, db: store.Connection) -> Snapshot:
         return load_snapshot(db, self.store.vault, self.files.platforms, self.files.models)
 
-    def exchange(self, id: str) -> Exchange:
-        now = time.monotonic()
-        return Exchange(id, now, time.time(), now + self.settings.request_budget_ms / 1000)
+    def exchange(self) -> Exchange:
+        """A request that has just begun, in the current task. Whoever asks for it closes its limit."""
+        now, utc = time.monotonic(), time.time()
+        # Ids grow with time, so that the log's index over them grows at its end.
+        id = f"req_{int(utc * 1000):012x}{self._rng.getrandbits(48):012x}"
+        return Exchange(id, now, utc, now + self.settings.request_budget_ms / 1000, self.deadlines.limit())
 
     async def answer(self, exchange: Exchange, dialect: Dialect, receive: Receive, send: Send) -> None:
         """Serve a parsed exchange to its end. Raises GatewayError while nothing has been sent."""
         self.running.add(exchange)
-        exchange.task = asyncio.current_task()
         assert exchange.chat is not None
         encoder = dialect.encoder(exchange.chat, exchange.utc)
         try:
             try:
-                last = await unless_disconnected(receive, self._answer(exchange, exchange.chat, encoder, send))
+                last = await unless_disconnected(
+                    receive, exchange.limit.task, self._answer(exchange, exchange.chat, encoder, send)
+                )
             except asyncio.CancelledError:
                 last = stopping(exchange, encoder)
             exchange.blocked_since = time.monotonic()
@@ -201,14 +209,15 @@ class Engine:
             running = Running(route, len(exchange.failures) + 1, time.monotonic(), plan.skipped_labels())
             active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, running.started)
             try:
-                async with self.providers.open(route, chat) as reply:
-                    running.reply = reply
-                    self._committed(exchange, running)
-                    yield running
-                    return
+                running.reply = await self.providers.open(route, chat, exchange.limit)
+                self._committed(exchange, running)
+                yield running
+                return
             except UpstreamError as error:
                 running.error = error
             finally:
+                if running.reply is not None:
+                    running.reply.close()
                 self.protection.end(active)
                 self._settle(exchange, running, chat, plan)
             assert running.error is not None
@@ -406,7 +415,7 @@ def skipped_text(plan: Plan | None) -> str | None:
     return orjson.dumps(labels).decode() if labels else None
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
+async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int, limit: Limit) -> bytes:
     """The request's body, refused as soon as it is too large."""
     too_large = InvalidRequest(f"The body is larger than {bytes_max} bytes.", code="request_too_large", status=413)
     declared = headers.get(b"content-length", b"")
@@ -415,7 +424,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: in
     pieces: list[bytes] = []
     size, more = 0, True
     try:
-        async with asyncio.timeout(BODY_READ_S):
+        with limit.within(BODY_READ_S):
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -470,19 +479,20 @@ def route_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     return headers
 
 
+@lru_cache(maxsize=1024)  # models, and the trails of a bad hour
 def header_value(text: str) -> bytes:
     """Printable ASCII; everything else percent-encoded."""
     return quote(text, safe=HEADER_SAFE).encode()
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run the work in this task; a client's disconnect cancels it and raises ClientGone.
+async def unless_disconnected(receive: Receive, task: asyncio.Task[Any], work: Coroutine[Any, Any, T]) -> T:
+    """Run the work in `task`, the current one; a client's disconnect cancels it and raises ClientGone.
 
-    uvicorn neither cancels the app nor fails send() when the client leaves: only receive() tells.
+    uvicorn neither cancels the app nor fails send() when the client leaves: only receive() tells. Work that is done
+    before WATCH_AFTER_S is not watched at all, because a task for watching costs more than such work.
     """
-    task = asyncio.current_task()
-    assert task is not None
     gone = False
+    watcher: asyncio.Task[None] | None = None
 
     async def watch() -> None:
         nonlocal gone
@@ -491,7 +501,12 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         gone = True
         task.cancel()
 
-    watcher = asyncio.create_task(watch())
+    def begin() -> None:
+        nonlocal watcher
+        watcher = loop.create_task(watch())
+
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(WATCH_AFTER_S, begin)
     try:
         result = await work
     except asyncio.CancelledError:
@@ -509,7 +524,9 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
             raise ClientGone
         return result
     finally:
-        watcher.cancel()
+        timer.cancel()
+        if watcher is not None:
+            watcher.cancel()
 
 
 async def absorb_cancellation(task: asyncio.Task[Any]) -> None:

@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -32,6 +33,7 @@ import store
 from admin import Admin, json_response, resource
 from catalog import is_demo
 from chat import ChatDialect
+from deadlines import Deadlines
 from discovery import keep_discovering
 from eventlog import EventLog
 from exchange import (
@@ -105,6 +107,7 @@ class Gateway:
             "/v1/chat/completions": ChatDialect(),
             "/v1/responses": self._responses,
         }
+        self._api_key, self._admin_key = self.api_key.encode(), self.admin_key.encode()
         self._started = int(time.time())
         self._loopback_only = settings.host in LOOPBACK_HOSTS
         self._cold = Router(
@@ -159,6 +162,7 @@ class Gateway:
         )
         try:
             jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine))
+            self.engine.deadlines = Deadlines()
             async with Providers(limits) as providers, background(*jobs):
                 self.engine.providers = providers
                 await send({"type": "lifespan.startup.complete"})
@@ -173,7 +177,7 @@ class Gateway:
 
     async def _drain(self) -> None:
         """The server has waited for running requests; what it has cancelled since gets a moment to settle."""
-        tasks = [exchange.task for exchange in self.engine.running if exchange.task is not None]
+        tasks = [exchange.limit.task for exchange in self.engine.running]
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
 
@@ -201,8 +205,8 @@ class Gateway:
             now = time.monotonic()
             for exchange in list(self.engine.running):
                 blocked = exchange.blocked_since
-                if blocked is not None and now - blocked > CLIENT_STALL_S and exchange.task is not None:
-                    exchange.task.cancel()
+                if blocked is not None and now - blocked > CLIENT_STALL_S:
+                    exchange.limit.task.cancel()
             if self.store.dropped > dropped:
                 self.log.write("error", "rows_dropped", count=self.store.dropped - dropped)
                 dropped = self.store.dropped
@@ -227,13 +231,16 @@ class Gateway:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        exchange = self.engine.exchange(f"req_{secrets.token_hex(12)}")
+        exchange = self.engine.exchange()
+        path = scope["path"]
         try:
-            path = scope["path"] = tidy_path(scope["path"])
+            dialect = self._dialects.get(path)
+            if dialect is None:
+                path = scope["path"] = tidy_path(path)
+                dialect = self._dialects.get(path)
             headers = dict(scope["headers"])
             self._admit(path, headers)
-            dialect = self._dialects.get(path) if scope["method"] == "POST" else None
-            if dialect is not None:
+            if dialect is not None and scope["method"] == "POST":
                 await self._serve(exchange, dialect, headers, receive, send)
             else:
                 await self._cold({**scope, "app": self}, receive, with_request_id(send, exchange.id))
@@ -257,6 +264,8 @@ class Gateway:
             if exchange.first_event_ms is not None:
                 raise  # the server cuts the connection: a broken answer must not look like a finished one
             await send_error(send, GatewayError("Internal error.", code="internal_error"), exchange)
+        finally:
+            exchange.limit.close()
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Refuse foreign hosts (DNS rebinding), and everyone without the path's key."""
@@ -265,14 +274,14 @@ class Gateway:
         if path in OPEN_PATHS:
             return
         admin = path.startswith(ADMIN_PREFIXES)
-        if not hmac.compare_digest(credential(headers), (self.admin_key if admin else self.api_key).encode()):
+        if not hmac.compare_digest(credential(headers), self._admin_key if admin else self._api_key):
             raise Unauthorized
 
     async def _serve(
         self, exchange: Exchange, dialect: Dialect, headers: dict[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         """One request of any dialect."""
-        raw = await read_body(headers, receive, self.settings.max_body_bytes)
+        raw = await read_body(headers, receive, self.settings.max_body_bytes, exchange.limit)
         exchange.chat = chat = dialect.parse(raw, exchange.utc)
         exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
         exchange.strict = headers.get(b"x-fallback", b"").strip().lower() == b"none"
@@ -361,6 +370,7 @@ def credential(headers: dict[bytes, bytes]) -> bytes:
 HOST = re.compile(rb"(?:\[([0-9a-f:.]+)\]|([^\[\]:@]*))(?::\d*)?")
 
 
+@lru_cache(maxsize=64)  # clients send one of a few
 def host_name(host: bytes) -> str:
     """A Host header without its port and brackets; empty when it is none."""
     found = HOST.fullmatch(host.lower())

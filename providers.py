@@ -2,17 +2,17 @@
 
 `Providers.open` returns when the answer is committed: whole, or with its first meaningful event decoded. Everything
 that goes wrong, before or after, leaves here as an `UpstreamError` that protection.classify has named. The connection
-lives exactly as long as the `async with` block. The only aiohttp client.
+lives until the reply is closed. The only aiohttp client.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Any, Protocol, Self
 
 import aiohttp
@@ -30,6 +30,7 @@ from adapters import (
     with_json,
 )
 from catalog import Key, Model, Platform, is_demo
+from deadlines import Limit
 from gemini import GeminiAdapter
 from protection import Failure, UpstreamError, classify
 from router import Route
@@ -196,54 +197,6 @@ def named_failure(
     )
 
 
-class WaitLimit:
-    """Limits one wait after another with a single timer, which is set anew only when it fires (a timer for each read
-    would cost more than the read). Belongs to the task that made it."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._task = asyncio.current_task()
-        self._timer: asyncio.TimerHandle | None = None
-        self._due: float | None = None  # None: nobody waits
-        self._expired = False
-
-    async def read(self, content: aiohttp.StreamReader, wait_s: float) -> bytes | None:
-        """What has arrived, b"" at the end, None when nothing did in time."""
-        self._due = due = self._loop.time() + wait_s
-        if self._timer is None or self._timer.when() > due:
-            self._set(due)
-        try:
-            return await content.readany()
-        except asyncio.CancelledError:
-            if self._expired:
-                self._expired = False
-                assert self._task is not None
-                if self._task.uncancel() == 0:  # else somebody else has cancelled too
-                    return None
-            raise
-        finally:
-            self._due = None
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _set(self, at: float) -> None:
-        self.stop()
-        self._timer = self._loop.call_at(at, self._fire)
-
-    def _fire(self) -> None:
-        self._timer = None
-        if self._due is None:
-            return
-        if self._loop.time() < self._due:
-            self._set(self._due)
-            return
-        self._expired = True
-        assert self._task is not None
-        self._task.cancel()
-
-
 class Reply:
     """A committed answer: whole, or a stream that has begun."""
 
@@ -261,33 +214,40 @@ class Reply:
         return events
 
     def close(self) -> None:
-        """Whoever opened it calls this; nothing is read afterwards."""
+        """Whoever opened it calls this once; nothing is read afterwards, and the connection is free or closed."""
 
 
 class LiveReply(Reply):
-    """A stream that is still arriving."""
+    """A stream that is still arriving. `limit` is that of the task that reads it."""
 
     def __init__(
-        self, tally: Tally, first: list[Event], incoming: Incoming, content: aiohttp.StreamReader, stall_s: float
+        self,
+        tally: Tally,
+        first: list[Event],
+        incoming: Incoming,
+        response: aiohttp.ClientResponse,
+        limit: Limit,
+        stall_s: float,
     ) -> None:
         super().__init__(tally, first=first)
         self._incoming = incoming
-        self._content = content
+        self._response = response
+        self._content = response.content
+        self._limit = limit
         self._stall_s = self._stall_left_s = stall_s
         self._at_end = False
-        self._limit = WaitLimit()
         self._clock = asyncio.get_running_loop().time
 
     async def next_batch(self, idle_s: float) -> list[Event] | None:
         if self._first:
             return await super().next_batch(idle_s)
-        incoming = self._incoming
+        incoming, tally = self._incoming, self.tally
         now = self._clock()
         idle_at = now + idle_s
         while not (self._at_end or incoming.done or incoming.error):
-            finished = self.tally.finish is not None
+            finished = tally.finish is not None
             wait_s = min(self._stall_s, AFTER_FINISH_S) if finished else min(self._stall_left_s, idle_at - now)
-            data = await self._read(wait_s)
+            data = await self._read(now + wait_s)
             waited_since, now = now, self._clock()
             if data:
                 self._stall_left_s = self._stall_s
@@ -312,20 +272,28 @@ class LiveReply(Reply):
             note(chunk, self.tally)
             return [Event(frame(chunk), chunk)]
         if self._incoming.done and not self._content.is_eof():  # lets the connection go back to the pool
-            await self._read(CONNECTION_END_S)
+            await self._read(self._clock() + CONNECTION_END_S)
         return None
 
-    async def _read(self, wait_s: float) -> bytes | None:
-        """More bytes; b"" at the end, None when there were none in time."""
+    async def _read(self, until: float) -> bytes | None:
+        """More bytes; b"" at the end, None when there were none by then."""
+        limit = self._limit
+        limit.set(until)
         try:
-            return await self._limit.read(self._content, wait_s)
+            return await self._content.readany()
+        except asyncio.CancelledError:
+            if limit.passed():
+                return None
+            raise
         except (aiohttp.ClientError, OSError) as error:
             if self.tally.finish is not None:  # the answer is complete; how the connection ends says nothing of it
                 return b""
             raise UpstreamError(Failure.CONNECTION, f"The connection broke: {type(error).__name__}") from None
+        finally:
+            limit.due = inf
 
     def close(self) -> None:
-        self._limit.stop()
+        self._response.close()  # goes back to the pool where the body has been read to its end
 
 
 def closing_chunk(tally: Tally) -> dict[str, Any]:
@@ -360,43 +328,42 @@ class Providers:
     async def __aexit__(self, *exc: object) -> None:
         await self._http.close()
 
-    @asynccontextmanager
-    async def open(self, route: Route, chat: Chat) -> AsyncIterator[Reply]:
-        """Call the route's provider; gives its committed answer. Raises UpstreamError, then and while it is read."""
+    async def open(self, route: Route, chat: Chat, limit: Limit) -> Reply:
+        """Call the route's provider; gives its committed answer, which the caller closes. `limit` is the caller's own,
+        for all that it waits for here and with the reply.
+
+        Raises UpstreamError, then and while it is read.
+        """
         if is_demo(route.model.platform):
-            yield demo_reply(chat)
-            return
+            return demo_reply(chat)
         adapter = self._adapters[route.model.platform.adapter]
         request = adapter.request(route.model, route.key, chat)
-        response: aiohttp.ClientResponse | None = None
         whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
         wait_s = self._limits.request_s if whole else min(self._limits.stall_s, self._limits.first_token_s)
         deadline = None if whole else asyncio.get_running_loop().time() + self._limits.first_token_s
+        response: aiohttp.ClientResponse | None = None
+        reply: Reply | None = None
         try:
-            try:
-                async with asyncio.timeout(wait_s) as timer:
-                    response = await self._http.post(
-                        request.url, data=request.body, headers=request.headers, allow_redirects=False
-                    )
-                    if not 200 <= response.status < 300:
-                        refused = await error_body(response)
-                        if (rescued := failed_generation(refused, chat)) is None:
-                            raise refusal(response, refused, route)
-                        reply = whole_reply(rescued, adapter, chat, route)
-                    elif deadline is None:
-                        reply = whole_reply(await read_body(response.content, b""), adapter, chat, route)
-                    else:
-                        opening = Opening(self._limits, timer, deadline)
-                        reply = await opening.reply(response, adapter, chat, route)
-            except (aiohttp.ClientError, OSError, UnicodeError) as error:
-                raise no_answer(error, route, deadline) from None
-            try:
-                yield reply
-            finally:
-                reply.close()
+            with limit.within(wait_s):
+                response = await self._http.post(
+                    request.url, data=request.body, headers=request.headers, allow_redirects=False
+                )
+                if not 200 <= response.status < 300:
+                    refused = await error_body(response)
+                    if (rescued := failed_generation(refused, chat)) is None:
+                        raise refusal(response, refused, route)
+                    reply = whole_reply(rescued, adapter, chat, route)
+                elif deadline is None:
+                    reply = whole_reply(await read_body(response.content, b""), adapter, chat, route)
+                else:
+                    opening = Opening(self._limits, limit, deadline)
+                    reply = await opening.reply(response, adapter, chat, route)
+        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+            raise no_answer(error, route, deadline) from None
         finally:
-            if response is not None:
+            if response is not None and not isinstance(reply, LiveReply):
                 response.close()  # a no-op once the body has been read to its end
+        return reply
 
     async def check_key(self, model: Model, key: Key) -> bool:
         """Ask the model's platform for its list of models, which uses no quota. Raises UpstreamError when it refuses.
@@ -514,10 +481,11 @@ def parsed_answer(raw: bytes, route: Route) -> dict[str, Any]:
 class Opening:
     """The time between a stream's headers and its first meaningful event, in which it can still be swapped."""
 
-    def __init__(self, limits: Limits, timer: asyncio.Timeout, first_token_deadline: float) -> None:
+    def __init__(self, limits: Limits, limit: Limit, first_token_deadline: float) -> None:
         self._limits = limits
-        self._timer = timer
+        self._limit = limit
         self._deadline = first_token_deadline
+        self._clock = asyncio.get_running_loop().time
 
     async def reply(self, response: aiohttp.ClientResponse, adapter: Adapter, chat: Chat, route: Route) -> Reply:
         tally, content = Tally(), response.content
@@ -532,22 +500,25 @@ class Opening:
             events, meaningful = incoming.feed(data) if data else incoming.flush()
             held += events
             if meaningful or (tally.finish == "length" and not cut_short(tally, chat, route.model)):
-                return LiveReply(tally, held, incoming, content, self._limits.stall_s)
+                return self._live(tally, held, incoming, response)
             if incoming.error:
                 raise incoming.error
             if incoming.done or not data:
                 if error := incoming.ending() or self._cut(tally, chat, route):
                     raise error
-                return LiveReply(tally, held, incoming, content, self._limits.stall_s)
+                return self._live(tally, held, incoming, response)
             held_bytes += len(data)
             if held_bytes > HELD_BYTES_MAX:
                 raise UpstreamError(Failure.EMPTY, "The provider sent 1 MiB without a word of an answer.", status=200)
 
+    def _live(self, tally: Tally, held: list[Event], incoming: Incoming, response: aiohttp.ClientResponse) -> LiveReply:
+        return LiveReply(tally, held, incoming, response, self._limit, self._limits.stall_s)
+
     async def _read(self, content: aiohttp.StreamReader) -> bytes:
-        now = asyncio.get_running_loop().time()
+        now = self._clock()
         if now >= self._deadline:  # a provider that never pauses would never let the timer run
             raise TimeoutError
-        self._timer.reschedule(min(now + self._limits.stall_s, self._deadline))
+        self._limit.set(min(now + self._limits.stall_s, self._deadline))
         return await content.readany()
 
     @staticmethod

@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -99,7 +100,14 @@ GROUP BY platform, model_id
 
 
 def iso(utc: float) -> str:
-    return datetime.fromtimestamp(utc, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """Seconds since 1970 as ISO-8601 with milliseconds and Z."""
+    ms = int(utc * 1000)
+    return f"{iso_second(ms // 1000)}.{ms % 1000:03}Z"
+
+
+@lru_cache(maxsize=16)
+def iso_second(second: int) -> str:
+    return datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class Vault:

@@ -35,18 +35,20 @@ CORE = {
     "gemini": {"adapters", "catalog", "outgoing", "protection", "schemas", "wire"},
 }
 SHELL = {
-    "eventlog": set(),
+    "deadlines": set(),
     "page": set(),
     "settings": {"catalog", "outgoing", "protection", "wire"},
-    "providers": {"adapters", "catalog", "faults", "gemini", "protection", "router", "wire"},
+    "providers": {"adapters", "catalog", "deadlines", "faults", "gemini", "protection", "router", "wire"},
     "store": {"catalog", "protection", "router"},
+    "eventlog": {"store"},
     "controls": {"catalog", "store"},
     "analytics": {"store"},
     "metrics": {"store"},
 }
 TOP = {
-    "exchange": set(CORE) | {"eventlog", "metrics", "providers", "settings", "store"},
-    "admin": {"discovery", "exchange", "store", "analytics", "controls", "metrics", "settings"} | set(CORE),
+    "exchange": set(CORE) | {"deadlines", "eventlog", "metrics", "providers", "settings", "store"},
+    "admin": {"deadlines", "discovery", "exchange", "store", "analytics", "controls", "metrics", "settings"}
+    | set(CORE),
     "discovery": {"catalog", "exchange", "protection", "settings", "store"},
     "gateway": {"exchange", "admin", "discovery"} | set(CORE) | set(SHELL),
 }
