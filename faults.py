@@ -270,8 +270,9 @@ def retry_after_s(
 ) -> float | None:
     """How long the provider asks to be left alone: header, then body fields, then prose, then its counters."""
     reset = quirks.get("daily_reset", "UTC")
-    if fault.daily:
-        return until_reset_s(reset, utc)
+    if fault.daily:  # of its hints only a moment means the quota, not the next second
+        told = moment_s(fault.message, reset, utc)
+        return min(told, RETRY_AFTER_MAX_S) if told else until_reset_s(reset, utc)
     for found in (
         header_delay_s(headers.get("Retry-After", ""), utc),
         hint_s(body, HINT_DEPTH_MAX, utc),

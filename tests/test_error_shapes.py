@@ -535,6 +535,12 @@ def test_a_wait_is_read_wherever_it_stands(headers, content, message, seconds):
     assert found == (None if seconds is None else pytest.approx(seconds))
 
 
+def test_a_moment_that_a_daily_quota_tells_is_believed():
+    words = "Usage limit reached for 5 hour. Your limit will reset at 2026-11-24 21:00:00. Retry in 1s."
+    fault = faults.Fault(429, faults.DAILY_QUOTA, words, sure=True, daily=True)
+    assert faults.retry_after_s(fault, {"Retry-After": "1"}, {}, NOON, {"daily_reset": "Asia/Shanghai"}) == 3600
+
+
 RESETS = {
     "UTC": ("UTC", 12 * 3600),
     "west of it": ("America/Los_Angeles", 20 * 3600),
