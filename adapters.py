@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from calls import StreamedCalls, called, lost_turn, mend_whole_calls
 from catalog import Key, Model, Platform
 from outgoing import outgoing
 from protection import Failure, UpstreamError
-from rescue import TextGate, Unreadable, declared_tools, mended_arguments, split_thoughts, whole
+from rescue import TextGate, Unreadable, declared_tools, found_json, split_thoughts, whole
 from wire import Chat, Completion, Event, Tally, dump, frame
 
 JSON = dict[str, Any]
@@ -71,7 +72,7 @@ class OpenAIAdapter:
         return bearer_headers(secret, quirks)
 
     def plain_answer(self, body: Any, chat: Chat) -> str | None:
-        return None if chat.has_tools else plain_answer(body)
+        return None if chat.has_tools or "response_format" in chat.body else plain_answer(body)
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         if not well_formed_answer(body):
@@ -185,10 +186,10 @@ def mend_completion(body: JSON, chat: Chat) -> bool:
         if not isinstance(message, dict):
             continue
         changed |= mend_text(message)
-        changed |= mend_whole_text(message, chat)
+        changed |= mend_whole_text(message, body, chat)
         calls = message.get("tool_calls")
         if isinstance(calls, list) and calls:
-            changed |= mend_whole_calls(calls, chat, cut=choice.get("finish_reason") == "length")
+            changed |= mend_whole_calls(calls, body, chat, cut=choice.get("finish_reason") == "length")
         changed |= mend_finish(choice, has_calls=bool(calls))
         if not calls and not message.get("content") and choice.get("finish_reason") == "stop":
             thoughts = message.get("reasoning_content")
@@ -197,7 +198,7 @@ def mend_completion(body: JSON, chat: Chat) -> bool:
     return changed
 
 
-def mend_whole_text(message: JSON, chat: Chat) -> bool:
+def mend_whole_text(message: JSON, answer: JSON, chat: Chat) -> bool:
     """Thoughts in tags go where thoughts belong, and calls written as text become calls."""
     text = message.get("content")
     if not isinstance(text, str) or not text:
@@ -216,16 +217,24 @@ def mend_whole_text(message: JSON, chat: Chat) -> bool:
     if rescued is None:
         return thoughts is not None
     message["content"], calls = rescued[0] or None, rescued[1]
-    message["tool_calls"] = [called(index, name, arguments) for index, (name, arguments) in enumerate(calls)]
+    message["tool_calls"] = [called(answer, place, *call) for place, call in enumerate(calls)]
     return True
 
 
-def lost_turn() -> UpstreamError:
-    return UpstreamError(Failure.MALFORMED, "The model's tool call cannot be read.", status=200)
-
-
-def called(index: int, name: str, arguments: str) -> JSON:
-    return {"id": f"call_{index}", "type": "function", "function": {"name": name, "arguments": arguments}}
+def with_json(completion: Completion, chat: Chat) -> Completion:
+    """The answer with nothing but JSON in it, where JSON was asked for. Raises UpstreamError for one without: another
+    model may do better. One that was cut off stands: with the client's limit the others would be cut off too."""
+    choice = completion.body["choices"][0]
+    text = choice["message"].get("content")
+    if not text or not isinstance(text, str) or choice.get("finish_reason") != "stop":
+        return completion
+    found = found_json(text)
+    if found is None:
+        raise UpstreamError(Failure.MALFORMED, "The answer is not the JSON that was asked for.", status=200)
+    if found is text:
+        return completion
+    choice["message"]["content"] = found
+    return Completion(dump(completion.body), completion.body)
 
 
 def failed_generation(body: object, chat: Chat) -> bytes | None:
@@ -241,29 +250,6 @@ def failed_generation(body: object, chat: Chat) -> bytes | None:
     message = {"role": "assistant", "content": text}
     answer = {"object": "chat.completion", "choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}
     return dump(answer) if rescued else None
-
-
-def mend_whole_calls(calls: list[JSON], chat: Chat, *, cut: bool) -> bool:
-    """Calls with ids, types, the client's own names and readable arguments (a call cut off by length stays so)."""
-    changed = False
-    tools = declared_tools(chat.body)
-    for index, call in enumerate(calls):
-        if not call.get("id"):
-            call["id"], changed = f"call_{index}", True
-        changed |= mend_call(call)
-        function = call.get("function")
-        if not isinstance(function, dict):
-            continue
-        name, arguments = function.get("name"), function.get("arguments")
-        if name in tools and isinstance(arguments, str) and not cut:
-            mended = mended_arguments(arguments, tools[name])
-            if mended is None:
-                raise lost_turn()
-            if mended is not arguments:
-                function["arguments"], changed = mended, True
-        if isinstance(name, str) and name in chat.tool_names:
-            function["name"], changed = chat.tool_names[name], True
-    return changed
 
 
 def mend_text(message: JSON) -> bool:
@@ -289,25 +275,13 @@ def joined_text(segments: object) -> str:
     return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
 
 
-def mend_call(call: JSON) -> bool:
-    """A tool call with a type, and arguments as text."""
-    changed = False
-    if not call.get("type"):
-        call["type"], changed = "function", True
-    function = call.get("function")
-    if isinstance(function, dict):
-        arguments = function.get("arguments")
-        if isinstance(arguments, dict):
-            function["arguments"], changed = dump(arguments).decode(), True
-        elif arguments is None or arguments == "":
-            function["arguments"], changed = "{}", True
-    return changed
-
-
 def mend_finish(choice: JSON, *, has_calls: bool) -> bool:
+    """The ending by its one name; for a whole answer that gives none, the one it must have had."""
     finish = choice.get("finish_reason")
-    if finish == "stop" and has_calls:
+    if (not finish or finish == "stop") and has_calls:
         choice["finish_reason"] = "tool_calls"
+    elif not finish:
+        choice["finish_reason"] = "stop"
     elif finish in FINISH_REASONS:
         choice["finish_reason"] = FINISH_REASONS[finish]
     else:
@@ -321,7 +295,7 @@ class ChunkMender:
     def __init__(self, tally: Tally, chat: Chat) -> None:
         self._tally = tally
         self._chat = chat
-        self._calls: dict[int, str] = {}  # ids of the tool calls begun so far, by index
+        self._calls = StreamedCalls(chat)
         tools = declared_tools(chat.body) if chat.has_tools else {}
         self._gate: TextGate | None = TextGate(tools)  # until it is open
         self._held: list[Event] = []  # what the gate holds back, as it came
@@ -337,23 +311,23 @@ class ChunkMender:
             self._tally.note_usage(usage)
         if not choices:  # usage goes out once and last; anything else here would only break clients
             if usage:
-                self._tally.usage_raw = raw
+                self._tally.usage_raw = raw if choices == [] else None
             return []
         choice = choices[0]
         if usage:
             del chunk["usage"]
             changed = True
         delta = choice.get("delta")
+        if delta is None:  # clients look into it unasked
+            delta = choice["delta"] = {}
+            changed = True
         if delta:
             if "reasoning" in delta or type(delta.get("content")) is list:
                 changed |= mend_text(delta)
             if delta.get("tool_calls"):
-                changed |= self._mend_calls(delta["tool_calls"])
+                changed |= self._calls.mend(delta["tool_calls"], chunk)
         if choice.get("finish_reason"):
-            for name, vendor in chunk.items():  # some tell it in an object of their own: x_vendor.usage
-                if name.startswith("x_") and isinstance(vendor, dict):
-                    self._tally.note_usage(vendor.get("usage"))
-            changed |= mend_finish(choice, has_calls=bool(self._calls))
+            changed |= self._finish(chunk, choice, delta)
         elif choice.get("finish_reason") == "":
             choice["finish_reason"], changed = None, True
         event = Event(frame(chunk) if changed else raw, chunk)
@@ -361,13 +335,31 @@ class ChunkMender:
 
     def end(self) -> list[Event]:
         """At the end marker: what is still held back goes out, finish reason or not."""
-        return [] if self._gate is None else self._settle(self._tally.head)
+        events = [] if self._gate is None else self._settle(self._tally.head)
+        if rest := self._calls.rest(cut=self._tally.finish == "length"):
+            events.append(piece_of(self._tally.head, {"tool_calls": rest}))
+        return events
+
+    def _finish(self, chunk: JSON, choice: JSON, delta: JSON) -> bool:
+        """A finish reason by its one name and once; with it goes out what its calls still lack."""
+        for name, vendor in chunk.items():  # some tell usage in an object of their own: x_vendor.usage
+            if name.startswith("x_") and isinstance(vendor, dict):
+                self._tally.note_usage(vendor.get("usage"))
+        if self._tally.finish is not None:
+            choice["finish_reason"] = None
+            return True
+        changed = mend_finish(choice, has_calls=bool(self._calls))
+        if rest := self._calls.rest(cut=choice["finish_reason"] == "length"):
+            delta["tool_calls"] = [*(delta.get("tool_calls") or ()), *rest]
+            changed = True
+        return changed
 
     def _through_gate(self, event: Event, choice: JSON) -> list[Event]:
         """The first words pass the gate, until it is open. Raises UpstreamError."""
         gate, delta = self._gate, choice.get("delta") or {}
         assert gate is not None
         text = delta.get("content")
+        more = choice.get("finish_reason") or delta.get("tool_calls")
         events: list[Event] = []
         if text and isinstance(text, str):
             self._held.append(event)
@@ -375,17 +367,18 @@ class ChunkMender:
             if gate.open and gate.untouched:
                 self._gate = None
                 return self._released()
+            if more:  # only the text waits
+                self._held[-1] = piece_of(event.chunk, {"content": delta.pop("content")})
+                event = Event(frame(event.chunk), event.chunk)
             events = self._rewritten(event.chunk, pieces, role=delta.get("role"))
             if gate.open:
                 self._gate = None
                 self._held.clear()
-            if not choice.get("finish_reason"):
+            if not more:
                 return events
-            delta.pop("content")
-            event = Event(frame(event.chunk), event.chunk)
-        if choice.get("finish_reason") or delta.get("tool_calls"):
+        if more:
             events += self._settle(event.chunk) if self._gate is not None else []
-            if mend_finish(choice, has_calls=bool(self._calls)):
+            if choice.get("finish_reason") and mend_finish(choice, has_calls=bool(self._calls)):
                 event = Event(frame(event.chunk), event.chunk)
         return [*events, event]
 
@@ -403,10 +396,8 @@ class ChunkMender:
             return self._released()
         self._held.clear()
         events = self._rewritten(like, pieces)
-        for place, (name, arguments) in enumerate(calls, start=len(self._calls)):
-            call = called(place, self._chat.tool_names.get(name, name), arguments)
-            self._calls[place] = call["id"]
-            events.append(piece_of(like, {"tool_calls": [{"index": place, **call}]}))
+        for name, arguments in calls:
+            events.append(piece_of(like, {"tool_calls": [self._calls.add(name, arguments, like)]}))
         return events
 
     def _released(self) -> list[Event]:
@@ -418,53 +409,6 @@ class ChunkMender:
         if deltas and role:
             deltas[0] = {"role": role, **deltas[0]}
         return [piece_of(like, delta) for delta in deltas]
-
-    def _mend_calls(self, calls: list[JSON]) -> bool:
-        """Every piece with its index; id, type and name exactly once, because clients join what repeats."""
-        changed = False
-        for call in calls:
-            given, index = call.get("index"), self._index_of(call)
-            if given != index:
-                call["index"], changed = index, True
-            function = call.get("function")
-            if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
-                function["arguments"], changed = dump(function["arguments"]).decode(), True
-            if index not in self._calls:
-                changed |= self._begin(call, index)
-                continue
-            if call.get("id"):
-                del call["id"]
-                changed = True
-            if isinstance(function, dict) and function.get("name"):
-                del function["name"]
-                changed = True
-        return changed
-
-    def _index_of(self, call: JSON) -> int:
-        """Which call a piece belongs to. A new id begins a new call, whatever index it claims; so does a name, where
-        there are neither ids nor indexes."""
-        given, call_id = call.get("index"), call.get("id")
-        if call_id:
-            for index, begun in self._calls.items():
-                if begun == call_id:
-                    return index
-            return given if isinstance(given, int) and given not in self._calls else len(self._calls)
-        if isinstance(given, int):
-            return given
-        named = bool((call.get("function") or {}).get("name"))
-        return len(self._calls) if named or not self._calls else max(self._calls)
-
-    def _begin(self, call: JSON, index: int) -> bool:
-        changed = False
-        if not call.get("id"):
-            call["id"], changed = f"call_{index}", True
-        if not call.get("type"):
-            call["type"], changed = "function", True
-        self._calls[index] = call["id"]
-        function = call.get("function")
-        if self._chat.tool_names and isinstance(function, dict) and function.get("name") in self._chat.tool_names:
-            function["name"], changed = self._chat.tool_names[function["name"]], True
-        return changed
 
 
 def piece_of(like: JSON, delta: JSON) -> Event:

@@ -22,6 +22,7 @@ import controls
 import store
 from catalog import Key, KeyStatus, Model, pools
 from deadlines import Deadlines
+from discovery import discover
 from exchange import Engine, read_body
 from metrics import CONTENT_TYPE
 from protection import Failure, Level, UpstreamError
@@ -73,6 +74,7 @@ class Admin:
             resource("/api/keys/{id}/check", POST=self.check_key),
             resource("/api/platforms", GET=self.list_platforms),
             resource("/api/models", GET=self.list_models),
+            resource("/api/models/discover", POST=self.discover_models),
             resource("/api/models/{id}", PATCH=self.change_model),
             resource("/api/fallback", GET=self.show_chain, PUT=self.change_chain),
             resource("/api/analytics", GET=self.analytics),
@@ -258,6 +260,11 @@ class Admin:
 
     async def list_models(self, request: Request) -> Response:
         return json_response(await self._engine.store.read(controls.list_models))
+
+    async def discover_models(self, request: Request) -> Response:
+        """Ask the servers that list their own models now, and not only from time to time."""
+        told = await discover(self._engine)
+        return json_response([{"platform": platform, "models": count} for platform, count in told.items()])
 
     async def change_model(self, request: Request) -> Response:
         body = fields(await read_json(request, self._engine.deadlines), enabled=bool)

@@ -111,9 +111,10 @@ def refuse_unserved(body: JSON) -> None:
     """What no platform here serves is refused, not ignored."""
     if "n" in body and number(body["n"], "n", whole=True) != 1:
         raise InvalidRequest("Only n = 1 is supported: send the request several times.", param="n")
-    if "audio" in body or "audio" in (asked if isinstance(asked := body.get("modalities"), list) else ()):
+    modalities = body.get("modalities")
+    if "audio" in body or (isinstance(modalities, list) and any(kind != "text" for kind in modalities)):
         param = "audio" if "audio" in body else "modalities"
-        raise InvalidRequest("Audio output is not supported by any platform here.", param=param)
+        raise InvalidRequest("Only text can be answered: no platform here gives audio or images.", param=param)
 
 
 def mend_sampling(body: JSON) -> None:

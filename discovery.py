@@ -26,29 +26,35 @@ NOT_FOR_CHAT = ("embed", "rerank", "whisper", "tts")  # words in the ids of mode
 async def keep_discovering(engine: Engine) -> None:
     """For the lifespan: runs until it is cancelled."""
     while any(platform.discover for platform in engine.files.platforms.values()):
-        await discover(engine)
+        try:
+            await discover(engine)
+        except store.DatabaseError as error:
+            engine.log.write("warning", "discovery", message=str(error))
         await asyncio.sleep(DISCOVER_S)
 
 
-async def discover(engine: Engine) -> None:
-    """Ask every platform that wants it, and bring the catalogue up to date where something has changed."""
+async def discover(engine: Engine) -> dict[str, int | None]:
+    """Ask every platform that wants it, and bring the catalogue up to date where something has changed.
+
+    Gives how many models each listed; None for one that could not be asked. Raises store.DatabaseError.
+    """
     asked = [platform for platform in engine.files.platforms.values() if platform.discover]
     answers = await asyncio.gather(*(listed(engine, platform) for platform in asked))
     found = {platform.id: answer for platform, answer in zip(asked, answers, strict=True) if answer is not None}
+    told = {
+        platform.id: None if answer is None else len(answer) for platform, answer in zip(asked, answers, strict=True)
+    }
     models = merged(engine.files.models, found)
     if models == engine.files.models:
-        return
+        return told
 
     def sync(db: store.Connection) -> None:
         store.sync_models(db, models)
         engine.files.models[:] = models  # on the thread that reads it for snapshots
 
-    try:
-        await engine.apply(sync)
-    except store.DatabaseError as error:
-        engine.log.write("warning", "discovery", message=str(error))
-        return
+    await engine.apply(sync)
     engine.log.write("info", "discovery", models=len(models))
+    return told
 
 
 async def listed(engine: Engine, platform: Platform) -> list[Model] | None:

@@ -16,8 +16,10 @@ from functools import lru_cache
 from typing import Any
 from zoneinfo import ZoneInfo
 
+import orjson
+
 RETRY_AFTER_MAX_S = 86_400.0  # a longer wish is a mistake more often than a plan
-HINT_DEPTH_MAX = 6  # how deep in an error body a retry hint is looked for; providers nest it up to 4
+HINT_DEPTH_MAX = 7  # how deep in an error body a retry hint is looked for; a backend's error in another's nests 7
 STATUS_BY_NAME = {
     "resource_exhausted": 429, "rate_limit_exceeded": 429, "rate_limit_error": 429, "rate_limited": 429,
     "too_many_requests": 429, "too_many_requests_error": 429, "insufficient_quota": 429, "quota_exceeded": 429,
@@ -120,7 +122,8 @@ def refused_quota(body: dict[str, Any], message: str) -> Fault | None:
         for violation in detail["violations"]
         if isinstance(violation, dict)
     ]
-    if any(str(violation.get("quotaValue")) == "0" for violation in violations):  # not part of this key's plan
+    nothing = violations and NO_QUOTA.search(message)  # a zero may be left out of the structure
+    if nothing or any(str(violation.get("quotaValue")) == "0" for violation in violations):  # not in this key's plan
         return Fault(403, "permission_denied", message, sure=True, daily=True)
     if any("PerDay" in str(violation.get("quotaId")) for violation in violations):
         return Fault(429, DAILY_QUOTA, message, sure=True, daily=True)
@@ -201,9 +204,10 @@ def found_message(body: dict[str, Any], places: list[dict[str, Any]]) -> str:
 
 
 def as_text(value: object) -> str:
-    """Words from a message that may be text, an object, or a list of them."""
+    """Words from a message that may be text, an object, or a list of them; the text may be an object's JSON."""
     if isinstance(value, str):
-        return value
+        inner = packed_object(value)
+        return value if inner is None else as_text(inner) or value
     if isinstance(value, list) and value:
         return as_text(value[0])
     if isinstance(value, dict):
@@ -213,11 +217,22 @@ def as_text(value: object) -> str:
     return ""
 
 
+def packed_object(text: str) -> dict[str, Any] | None:
+    """The error body of a backend, which some gateways pass on as text."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
 def with_raw(text: str, error: object) -> str:
     """An aggregator's "Provider returned error" says nothing without the backend's own words."""
     metadata = error.get("metadata") if isinstance(error, dict) else None
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
-    return f"{text}: {raw}" if isinstance(raw, str) and raw else text
+    return f"{text}: {as_text(raw)}" if isinstance(raw, str) and raw else text
 
 
 DURATION = r"(?:\d+(?:\.\d+)?\s*(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|h|days?|d)\s*)+"
@@ -231,6 +246,7 @@ MOMENT = re.compile(r"reset\w*\s+(?:at|on)\s+(\d{4}-\d\d-\d\d[ T]\d\d:\d\d(?::\d
 # Of a text that gives no time at all; a text alone never makes a failure a quota.
 DAILY = re.compile(r"\bdaily\b|\bper[ -]?day\b|\btoday\b|/\s*day\b|\bPerDay\b|\bByDay\b|\b[RT]PD\b", re.IGNORECASE)
 MONTHLY = re.compile(r"\bmonthly\b|\bper[ -]month\b|/\s*month\b", re.IGNORECASE)
+NO_QUOTA = re.compile(r"\blimit: 0\b(?!\.\d)")
 HINTS = frozenset({"retrydelay", "retry_after", "retry_after_seconds", "retryafter", "retry-after"})
 
 
@@ -254,8 +270,9 @@ def retry_after_s(
 ) -> float | None:
     """How long the provider asks to be left alone: header, then body fields, then prose, then its counters."""
     reset = quirks.get("daily_reset", "UTC")
-    if fault.daily:
-        return until_reset_s(reset, utc)
+    if fault.daily:  # of its hints only a moment means the quota, not the next second
+        told = moment_s(fault.message, reset, utc)
+        return min(told, RETRY_AFTER_MAX_S) if told else until_reset_s(reset, utc)
     for found in (
         header_delay_s(headers.get("Retry-After", ""), utc),
         hint_s(body, HINT_DEPTH_MAX, utc),
@@ -312,7 +329,8 @@ def header_delay_s(value: str, utc: float) -> float | None:
     if (seconds := duration_s(value)) is not None:
         return seconds
     try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - utc)
+        moment = parsedate_to_datetime(value)
+        return max(0.0, moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() - utc)
     except (ValueError, OverflowError):
         return None
 
@@ -329,6 +347,9 @@ def hint_s(value: object, depth: int, utc: float) -> float | None:
                     return seconds
                 if lower == "x-ratelimit-reset" and (seconds := duration_s(str(item))) is not None:
                     return since_epoch_s(seconds, utc)
+                packed = packed_object(item) if isinstance(item, str) else None
+                if packed and (seconds := hint_s(packed, depth - 1, utc)) is not None:
+                    return seconds
             elif (seconds := hint_s(item, depth - 1, utc)) is not None:
                 return seconds
     elif isinstance(value, list):

@@ -15,9 +15,9 @@ from typing import Any
 
 import orjson
 
-from adapters import USER_AGENT, Request, base_url
+from adapters import USER_AGENT, ChunkMender, Request, base_url, mend_completion
 from catalog import Key, Model
-from outgoing import clamp_effort
+from outgoing import cannot_carry, clamp_effort
 from protection import Failure, UpstreamError
 from schemas import gemini_schema
 from wire import Chat, Completion, Event, Tally, dump, frame
@@ -59,12 +59,13 @@ class Signatures:
         while len(self._held) > self._entries_max:
             self._held.popitem(last=False)
 
-    def get(self, call_id: str, name: str, args: object, now: float) -> str | None:
-        for key in (call_id, canonical(name, args)):
-            held = self._held.get(key)
-            if held is not None and held[1] > now:
-                return held[0]
-        return None
+    def get(self, call_id: str, now: float) -> str | None:
+        held = self._held.get(call_id)
+        return held[0] if held is not None and held[1] > now else None
+
+    def like(self, name: str, args: object, now: float) -> str | None:
+        """Of the last call that read so."""
+        return self.get(canonical(name, args), now)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -112,10 +113,12 @@ class GeminiAdapter:
         whole = {**reader.head, "object": "chat.completion", "choices": [choice]}
         if tally.usage_object:
             whole["usage"] = tally.usage_object
+        mend_completion(whole, chat)  # its open models write thoughts and calls as text, too
         return Completion(dump(whole), whole)
 
     def translator(self, tally: Tally, chat: Chat) -> ChunkTranslator:
-        return ChunkTranslator(tally, Answering(tally, chat, self._signatures, self._clock()))
+        reader = Answering(tally, chat, self._signatures, self._clock())
+        return ChunkTranslator(tally, reader, ChunkMender(tally, chat))
 
 
 # --- The request ----------------------------------------------------------------------------------------------------
@@ -141,7 +144,7 @@ class Asking:
         body: JSON = {"contents": self._contents(system if quirks.get("system_as_user") else "")}
         if system and not quirks.get("system_as_user"):
             body["systemInstruction"] = {"parts": [{"text": system}]}
-        declared = [declaration(tool["function"]) for tool in chat.get("tools", ()) if "function" in tool]
+        declared = [declaration(tool) for tool in chat.get("tools", ())]
         if declared:
             body["tools"] = [{"functionDeclarations": declared}]
             if config := calling_config(chat.get("tool_choice")):
@@ -208,7 +211,8 @@ class Asking:
         return {"functionResponse": {"id": call_id, "name": name, "response": response}}
 
     def _calls(self, calls: Iterable[JSON]) -> list[JSON]:
-        """The step's calls; where signatures are wanted the first one carries one, made up if need be."""
+        """The step's calls; where signatures are wanted the first one carries one, made up if need be. The others
+        have none, unless they came with one."""
         parts: list[JSON] = []
         wanted = self._model.quirks.get("call_signatures")
         for call in calls:
@@ -218,25 +222,24 @@ class Asking:
             args = arguments_object(function.get("arguments"))
             self._call_names[call["id"]] = function["name"]
             part: JSON = {"functionCall": {"id": call["id"], "name": function["name"], "args": args}}
-            signature = given_signature(call) or self._signatures.get(call["id"], function["name"], args, self._now)
-            if wanted and (signature or not parts):
-                part["thoughtSignature"] = signature or UNSIGNED
+            if wanted:
+                signature = given_signature(call) or self._signatures.get(call["id"], self._now)
+                if not signature and not parts:
+                    signature = self._signatures.like(function["name"], args, self._now) or UNSIGNED
+                if signature:
+                    part["thoughtSignature"] = signature
             parts.append(part)
         return parts
-
-
-def cannot_carry(what: str) -> UpstreamError:
-    return UpstreamError(Failure.BAD_REQUEST, f"This platform's wire format cannot carry {what}.", status=400)
 
 
 def inline_data(url: str) -> JSON:
     """A data URL as this wire takes it. Other addresses are not fetched for the client: whatever a gateway can reach,
     its clients could read."""
-    if not url.startswith("data:"):
+    if url[:5].lower() != "data:":
         raise cannot_carry("an image by its address; send it as a data: URL")
     head, comma, data = url[5:].partition(",")
     kind, *rest = head.split(";")
-    if not comma or "base64" not in rest:
+    if not comma or "base64" not in map(str.lower, rest):
         raise cannot_carry("a data: URL that is not base64")
     return {"inlineData": {"mimeType": kind or "application/octet-stream", "data": data}}
 
@@ -260,7 +263,9 @@ def given_signature(call: JSON) -> str | None:
     return None
 
 
-def declaration(function: JSON) -> JSON:
+def declaration(tool: JSON) -> JSON:
+    if not isinstance(function := tool.get("function"), dict):
+        raise cannot_carry(f"a tool of type {tool.get('type')!r}")
     declared: JSON = {"name": function["name"]}
     if isinstance(function.get("description"), str) and function["description"]:
         declared["description"] = function["description"]
@@ -362,7 +367,7 @@ class Answering:
             self._tally.finish = "length"
         elif reason == "PUP_LIMITED_DISABLED":
             raise UpstreamError(Failure.FORBIDDEN, f"The account is limited: {words or reason}", status=403)
-        elif reason in DEAD and not (self._said or self._tally.has_text):
+        elif reason in DEAD and not self._said:
             raise UpstreamError(Failure.EMPTY, f"The model gave up: {words or reason}", status=200, code=reason)
         else:
             self._tally.finish = "tool_calls" if self._calls_total else "stop"
@@ -441,21 +446,20 @@ def filtered(reason: str, words: str) -> UpstreamError:
 class ChunkTranslator:
     """One stream's frames as chunks in OpenAI's form: at most one with what is new and one with how it ended."""
 
-    def __init__(self, tally: Tally, reader: Answering) -> None:
+    def __init__(self, tally: Tally, reader: Answering, mender: ChunkMender) -> None:
         self._tally = tally
         self._reader = reader
+        self._mender = mender  # of what the models write, whatever wire it comes by
         self._begun = False
 
     def plain_text(self, chunk: Any) -> str | None:
         return None
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
-        if self._tally.finish is not None:  # only usage is left
-            self._reader.read({"usageMetadata": chunk.get("usageMetadata")})
-            return []
-        reader = self._reader
+        reader, ended = self._reader, self._tally.finish
         reader.read(chunk)
-        finish, self._tally.finish = self._tally.finish, None  # counted with its chunk, like every other
+        finish = self._tally.finish if ended is None else None  # once, though some servers say it with every frame
+        self._tally.finish = ended  # counted with its chunk, like every other
         delta: JSON = {}
         if reader.thoughts:
             delta["reasoning_content"] = "".join(reader.thoughts)
@@ -468,15 +472,15 @@ class ChunkTranslator:
         if delta:
             if not self._begun:
                 delta, self._begun = {"role": "assistant", **delta}, True
-            events.append(self._event(delta, None))
+            events += self._events(delta, None)
         if finish is not None:
-            events.append(self._event({}, finish))
+            events += self._events({}, finish)
         return events
 
     def end(self) -> list[Event]:
-        return []
+        return self._mender.end()
 
-    def _event(self, delta: JSON, finish: str | None) -> Event:
+    def _events(self, delta: JSON, finish: str | None) -> list[Event]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         chunk = {**self._reader.head, "object": "chat.completion.chunk", "choices": [choice]}
-        return Event(frame(chunk), chunk)
+        return self._mender.feed(frame(chunk), chunk)

@@ -177,9 +177,8 @@ class Messages:
             return message if message.get("content") else None  # an empty turn says nothing, and some refuse it
         if not isinstance(calls, list):
             raise wrong_type(f"{param}.tool_calls", "a list")
+        self._waiting, self._has_calls = [], True
         mended = [self._call(call, f"{param}.tool_calls[{index}]") for index, call in enumerate(calls)]
-        self._waiting = [call["id"] for call in mended]
-        self._has_calls = True
         same = all(a is b for a, b in zip(calls, mended, strict=True))
         return message if same else {**message, "tool_calls": mended}
 
@@ -191,14 +190,15 @@ class Messages:
             raise wrong_type(f"{param}.function", "an object with a name")
         arguments, name = mended_arguments(function.get("arguments")), safe_name(function["name"])
         self.chars += len(arguments)
-        call_id = call.get("id")
-        unchanged = arguments == function.get("arguments") and name == function["name"]
-        if call_id and isinstance(call_id, str) and "type" in call and unchanged:
+        given = call.get("id")
+        call_id = str(given) if given else ""
+        if not call_id or call_id in self._waiting:  # some give two calls one id
+            call_id = f"call_{len(self.mended)}_{len(self._waiting)}"
+            self._made_ids.add(call_id)
+        self._waiting.append(call_id)
+        if call_id == given and "type" in call and arguments == function.get("arguments") and name == function["name"]:
             return call
-        made = f"call_{len(self.mended)}_{param.rpartition('[')[2].rstrip(']')}"
-        if not call_id:
-            self._made_ids.add(made)
-        mended = {**call, "id": str(call_id) if call_id else made, "type": call.get("type") or "function"}
+        mended = {**call, "id": call_id, "type": call.get("type") or "function"}
         mended["function"] = {**function, "name": name, "arguments": arguments}
         return mended
 
@@ -221,19 +221,18 @@ class Messages:
 
 
 def paired(messages: list[JSON]) -> list[JSON]:
-    """Every step's calls directly followed by their results; what has no counterpart is left out, because servers
-    refuse it. Images among the results become a user's message behind them: only users may show some."""
+    """Every step's calls directly followed by their results, in their order; what has no counterpart is left out,
+    because servers refuse it. Images among the results become a user's message behind them: only users show some."""
     order: list[JSON | None] = [*messages]
-    results: dict[int, list[JSON]] = {}  # by the place of the message with the calls
-    open_calls: dict[str, int] = {}  # call ids without a result yet, and where they stand
+    results: dict[int, dict[str, JSON]] = {}  # by the place of the message with the calls, and their ids
+    asked = -1  # the place of the last calls
     for place, message in enumerate(messages):
         if message["role"] == "tool":
             order[place] = None
-            if (asked := open_calls.pop(message["tool_call_id"], None)) is not None:
-                results[asked].append(message)
+            if asked >= 0:
+                results[asked].setdefault(message["tool_call_id"], message)
         elif "tool_calls" in message:
-            open_calls = {call["id"]: place for call in message["tool_calls"]}
-            results[place] = []
+            asked, results[place] = place, {}
     out: list[JSON] = []
     for place, kept in enumerate(order):
         if kept is None:
@@ -244,13 +243,12 @@ def paired(messages: list[JSON]) -> list[JSON]:
         step = with_answered_calls(kept, results[place])
         if "tool_calls" in step or step.get("content"):
             out.append(step)
-        out += with_images_apart(results[place])
+        out += with_images_apart([results[place][call["id"]] for call in step.get("tool_calls", ())])
     return out
 
 
-def with_answered_calls(message: JSON, results: list[JSON]) -> JSON:
-    answered = {result["tool_call_id"] for result in results}
-    calls = [call for call in message["tool_calls"] if call["id"] in answered]
+def with_answered_calls(message: JSON, results: Mapping[str, JSON]) -> JSON:
+    calls = [call for call in message["tool_calls"] if call["id"] in results]
     if len(calls) == len(message["tool_calls"]):
         return message
     rest = {name: value for name, value in message.items() if name != "tool_calls"}
@@ -269,18 +267,21 @@ def with_images_apart(results: list[JSON]) -> list[JSON]:
 
 
 def mended_arguments(arguments: object) -> str:
-    """A tool call's arguments as JSON text: clients send objects, nothing, or JSON text encoded twice."""
+    """A tool call's arguments as the JSON text of an object: clients send objects, nothing, JSON text encoded twice, or
+    what a model left behind when it was cut off, on which servers choke."""
     if arguments is None or arguments == "":
         return "{}"
-    if not isinstance(arguments, str):
-        return orjson.dumps(arguments).decode()
-    if arguments.startswith('"'):
+    text, value = arguments, arguments
+    for _ in range(2):
+        if not isinstance(value, str):
+            break
         try:
-            inner = orjson.loads(arguments)
+            text, value = value, orjson.loads(value)
         except orjson.JSONDecodeError:
-            return arguments
-        return inner if isinstance(inner, str) else arguments
-    return arguments
+            break
+    if isinstance(value, dict):
+        return text if isinstance(text, str) else orjson.dumps(value).decode()
+    return orjson.dumps({"value": value}).decode()
 
 
 def mended_image(part: JSON, param: str) -> JSON:

@@ -14,6 +14,7 @@ from typing import Any
 
 from catalog import Model
 from chat import flat_text
+from protection import Failure, UpstreamError
 from schemas import without_keys
 from wire import Chat
 
@@ -22,7 +23,7 @@ JSON = dict[str, Any]
 QUIRKS: Mapping[str, type] = {
     # The body
     "drop": list,  # fields to leave out
-    "standard_fields_only": bool,  # refuses fields that are not in OpenAI's chat API
+    "standard_fields_only": bool,  # refuses fields that are not in OpenAI's chat API, in messages and tools too
     "rename": dict,
     "max": dict,  # clamp to
     "min": dict,
@@ -31,6 +32,7 @@ QUIRKS: Mapping[str, type] = {
     "stop_as_array": bool,
     "reasoning_efforts": list,  # those it knows, lowest first
     "effort_as_thinking": bool,  # a switch {"thinking": {"type": …}} in place of an effort
+    "effort_as_template": str,  # a switch of this name for the model's chat template; efforts beside it, but not "none"
     "json_object_as_schema": bool,  # JSON mode only with a schema
     "single_tool_call": bool,
     "strip_tool_schema_keys": list,
@@ -68,6 +70,8 @@ STANDARD_FIELDS = frozenset(
         "repetition_penalty", "logit_bias", "logprobs", "top_logprobs", "response_format", "reasoning_effort",
     }
 )  # fmt: skip
+STANDARD_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
+STANDARD_TOOL_FIELDS = frozenset({"name", "description", "parameters", "strict"})
 REPLAYED_FIELDS = frozenset({"reasoning", "reasoning_content", "reasoning_details", "annotations", "audio", "refusal"})
 CALL_FIELDS = frozenset({"id", "type", "function"})
 FUNCTION_FIELDS = frozenset({"name", "arguments"})
@@ -84,15 +88,18 @@ def outgoing(model: Model, chat: Chat) -> JSON:
         body["stream"] = True
         if not quirks.get("no_stream_usage"):
             body["stream_options"] = {"include_usage": True}
-    if model.max_output is not None and body.get("max_tokens", 0) > model.max_output:
-        body["max_tokens"] = model.max_output  # asking for more is a 400 nearly everywhere
     body["messages"] = outgoing_messages(body["messages"], quirks)
-    apply_quirks(body, quirks)
+    apply_quirks(body, quirks, model.max_output)
     return body
 
 
-def apply_quirks(body: JSON, quirks: Mapping[str, Any]) -> None:
+def apply_quirks(body: JSON, quirks: Mapping[str, Any], max_output: int | None) -> None:
     """Leave out, clamp and rename what the platform would refuse."""
+    if "reasoning_effort" in body and (switch := quirks.get("effort_as_template")):
+        thinks = body["reasoning_effort"] != "none"
+        body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), switch: thinks}
+        if not thinks:
+            del body["reasoning_effort"]
     if quirks.get("effort_as_thinking") and "reasoning_effort" in body:
         body["thinking"] = {"type": "disabled" if body.pop("reasoning_effort") == "none" else "enabled"}
     elif quirks.get("standard_fields_only"):
@@ -105,6 +112,8 @@ def apply_quirks(body: JSON, quirks: Mapping[str, Any]) -> None:
     for name, limit in quirks.get("max", {}).items():
         if name in body and body[name] > limit:
             body[name] = limit
+    if max_output is not None and body.get("max_tokens", 0) > max_output:
+        body["max_tokens"] = max_output  # asking for more is a 400 nearly everywhere
     for name, limit in quirks.get("min", {}).items():
         if name in body and body[name] < limit:
             body[name] = limit
@@ -124,12 +133,22 @@ def apply_quirks(body: JSON, quirks: Mapping[str, Any]) -> None:
             body["parallel_tool_calls"] = False
         if stripped := quirks.get("strip_tool_schema_keys"):
             body["tools"] = [without_keys(tool, frozenset(stripped)) for tool in body["tools"]]
+        if quirks.get("standard_fields_only"):
+            body["tools"] = [plain_tool(tool) for tool in body["tools"]]
     for name, new_name in quirks.get("rename", {}).items():
         if name in body:
             body[new_name] = body.pop(name)
 
 
-EFFORTS = ("none", "minimal", "low", "medium", "high")
+def plain_tool(tool: JSON) -> JSON:
+    """A tool without what only some APIs know."""
+    if not isinstance(tool.get("function"), dict):
+        return tool
+    function = {name: value for name, value in tool["function"].items() if name in STANDARD_TOOL_FIELDS}
+    return {"type": "function", "function": function}
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "default")  # the last is "on", where that is all there is
 
 
 def clamp_effort(effort: str, known: Sequence[str]) -> str | None:
@@ -166,18 +185,30 @@ def outgoing_message(message: JSON, dropped: set[str], quirks: Mapping[str, Any]
         message = with_plain_calls(message, quirks.get("tool_call_id_pattern", CALL_ID_PATTERN))
     if not quirks:
         return message
-    allowed = quirks.get("message_fields")
+    allowed = quirks.get("message_fields", STANDARD_MESSAGE_FIELDS if quirks.get("standard_fields_only") else ())
     if allowed and not message.keys() <= set(allowed):
         message = {name: value for name, value in message.items() if name in allowed}
     content = message.get("content")
     if isinstance(content, list):
-        if quirks.get("flatten_content") and not any(part.get("type") == "image_url" for part in content):
-            message = {**message, "content": flat_text(content)}
+        if quirks.get("flatten_content"):
+            message = {**message, "content": flattened(content)}
         elif quirks.get("standard_fields_only"):
             message = {**message, "content": [plain_part(part) for part in content]}
     elif content is None and quirks.get("null_content_rejected"):
         message = {**message, "content": ""}
     return message
+
+
+def flattened(content: list[JSON]) -> str | list[JSON]:
+    """Content as text; as parts only where an image is among them. Raises UpstreamError where a part would be lost."""
+    kinds = {part.get("type") for part in content}
+    if lost := kinds - {"text", "image_url"}:
+        raise cannot_carry(f"a part of type {min(map(str, lost))!r}")
+    return [plain_part(part) for part in content] if "image_url" in kinds else flat_text(content)
+
+
+def cannot_carry(what: str) -> UpstreamError:
+    return UpstreamError(Failure.BAD_REQUEST, f"This platform's wire format cannot carry {what}.", status=400)
 
 
 def replayed(message: JSON, dropped: set[str]) -> JSON:

@@ -144,6 +144,7 @@ CONTEXT_TEXTS = (
     "maximum context length",
     "context length exceeded",
     "context window",
+    "context size",
     "prompt is too long",
     "input is too long",
     "exceeds the maximum number of tokens",

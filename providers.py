@@ -28,6 +28,7 @@ from adapters import (
     note_completion,
     note_plain,
     well_formed,
+    with_json,
 )
 from catalog import Key, Model, Platform, is_demo
 from deadlines import Limit
@@ -481,6 +482,8 @@ def whole_completion(raw: bytes, body: Any, adapter: Adapter, chat: Chat, route:
     completion = adapter.completion(raw, checked, chat)
     if completion is None:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
+    if "response_format" in chat.body and not chat.has_tools:  # beside tools some platforms know no JSON mode
+        return with_json(completion, chat)
     return completion
 
 

@@ -212,6 +212,20 @@ def whole(text: str, tools: Tools) -> tuple[str, Calls] | None:
     return (text[: min(places)].rstrip(), calls) if calls else None
 
 
+# --- JSON mode ------------------------------------------------------------------------------------------------------
+
+
+def found_json(text: str) -> str | None:
+    """The JSON in an answer that should be nothing else: the very text where it is, else what stands in a code fence
+    or between words. None where there is none."""
+    if loaded(text) is not None or text.strip() == "null":
+        return text
+    within = [block.removeprefix("json") for block in enclosed(text, "```", "```")]
+    for opening, end in sorted((("{", "}"), ("[", "]")), key=lambda pair: text.find(pair[0])):
+        within.append(text[text.find(opening) : text.rfind(end) + 1])
+    return next((part.strip() for part in within if part.strip() and loaded(part) is not None), None)
+
+
 # --- Arguments ------------------------------------------------------------------------------------------------------
 
 

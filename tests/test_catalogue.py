@@ -10,13 +10,14 @@ import pytest
 from conftest import IN_ORDER
 from fake_provider import answer, body, error, until
 
-from outgoing import QUIRKS
+from outgoing import EFFORTS, QUIRKS
 from settings import load_catalog, load_settings
 from wire import MODES
 
 HERE = Path(__file__).resolve().parent.parent
 RAW = json.loads((HERE / "catalog.json").read_text())
 PLATFORMS, MODELS = RAW["platforms"], RAW["models"]
+PLATFORM_QUIRKS = {platform["id"]: platform.get("quirks", {}) for platform in PLATFORMS}
 
 
 def loaded(tmp_path, **environ: str):
@@ -84,7 +85,7 @@ def test_patterns_and_regions_in_quirks_are_real():
         re.compile(quirks.get("tool_call_id_pattern", ""))
         zone = quirks.get("daily_reset", "UTC").split(" ")[-1]
         assert zone == "UTC" or "/" in zone
-        assert set(quirks.get("reasoning_efforts", [])) <= {"none", "minimal", "low", "medium", "high"}
+        assert set(quirks.get("reasoning_efforts", [])) <= set(EFFORTS)
 
 
 def test_no_module_names_a_platform():
@@ -143,7 +144,8 @@ async def discovered(gateway) -> list[str]:
 
     async def look() -> bool:
         found[:] = sorted(await models_of(gateway))
-        return bool(found)
+        served = {model["id"] for model in (await gateway.get("/v1/models")).json["data"]}  # routing learns it last
+        return bool(found) and served.issuperset(found)
 
     for _ in range(500):
         if await look():
@@ -227,6 +229,20 @@ async def test_a_discovered_model_stays_switched_off_over_a_restart(start_gatewa
     assert await discovered(again) == ["b:7b"]
 
 
+async def test_a_new_model_is_there_on_demand(start_gateway, fake):
+    fake.script("mine", listing({"id": "a:1b"}))
+    fake.script("off", error(500))
+    gateway = await start_gateway(MINE | {"off": {"keyless": True, "discover": True, "models": []}})
+    assert await discovered(gateway) == ["a:1b"]
+    fake.script("mine", listing({"id": "a:1b"}, {"id": "b:7b"}))
+
+    told = await gateway.send({}, path="/api/models/discover")
+
+    assert told.json == [{"platform": "mine", "models": 2}, {"platform": "off", "models": None}]
+    assert sorted(await models_of(gateway)) == ["a:1b", "b:7b"]
+    assert (await gateway.chat(model="b:7b")).text == "I am b:7b"
+
+
 async def test_a_server_with_a_key_is_asked_with_its_key(start_gateway, fake):
     fake.script("mine", listing({"id": "a:1b"}))
     await start_gateway({"mine": {"discover": True, "models": [], "keys": ["sk-my-own-key-0001"]}})
@@ -234,3 +250,22 @@ async def test_a_server_with_a_key_is_asked_with_its_key(start_gateway, fake):
     await until(lambda: fake.requests)
 
     assert fake.requests[0].key == "sk-my-own-key-0001"
+
+
+STRANGERS = {"kilo": "kilo-auto/free", "ovh": "gpt-oss-20b", "aihorde": "google/gemma-4-31b"}
+
+
+async def test_public_services_without_keys_are_off_until_the_operators_file_says_keyless(start_gateway, fake):
+    platforms = {id: {"keys": [], "models": [], "quirks": PLATFORM_QUIRKS.get(id, {})} for id in STRANGERS}
+    gateway = await start_gateway(platforms)
+    for platform, model in STRANGERS.items():
+        assert (await gateway.chat(model=f"{platform}/{model}")).status == 503
+    assert fake.called == []
+    await gateway.stop()
+
+    gateway = await start_gateway({id: given | {"keyless": True} for id, given in platforms.items()})
+
+    for platform, model in STRANGERS.items():
+        assert (await gateway.chat(model=f"{platform}/{model}")).text == f"hello from {platform}"
+    sent = {request.platform: request.headers.get("authorization") for request in fake.requests}
+    assert sent == {"kilo": None, "ovh": None, "aihorde": "Bearer 0000000000"}

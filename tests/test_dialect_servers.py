@@ -6,6 +6,8 @@ import pytest
 from conftest import IN_ORDER
 from wires import WIRES, Said
 
+from gemini import UNSIGNED
+
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 SCHEMA = {
     "type": "object",
@@ -172,6 +174,108 @@ async def test_an_answer_cut_by_length_or_filter_says_so(serve, wire, streaming,
     got = await client.ask(streaming=streaming, max_tokens=8)
 
     assert (got["text"], got["finish"]) == ("Once upon a", finish)
+
+
+SAID = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [{"type": "text", "text": "Weather?"}]},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rom"}'}},
+            {"id": "c2", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Ulm"}'}},
+        ],
+    },
+    {"role": "tool", "tool_call_id": "c1", "content": "sun"},
+    {"role": "tool", "tool_call_id": "c2", "content": '{"rain": 1}'},
+]
+ASKED = {
+    "temperature": 0.5, "top_p": 0.9, "max_tokens": 100, "stop": ["three"], "seed": 7, "presence_penalty": 0.1,
+    "tools": [TOOL], "tool_choice": "auto", "parallel_tool_calls": True, "reasoning_effort": "low",
+}  # fmt: skip
+EXTRA = {"top_k": 4, "min_p": 0.1, "metadata": {"a": "b"}}
+WITHOUT_PARTS = [SAID[0], {"role": "user", "content": "Weather?"}, SAID[2] | {"content": ""}, *SAID[3:]]
+PROPERTIES = {"city": {"type": "string"}, "unit": {"enum": ["C", "F"]}}
+LOOSE = {"type": "object", "properties": PROPERTIES, "required": ["city"]}
+ARRIVES = {
+    "plain": {"messages": SAID, **ASKED, **EXTRA},
+    "cohere": {
+        "messages": WITHOUT_PARTS,
+        **{name: value for name, value in ASKED.items() if name != "parallel_tool_calls"},
+        "reasoning_effort": "high",
+        "tools": [{"type": "function", "function": TOOL["function"] | {"parameters": LOOSE}}],
+    },
+    "cloudflare": {
+        "messages": WITHOUT_PARTS,
+        **{name: value for name, value in ASKED.items() if name != "reasoning_effort"},
+        "top_k": 4,
+    },
+    "google": {
+        "systemInstruction": {"parts": [{"text": "Be brief."}]},
+        "contents": [
+            {"role": "user", "parts": [{"text": "Weather?"}]},
+            {
+                "role": "model",
+                "parts": [
+                    {
+                        "functionCall": {"id": "c1", "name": "weather", "args": {"city": "Rom"}},
+                        "thoughtSignature": UNSIGNED,
+                    },
+                    {"functionCall": {"id": "c2", "name": "weather", "args": {"city": "Ulm"}}},
+                ],
+            },
+            {
+                "role": "user",
+                "parts": [
+                    {"functionResponse": {"id": "c1", "name": "weather", "response": {"output": "sun"}}},
+                    {"functionResponse": {"id": "c2", "name": "weather", "response": {"rain": 1}}},
+                ],
+            },
+        ],
+        "tools": [
+            {
+                "functionDeclarations": [
+                    {
+                        "name": "weather",
+                        "description": "Tells the weather",
+                        "parameters": LOOSE
+                        | {"properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["C", "F"]}}},
+                    }
+                ]
+            }
+        ],
+        "toolConfig": {"functionCallingConfig": {"mode": "AUTO"}},
+        "generationConfig": {
+            "temperature": 0.5,
+            "topP": 0.9,
+            "topK": 4,
+            "seed": 7,
+            "presencePenalty": 0.1,
+            "maxOutputTokens": 100,
+            "stopSequences": ["three"],
+            "thinkingConfig": {"thinkingLevel": "LOW", "includeThoughts": True},
+        },
+    },
+}
+STREAMED = {
+    "plain": {"stream": True, "stream_options": {"include_usage": True}},
+    "cohere": {"stream": True},
+    "cloudflare": {"stream": True},
+    "google": {},
+}
+
+
+@every_wire
+@both_ways
+async def test_one_request_arrives_at_each_platform_in_its_own_words(serve, fake, wire, streaming):
+    client = await serve(wire, Said("Sun, rain."))
+
+    got = await client.ask(streaming=streaming, messages=SAID, extra_body=EXTRA, **ASKED)
+
+    assert got["text"] == "Sun, rain."
+    model = {} if wire.name == "google" else {"model": f"{wire.name}-model"}
+    assert fake.requests[0].json == ARRIVES[wire.name] | model | (STREAMED[wire.name] if streaming else {})
 
 
 @every_wire

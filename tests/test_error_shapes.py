@@ -99,6 +99,14 @@ SHAPES = {
     "Gemini: not in the plan": Shape(
         "google", 429, google(429, "RESOURCE_EXHAUSTED", violated(PER_DAY, "0")), "forbidden", 403, DAY
     ),
+    "Gemini: not in the plan, in words": Shape(
+        "google",
+        429,
+        google(429, "RESOURCE_EXHAUSTED", violated(PER_DAY, ""), message="Quota exceeded for metric: x, limit: 0"),
+        "forbidden",
+        403,
+        DAY,
+    ),
     "Gemini: in a list": Shape(
         "google", 503, [google(503, "UNAVAILABLE", message="The model is overloaded")], "server_error", 503, "model"
     ),
@@ -203,6 +211,19 @@ SHAPES = {
     ),
     "Groq: decommissioned": Shape(
         "groq", 400, {"error": {"message": "gone", "code": "model_decommissioned"}}, "not_found", 400
+    ),
+    "llama.cpp: too long": Shape(
+        "llamacpp",
+        400,
+        {
+            "error": {
+                "code": 400,
+                "message": "the request exceeds the available context size, try increasing it",
+                "type": "exceed_context_size_error",
+            }
+        },
+        "context_length",
+        400,
     ),
     "Cerebras: queue": Shape(
         "cerebras",
@@ -313,6 +334,20 @@ SHAPES = {
     ),
     "SiliconFlow: flat code": Shape(
         "siliconflow", 400, {"code": 20012, "message": "Model does not exist", "data": None}, "not_found", 404
+    ),
+    "OpenRouter: the backend's error as text": Shape(
+        "openrouter",
+        429,
+        {
+            "error": {
+                "message": "Provider returned error",
+                "code": 429,
+                "metadata": {"raw": json.dumps(google(429, "RESOURCE_EXHAUSTED", retry("38.2s"), message="spent"))},
+            }
+        },
+        "rate_limited",
+        429,
+        38.2,
     ),
     "plain text": Shape("nvidia", 404, "404 page not found", "not_found", 404),
 }
@@ -426,6 +461,12 @@ async def test_three_platforms_that_refuse_the_request_are_believed(start_gatewa
     assert "this cannot be" in got.error["attempts"][0]["message"]
 
 
+def test_a_message_that_is_packed_json_is_read():
+    packed = json.dumps({"error": {"message": "inner words", "code": 429}})
+    assert faults.read({"error": {"message": packed}}).message == "inner words"
+    assert faults.read({"error": {"message": "{not json"}}).message == "{not json"
+
+
 async def test_a_key_in_an_error_is_not_passed_on(start_gateway, fake):
     gateway = await start_gateway({"google": Gemini().options(fake) | {"keys": ["AIzaSyA-secret-secret-secret-0001"]}})
     words = "Consumer 'api_key:AIzaSyA-secret-secret-secret-0001' has been suspended."
@@ -462,6 +503,10 @@ async def test_a_stream_that_begins_well_after_an_error_elsewhere_is_whole(start
 NOON = 1_795_521_600.0  # 2026-11-24T12:00:00Z
 WAITS = {
     "a bare number": ({"Retry-After": "17"}, {}, "", 17),
+    "a date without a zone": ({"Retry-After": "Tue, 24 Nov 2026 12:01:00 -0000"}, {}, "", 60),
+    "below zero": ({"Retry-After": "-5"}, {}, "", None),
+    "no number": ({"Retry-After": "NaN"}, {}, "", None),
+    "a fraction": ({"Retry-After": "1.5"}, {}, "", 1.5),
     "a date": ({"Retry-After": "Tue, 24 Nov 2026 12:01:00 GMT"}, {}, "", 60),
     "too long": ({"Retry-After": "999999"}, {}, "", 86_400),
     "in the body": ({}, {"error": {"details": [{"retryDelay": "17s"}]}}, "", 17),
@@ -488,6 +533,12 @@ def test_a_wait_is_read_wherever_it_stands(headers, content, message, seconds):
     fault = faults.Fault(429, None, message)
     found = faults.retry_after_s(fault, headers, content, NOON, {"daily_reset": "Asia/Shanghai"})
     assert found == (None if seconds is None else pytest.approx(seconds))
+
+
+def test_a_moment_that_a_daily_quota_tells_is_believed():
+    words = "Usage limit reached for 5 hour. Your limit will reset at 2026-11-24 21:00:00. Retry in 1s."
+    fault = faults.Fault(429, faults.DAILY_QUOTA, words, sure=True, daily=True)
+    assert faults.retry_after_s(fault, {"Retry-After": "1"}, {}, NOON, {"daily_reset": "Asia/Shanghai"}) == 3600
 
 
 RESETS = {

@@ -152,9 +152,9 @@ SENT = {
 @both_ways
 @pytest.mark.parametrize(("asked", "sent"), SENT.values(), ids=SENT)
 async def test_a_request_is_translated_field_by_field(google, fake, asked, sent, streaming):
-    gateway = await google()
+    gateway = await google(WIRE.says(Said("[]")))
 
-    assert (await gateway.ask(streaming=streaming, **asked)).text == "fine"
+    assert (await gateway.ask(streaming=streaming, **asked)).text == "[]"
 
     got = fake.requests[0].json
     if ... in sent:
@@ -232,6 +232,14 @@ async def test_an_image_by_address_is_neither_fetched_nor_sent(google, fake, url
     assert fake.called == ["b"]
     assert got.headers["X-Fallback-Trail"] == "google/google-model=bad_request"
     assert "data: URL" in (await gateway.rows(2))[0]["error"]
+
+
+async def test_a_tool_that_is_no_function_is_not_dropped_in_silence(google, fake):
+    gateway = await google()
+
+    got = await gateway.chat(tools=[tool(), {"type": "custom", "custom": {"name": "x"}}])
+
+    assert (got.text, fake.called) == ("hello from b", ["b"])
 
 
 # --- Schemas ------------------------------------------------------------------------------------------------------
@@ -328,6 +336,22 @@ async def test_thoughts_are_reasoning_and_count_as_output(google, streaming):
     assert (row["input_tokens"], row["output_tokens"]) == (11, 7)
 
 
+@both_ways
+async def test_thoughts_and_calls_written_as_text_are_what_they_are(google, streaming):
+    text = '<thought>hm</thought>\n<tool_call>{"name": "weather", "arguments": {"city": "Rom"}}</tool_call>'
+    pieces = [gemini_frame({"text": text[at : at + 9]}, said=None) for at in range(0, len(text), 9)]
+    gateway = await google(frames(*pieces, ended("STOP"), streaming=streaming))
+
+    got = await gateway.ask(streaming=streaming, tools=[tool()])
+
+    told = got.deltas if streaming else [got.json["choices"][0]["message"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in told) == "hm"
+    (call,) = [call for delta in told for call in delta.get("tool_calls", [])]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Rom"}
+    assert not any(delta.get("content") for delta in told)
+    assert (got.finishes if streaming else [got.json["choices"][0]["finish_reason"]]) == ["tool_calls"]
+
+
 async def test_usage_after_the_last_word_is_still_read(google):
     late = {"usageMetadata": {"promptTokenCount": 5, "candidatesTokenCount": 9, "cachedContentTokenCount": 3}}
     gateway = await google(chunked(event(ended("STOP", {"text": "yes"})), event(late)))
@@ -338,6 +362,22 @@ async def test_usage_after_the_last_word_is_still_read(google):
     usage = got.chunks[-1]["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (5, 9)
     assert usage["prompt_tokens_details"] == {"cached_tokens": 3}
+
+
+async def test_text_behind_an_ending_is_not_lost(google):
+    gateway = await google(chunked(event(ended("STOP", {"text": "yes"})), event(ended("STOP", {"text": " and no"}))))
+
+    (await gateway.stream()).assert_whole("yes and no")
+
+
+async def test_thoughts_that_end_in_a_broken_call_are_no_finished_answer(google):
+    thought = gemini_frame({"text": "hm", "thought": True}, said=None)
+    gateway = await google(chunked(event(thought), event(ended("MALFORMED_FUNCTION_CALL"))))
+
+    got = await gateway.stream()
+
+    assert got.finishes == ["error"]
+    assert (await gateway.row())["error_kind"] == "empty"
 
 
 FINISHES = {
@@ -478,10 +518,11 @@ def test_signatures_are_forgotten_in_time_and_never_too_many():
 
     assert len(held) == SIGNATURES_MAX
     last = SIGNATURES_MAX - 1
-    assert held.get("call0", "f", {"n": 0}, now=last) is None
-    assert held.get(f"call{last}", "g", {}, now=last) == f"s{last}"
-    assert held.get("another", "f", {"n": last}, now=last) == f"s{last}"
-    assert held.get(f"call{last}", "f", {"n": last}, now=last + SIGNATURE_TTL_S) is None
+    assert held.get("call0", now=last) is None
+    assert held.like("f", {"n": 0}, now=last) is None
+    assert held.get(f"call{last}", now=last) == f"s{last}"
+    assert held.like("f", {"n": last}, now=last) == f"s{last}"
+    assert held.get(f"call{last}", now=last + SIGNATURE_TTL_S) is None
 
 
 async def test_the_real_client_sees_the_signature_as_an_extra_field(google):

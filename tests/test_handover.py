@@ -26,6 +26,7 @@ TOOLS = [
     }
     for name in ("weather", "mcp.time/now here")
 ]
+TOOLS[1]["cache_control"] = {"type": "ephemeral"}  # some clients mark the last tool
 every_start = pytest.mark.parametrize("first", STRICT_WIRES.values(), ids=STRICT_WIRES)
 every_end = pytest.mark.parametrize("then", STRICT_WIRES.values(), ids=lambda wire: f"to {wire.name}")
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
@@ -128,6 +129,25 @@ HISTORIES = {
     ],
     "a last word to be continued": [USER, {"role": "assistant", "content": "Once upon"}],
     "empty turns": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": ""}, USER],
+    "a call that was cut off": [
+        {"role": "user", "content": "hi"},
+        OLD | {"tool_calls": [CALL | {"function": {"name": "weather", "arguments": '{"city": "Ro'}}]},
+        RESULT,
+        USER,
+    ],
+    "results in another order": [
+        {"role": "user", "content": "hi"},
+        OLD | {"tool_calls": [CALL, {"id": "2", "type": "function", "function": {"name": "other", "arguments": "{}"}}]},
+        RESULT | {"tool_call_id": "2"},
+        RESULT,
+        USER,
+    ],
+    "fields that clients add": [
+        {"role": "user", "content": "hi", "id": "m1", "timestamp": 5, "cache_control": {"type": "ephemeral"}},
+        OLD | {"thinking_blocks": [], "provider_specific_fields": {"x": 1}},
+        RESULT | {"providerOptions": {}},
+        USER | {"experimental_attachments": []},
+    ],
     "two steps": [{"role": "user", "content": "hi"}, OLD, RESULT, OLD, RESULT, USER],
 }  # fmt: skip
 

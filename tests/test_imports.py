@@ -21,6 +21,7 @@ CORE = {
     "faults": set(),
     "schemas": set(),
     "rescue": set(),
+    "calls": {"protection", "rescue", "wire"},
     "messages": {"wire"},
     "chat": {"messages", "wire"},
     "response_events": {"wire"},
@@ -29,8 +30,8 @@ CORE = {
     "catalog": {"protection", "wire"},
     "ledger": {"catalog"},
     "router": {"catalog", "ledger", "protection", "wire"},
-    "outgoing": {"catalog", "chat", "schemas", "wire"},
-    "adapters": {"catalog", "outgoing", "protection", "rescue", "wire"},
+    "outgoing": {"catalog", "chat", "protection", "schemas", "wire"},
+    "adapters": {"calls", "catalog", "outgoing", "protection", "rescue", "wire"},
     "gemini": {"adapters", "catalog", "outgoing", "protection", "schemas", "wire"},
 }
 SHELL = {
@@ -46,7 +47,8 @@ SHELL = {
 }
 TOP = {
     "exchange": set(CORE) | {"deadlines", "eventlog", "metrics", "providers", "settings", "store"},
-    "admin": {"deadlines", "exchange", "store", "analytics", "controls", "metrics", "settings"} | set(CORE),
+    "admin": {"deadlines", "discovery", "exchange", "store", "analytics", "controls", "metrics", "settings"}
+    | set(CORE),
     "discovery": {"catalog", "exchange", "protection", "settings", "store"},
     "gateway": {"exchange", "admin", "discovery"} | set(CORE) | set(SHELL),
 }

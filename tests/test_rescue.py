@@ -267,6 +267,50 @@ async def test_what_is_held_back_goes_out_when_only_the_end_marker_comes(start_g
     (await gateway.stream()).assert_whole("<th")
 
 
+# --- JSON mode ----------------------------------------------------------------------------------------------------
+
+JSON_MODE = {"response_format": {"type": "json_object"}}
+IN_WORDS = {
+    "as it is": (' {"a":  [1]}\n', ' {"a":  [1]}\n'),
+    "a list": ("[1]", "[1]"),
+    "a scalar": ("null", "null"),
+    "in a fence": ('Here:\n```json\n{"a": 1}\n```\nDone.', '{"a": 1}'),
+    "between words": ('Sure! {"a": {"b": [1]}} Anything else?', '{"a": {"b": [1]}}'),
+    "a list of objects": ('It is [{"a": 1}, {"a": 2}].', '[{"a": 1}, {"a": 2}]'),
+    "a fence of something else": ('```\nfoo\n``` and {"a": 1}', '{"a": 1}'),
+    "an object with a fence in it": ('{"a": "```x```"}', '{"a": "```x```"}'),
+    "words": ("I cannot do that.", None),
+    "cut off": ('{"a": [1', None),
+    "braces": ("{not json}", None),
+    "nothing but a brace": ("{", None),
+}
+
+
+async def test_where_json_was_asked_for_there_is_nothing_else_or_another_model(start_gateway, fake):
+    gateway = await start_gateway()
+    fake.script("b", completion('{"b": 1}'))
+    for name, (text, expected) in IN_WORDS.items():
+        fake.script("a", completion(text))
+        got = await gateway.chat(**JSON_MODE)
+        assert got.text == (expected or '{"b": 1}'), name
+        assert expected or got.headers["X-Fallback-Trail"] == "a/a-model=malformed", name
+        assert (await gateway.chat()).text == text
+
+    assert await gateway.cooled_models() == {}
+
+
+async def test_an_answer_that_cannot_be_json_is_not_judged_as_json(start_gateway, fake):
+    gateway = await start_gateway()
+    for answer, fields in (
+        (completion('{"a": ', finish="length", usage=(5, 90)), {}),
+        (completion("I cannot look it up."), {"tools": TOOLS}),
+        (completion(None, message={"refusal": "No."}), {}),
+    ):
+        fake.script("a", answer)
+        got = await gateway.chat(**JSON_MODE, **fields, max_tokens=100)
+        assert got.headers["X-Routed-Via"] == "a/a-model"
+
+
 # --- Arguments ----------------------------------------------------------------------------------------------------
 
 NESTED = {

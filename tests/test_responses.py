@@ -274,7 +274,8 @@ async def test_a_call_in_the_oldest_form_is_a_call_too(start_gateway, fake):
 async def test_call_ids_that_a_provider_did_not_give_differ_between_answers(start_gateway, fake):
     gateway = await start_gateway()
     calls = [call_of(""), call_of("")]
-    fake.script("a", completion(None, finish="tool_calls", message={"tool_calls": calls}))
+    message = {"tool_calls": calls}
+    fake.script("a", *(completion(None, finish="tool_calls", message=message, id=f"chatcmpl-{n}") for n in range(2)))
 
     answers = [await create(gateway, tools=[TOOL]) for _ in range(2)]
 

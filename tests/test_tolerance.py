@@ -99,6 +99,21 @@ MESSAGES = {
     "arguments empty": (with_arguments(""), with_arguments("{}")),
     "arguments null": (with_arguments(None), with_arguments("{}")),
     "arguments encoded twice": (with_arguments('"{\\"a\\": 1}"'), with_arguments('{"a": 1}')),
+    "arguments cut off": (with_arguments('{"a": '), with_arguments('{"value":"{\\"a\\": "}')),
+    "arguments that are no object": (with_arguments("[1]"), with_arguments('{"value":[1]}')),
+    "results in another order": (
+        [HI, ASKED | {"tool_calls": [CALL, CALL | {"id": "c2"}]}, TOLD | {"tool_call_id": "c2"}, TOLD],
+        [HI, ASKED | {"tool_calls": [CALL, CALL | {"id": "c2"}]}, TOLD, TOLD | {"tool_call_id": "c2"}],
+    ),
+    "one id for two calls": (
+        [HI, ASKED | {"tool_calls": [CALL, CALL]}, TOLD, TOLD | {"content": "2"}],
+        [
+            HI,
+            ASKED | {"tool_calls": [CALL, CALL | {"id": "call_1_1"}]},
+            TOLD,
+            TOLD | {"content": "2", "tool_call_id": "call_1_1"},
+        ],
+    ),
     "a result without id": ([HI, ASKED, {"role": "tool", "content": "done"}], [HI, ASKED, TOLD]),
     "a result too many": ([HI, ASKED, TOLD, {"role": "tool", "content": "x"}, HI], [HI, ASKED, TOLD, HI]),
     "a result without its call": ([HI, TOLD, HI], [HI, HI]),
@@ -233,7 +248,9 @@ async def test_messages_arrive_as_every_server_takes_them(gateway, fake, sent, r
 
 @pytest.mark.parametrize(("sent", "received"), FIELDS.values(), ids=FIELDS)
 async def test_fields_arrive_as_every_server_takes_them(gateway, fake, sent, received):
-    assert (await gateway.chat(**sent)).text == "hello from a"
+    fake.script("a", completion("{}"))  # which is fine where JSON is asked for, too
+
+    assert (await gateway.chat(**sent)).text == "{}"
 
     got = fake.requests[0].json
     assert {name: got.get(name, GONE) for name in received} == received
@@ -254,16 +271,58 @@ EXTRA = {
 
 async def test_a_strict_platform_gets_only_what_it_knows(start_gateway, fake):
     gateway = await start_gateway({"a": {"quirks": STRICT}})
-    message = {"role": "user", "name": "Ada", "content": [text("hi") | {"cache_control": {"type": "ephemeral"}}]}
+    mark = {"cache_control": {"type": "ephemeral"}}
+    message = {"role": "user", "name": "Ada", "id": "m1", "content": [text("hi") | mark]} | mark
+    tools = [TOOL | mark | {"function": TOOL["function"] | {"returns": {}}}]
 
-    await gateway.chat(messages=[message], logprobs=True, temperature=1.5, reasoning_effort="low", **EXTRA)
+    await gateway.chat(messages=[message], tools=tools, logprobs=True, temperature=1.5, reasoning_effort="low", **EXTRA)
 
     assert fake.requests[0].json == {
         "model": "a-model",
         "messages": [said(text("hi"))],
+        "tools": [TOOL],
         "temperature": 1,
         "reasoning_effort": "high",
     }
+
+
+async def test_a_part_that_a_platform_would_lose_is_not_lost_in_silence(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"flatten_content": True}}, "b": {}})
+    file = {"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}
+
+    assert (await gateway.chat(messages=[said(text("sum it up"), file)])).text == "hello from b"
+
+    assert fake.called == ["b"]
+
+
+async def test_an_effort_where_there_is_only_on_and_off(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"reasoning_efforts": ["none", "default"]}}})
+
+    for effort in ("low", "high", "none"):
+        await gateway.chat(reasoning_effort=effort)
+
+    assert [request.json["reasoning_effort"] for request in fake.requests] == ["default", "default", "none"]
+
+
+async def test_an_effort_as_a_switch_of_the_chat_template(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"effort_as_template": "enable_thinking"}}})
+
+    await gateway.chat(chat_template_kwargs={"enable_thinking": False, "more": 1})
+    await gateway.chat(reasoning_effort="low")
+
+    fields = ("chat_template_kwargs", "reasoning_effort")
+    assert [{name: sent.json.get(name) for name in fields} for sent in fake.requests] == [
+        {"chat_template_kwargs": {"enable_thinking": False, "more": 1}, "reasoning_effort": None},
+        {"chat_template_kwargs": {"enable_thinking": True}, "reasoning_effort": "low"},
+    ]
+
+
+async def test_a_default_is_no_more_than_the_model_can_give(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"default": {"max_tokens": 8192}}, "model": {"max_output": 4096}}})
+
+    await gateway.chat()
+
+    assert fake.requests[0].json["max_tokens"] == 4096
 
 
 TOOL_NAMES = ["a.b", "server/tool", "with blank", "x" * 65, "x" * 66, "1st", "öl", "a_b"]
@@ -358,22 +417,26 @@ async def test_a_missing_model_is_any_model(gateway, model):
     assert (await gateway.send(request)).text == "hello from a"
 
 
-UNSERVED = {
-    "n": {"n": 2},
-    "audio": {"audio": {"voice": "x"}},
-    "modalities": {"modalities": ["text", "audio"]},
-    "messages": {"messages": [said({"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}})]},
-}
+UNSERVED = [
+    ("n", {"n": 2}),
+    ("n", {"n": "3"}),
+    ("audio", {"audio": {"voice": "x"}}),
+    ("modalities", {"modalities": ["text", "audio"]}),
+    ("modalities", {"modalities": ["image"]}),
+    ("messages", {"messages": [said({"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}})]}),
+]
 
 
-@pytest.mark.parametrize(("param", "fields"), UNSERVED.items())
-async def test_what_nobody_serves_is_refused_in_words(gateway, fake, param, fields):
-    got = await gateway.chat(**fields)
+async def test_what_nobody_serves_is_refused_in_words(gateway, fake):
+    for param, fields in UNSERVED:
+        got = await gateway.chat(**fields)
 
-    assert got.status == 400
-    assert got.error["param"].split("[")[0] == param
-    assert len(got.error["message"]) > 20
+        assert got.status == 400, fields
+        assert got.error["param"].split("[")[0] == param, fields
+        assert len(got.error["message"]) > 20, fields
+
     assert fake.called == []
+    assert (await gateway.chat(modalities=["text"])).text == "hello from a"
 
 
 async def test_an_answer_of_thoughts_only_is_the_answer(gateway, fake):

@@ -69,6 +69,7 @@ class Wire:
         insist(len(asked.get("stop", [])) <= 4 or isinstance(asked["stop"], str), "more than four stops")
         insist("tool_choice" not in asked or "tools" in asked, "a choice without tools")
         for tool in asked.get("tools", []):
+            insist(tool["type"] == "function", "tools of another type")
             insist(re.fullmatch("[a-zA-Z0-9_-]{1,64}", tool["function"]["name"]), "a tool's name")
         check_pairs(asked["messages"])
 
@@ -118,6 +119,7 @@ STANDARD = {
     "model", "messages", "temperature", "max_tokens", "top_p", "stop", "tools", "tool_choice", "stream", "seed",
     "presence_penalty", "frequency_penalty", "response_format", "reasoning_effort",
 }  # fmt: skip
+BASIC_TOOL = {"name", "description", "parameters", "strict"}
 BASIC_MESSAGE = {"role", "content", "tool_calls", "tool_call_id"}
 
 
@@ -131,7 +133,7 @@ class Cohere(Wire):
         insist(asked.get("temperature", 0) <= 1, "temperature above 1")
         insist(asked.get("reasoning_effort", "none") in ("none", "high"), "effort")
         insist('"additionalProperties"' not in json.dumps(asked.get("tools", [])), "additionalProperties")
-        check_content(asked["messages"])
+        check_strictly(asked)
 
     def error(self, status: int, message: str, code: object = None) -> Reply:
         return body({"id": "b2c0", "message": message}, status=status)
@@ -145,9 +147,12 @@ class Cohere(Wire):
         return sse(*parts, chunk(finish=said.finish, root={"usage": usage}))
 
 
-def check_content(messages: list[dict]) -> None:
-    """Content is text, or parts where there is an image among them."""
-    for message in messages:
+def check_strictly(asked: dict) -> None:
+    """No field too many; content is text, or parts where there is an image among them."""
+    for tool in asked.get("tools", []):
+        insist(set(tool) == {"type", "function"}, f"unknown field of a tool {sorted(tool)}")
+        insist(set(tool["function"]) <= BASIC_TOOL, f"unknown field of a function {sorted(tool['function'])}")
+    for message in asked["messages"]:
         insist(set(message) <= BASIC_MESSAGE | {"name"}, f"unknown message field {sorted(message)}")
         content = message["content"]
         images = isinstance(content, list) and any(part["type"] == "image_url" for part in content)
@@ -169,7 +174,7 @@ class Cloudflare(Wire):
         insist(request.key == "token-0123456789", "the token")
         insist("max_tokens" in asked, "without max_tokens the answer ends after 256")
         insist(set(asked) <= STANDARD | {"parallel_tool_calls", "top_k", "repetition_penalty"}, f"{sorted(asked)}")
-        check_content(asked["messages"])
+        check_strictly(asked)
 
     def error(self, status: int, message: str, code: object = 5004) -> Reply:
         failed = {"success": False, "errors": [{"code": code, "message": message}], "messages": [], "result": None}
