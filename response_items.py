@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chat import IMAGE_PART_TYPES, TEXT_PART_TYPES, wrong_type
-from response_events import Offer, flat_tool
+from response_events import Offer
 from wire import InvalidRequest, dump
 
 JSON = dict[str, Any]
@@ -25,6 +25,21 @@ NO_FILES = "Files are not kept here, so '{path}' cannot be resolved: send {inste
 def chat_name(namespace: object, name: Any) -> Any:
     """What providers call a tool: they know no namespaces."""
     return f"{namespace}__{name}" if namespace and isinstance(name, str) else name
+
+
+def flat(spec: JSON) -> JSON:
+    """A tool, a choice or a format in this API's own form; clients send chat's nested one too."""
+    kind = spec.get("type") or "function"
+    nested = spec.get(kind)
+    return {"type": kind, **nested} if isinstance(nested, dict) else {**spec, "type": kind}
+
+
+def flat_choice(choice: Any) -> Any:
+    """A tool choice in this API's own form."""
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if kind in ("auto", "none", "required", "any"):
+        return "required" if kind == "any" else kind
+    return flat(choice) if isinstance(choice, dict) else choice
 
 
 class Tools:
@@ -72,7 +87,7 @@ class Tools:
             allowed = choice.get("tools")
             if not isinstance(allowed, list) or not all(isinstance(tool, dict) for tool in allowed):
                 raise wrong_type("tool_choice.tools", "a list of objects")
-            self._keep([chat_name(tool.get("namespace"), flat_tool(tool).get("name")) for tool in allowed])
+            self._keep([chat_name(tool.get("namespace"), flat(tool).get("name")) for tool in allowed])
             return choice.get("mode", "auto")
         if kind in ("function", "custom"):
             spec = choice.get(kind, choice)
@@ -84,7 +99,7 @@ class Tools:
 
     def _keep(self, names: list[Any]) -> None:
         if isinstance(self.chat, list):
-            kept = [n for n, tool in enumerate(self.chat) if flat_tool(tool).get("name") in names]
+            kept = [n for n, tool in enumerate(self.chat) if flat(tool).get("name") in names]
             self.chat, self.paths = [self.chat[n] for n in kept], [self.paths[n] for n in kept]
 
 

@@ -6,8 +6,8 @@ import openai
 import pytest
 from conftest import IN_ORDER
 from fake_provider import CUT, PAUSE, answer, body, chunk, completion, error, raw, sse
-from openai.types.responses import Response
 from pydantic import BaseModel
+from strict_models import assert_response
 from test_response_items import NOW, PIXEL, USER, call_of, parsed, tokens
 
 from responses import KEPT_MAX, KEPT_S, ResponsesDialect
@@ -55,13 +55,52 @@ async def test_the_raw_body_has_the_output_text_and_is_valid_by_the_clients_own_
     got = (await post(gateway)).json
 
     assert got["output_text"] == "hello from a"
-    Response.model_validate(got)  # strictly: no field missing, no wrong type
+    assert_response(got)
+
+
+LOOSE = {
+    "tools in chat's form and without a type": (
+        {"tools": [NESTED, {"name": "f"}, {"type": "custom", "custom": {"name": "patch"}}, {"type": "web_search"}]},
+        "tools",
+        [TOOL, {"type": "function", "name": "f"}, {"type": "custom", "name": "patch"}, {"type": "web_search"}],
+    ),
+    "a choice in chat's form": (
+        {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "weather"}}},
+        "tool_choice",
+        {"type": "function", "name": "weather"},
+    ),
+    "a choice of another API": ({"tools": [TOOL], "tool_choice": {"type": "any"}}, "tool_choice", "required"),
+    "a schema in chat's form": (
+        {"text": {"format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}, "verbosity": "low"}},
+        "text",
+        {"format": {"type": "json_schema", "name": "n", "schema": {}}, "verbosity": "low"},
+    ),
+    "a number as text": ({"temperature": "0.5"}, "temperature", 0.5),
+    "a limit that is none": ({"max_output_tokens": -1}, "max_output_tokens", None),
+    "a limit with a point": ({"max_output_tokens": 100.0}, "max_output_tokens", 100),
+    "a switch as text": ({"parallel_tool_calls": "false", "tools": [TOOL]}, "parallel_tool_calls", False),
+    "an effort under another name": (
+        {"reasoning": {"effort": "off"}},
+        "reasoning",
+        {"summary": None, "effort": "none"},
+    ),
+}
+
+
+async def test_what_was_asked_loosely_is_repeated_in_the_apis_own_form(start_gateway, fake):
+    gateway = await start_gateway()
+
+    for asked, name, told in LOOSE.values():
+        got = (await post(gateway, **asked)).json
+
+        assert got[name] == told
+        assert_response(got)
 
 
 async def test_the_finer_counts_of_usage_arrive(start_gateway, fake):
     gateway = await start_gateway()
     counts = {"prompt_tokens": 100, "completion_tokens": 50, "total_tokens": 150}
-    finer = {"prompt_tokens_details": {"cached_tokens": 80}, "completion_tokens_details": {"reasoning_tokens": 30}}
+    finer = {"prompt_tokens_details": {"cached_tokens": 80.0}, "completion_tokens_details": {"reasoning_tokens": 30}}
     choice = {"index": 0, "message": {"role": "assistant", "content": "hello"}, "finish_reason": "stop"}
     fake.script("a", body({"choices": [choice], "usage": counts | finer}))
 
@@ -271,15 +310,16 @@ async def test_a_call_in_the_oldest_form_is_a_call_too(start_gateway, fake):
     assert (call.type, call.name, call.arguments) == ("function_call", "weather", '{"x":1}')
 
 
-async def test_call_ids_that_a_provider_did_not_give_differ_between_answers(start_gateway, fake):
+@pytest.mark.parametrize("given", ["", "call_0", "call_of_the_provider"])
+async def test_no_two_calls_have_the_same_id(start_gateway, fake, given):
     gateway = await start_gateway()
-    calls = [call_of(""), call_of("")]
+    calls = [call_of(given), call_of(given)]
     fake.script("a", completion(None, finish="tool_calls", message={"tool_calls": calls}))
 
     answers = [await create(gateway, tools=[TOOL]) for _ in range(2)]
 
     ids = {call.call_id for got in answers for call in got.output}
-    assert len(ids) == 4
+    assert len(ids) == (3 if given == "call_of_the_provider" else 4)  # which belongs to the first of each answer
     assert all(id.startswith("call_") for id in ids)
 
 
