@@ -5,10 +5,10 @@ import json
 import openai
 import pytest
 from conftest import IN_ORDER
-from fake_provider import CUT, PAUSE, answer, body, chunk, completion, error, raw, sse
+from fake_provider import CUT, answer, body, chunk, completion, error, raw, sse
 from pydantic import BaseModel
 from strict_models import assert_response
-from test_response_items import NOW, PIXEL, USER, call_of, parsed, tokens
+from test_response_items import NOW, PIXEL, call_of, parsed, tokens
 
 from responses import KEPT_MAX, KEPT_S, ResponsesDialect
 from wire import Completion, InvalidRequest, Tally
@@ -430,62 +430,7 @@ async def test_what_is_not_there_is_a_404(start_gateway, path):
     assert (await gateway.send({"input": "hi"}, path=path)).status == 404
 
 
-# --- The same routing, protection and log as chat ---------------------------------------------------------------
-
-FAULTS = {
-    "500": error(500),
-    "429": error(429, headers={"retry-after": "7"}),
-    "401": error(401),
-    "400": error(400),
-    "cut": raw(CUT),
-    "stall": raw(PAUSE),
-    "wrapped": completion(error={"message": "overloaded", "code": 503}),
-    "empty": completion(""),
-    "length": completion("h", finish="length", usage=(11, 1)),
-    "filter": error(400, code="content_filter"),
-}
-LOGGED = ("platform", "model_id", "requested_model", "routing_mode", "status", "error_kind", "http_status", "error")
-LOGGED += ("input_tokens", "output_tokens", "attempt", "streamed", "skipped_models")
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
-async def test_a_fault_costs_the_same_as_in_chat(start_gateway, fake, fault, streaming):
-    request = {"model": "auto-smart", "stream": streaming}
-    chat_request = request | {"messages": [USER], "max_tokens": 4000}
-
-    as_chat = await traces_of(start_gateway, fake, fault, "/v1/chat/completions", chat_request)
-    as_responses = await traces_of(
-        start_gateway, fake, fault, "/v1/responses", request | {"input": "hi", "max_output_tokens": 4000}
-    )
-
-    assert as_chat == as_responses
-    assert as_chat["called"][0] == "a"
-
-
-async def traces_of(start_gateway, fake, fault, path, request) -> dict:
-    """What two requests of one session leave behind in a new gateway whose first platform is faulty."""
-    model = {"max_output": 4000, "prefer_in": ["smart"]}
-    times = {"REQUEST_TIMEOUT_MS": "60", "MAX_STREAM_STALL_MS": "60"}
-    gateway = await start_gateway({"a": {"protection": "provider-ban", "model": model}, "b": {}}, times)
-    fake.clear()
-    fake.script("a", fault)
-    for _ in range(2):
-        await gateway.send(request, path=path)
-    rows = await gateway.rows(len(fake.called))
-    protection = await gateway.protection()
-    await gateway.stop()
-    for file in gateway.db.parent.glob("gateway.db*"):
-        file.unlink()
-    return {
-        "called": fake.called,
-        "sent": [request.json for request in fake.requests],
-        "rows": [{name: row[name] for name in LOGGED} for row in rows],
-        "cooling": [c["model_id"] for c in protection["transient_cooldowns"]],
-        "cooling keys": [c["model_id"] for c in protection["key_cooldowns"]],
-        "sessions": protection["sessions"],
-        "bans": protection["bans"],
-    }
+# --- The loop is chat's; tests/test_dialect_faults.py compares them fault by fault -------------------------------
 
 
 @pytest.mark.parametrize("streaming", [False, True])
