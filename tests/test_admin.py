@@ -570,6 +570,9 @@ async def test_an_unknown_id_is_a_404(start_gateway, method, path, id):
         ("GET", "/api/protection/cooldowns", {"DELETE"}),
         ("POST", "/metrics", {"GET", "HEAD"}),
         ("POST", "/", {"GET", "HEAD"}),
+        ("DELETE", "/v1/models", {"GET", "HEAD"}),
+        ("GET", "/v1/chat/completions", {"POST"}),
+        ("OPTIONS", "/v1/responses", {"POST"}),
     ],
 )
 async def test_a_method_that_is_not_there_is_a_405_that_says_which_are(start_gateway, method, path, allowed):
