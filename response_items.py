@@ -16,6 +16,7 @@ from wire import InvalidRequest, dump
 
 JSON = dict[str, Any]
 ROLES = ("assistant", "developer", "system", "user")
+COMPUTER_TOOLS = ("computer", "computer_use_preview")
 NO_FILES = "Files are not kept here, so '{path}' cannot be resolved: send {instead} instead."
 
 
@@ -65,6 +66,9 @@ class Tools:
         elif kind in ("function", "custom"):
             self.chat.append(self._function(tool, kind, namespace))
             self.paths.append(path)
+        elif kind in COMPUTER_TOOLS:  # other tools of OpenAI's servers are a help; this one is the whole task
+            words = "No provider here can use a computer: offer your own functions instead."
+            raise InvalidRequest(words, param=path, code="unsupported_tool", status=422)
 
     def _function(self, tool: JSON, kind: str, namespace: str | None) -> JSON:
         spec = tool.get(kind, tool)

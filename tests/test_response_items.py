@@ -292,3 +292,11 @@ def test_what_would_be_misread_is_refused_in_the_clients_own_terms(fields, param
     assert (refused.value.param, refused.value.status) == (param, 400)
     assert "messages" not in refused.value.message
     assert "function" not in refused.value.message or "tools" not in param
+
+
+@pytest.mark.parametrize("type", ["computer", "computer_use_preview"])
+def test_the_use_of_a_computer_is_refused_and_not_left_out(type):
+    with pytest.raises(InvalidRequest) as refused:
+        parsed(tools=[F, {"type": type, "display_width": 1024, "display_height": 768}])
+
+    assert (refused.value.status, refused.value.param, refused.value.code) == (422, "tools[1]", "unsupported_tool")
