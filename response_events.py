@@ -148,6 +148,8 @@ class Output:
             self._end_text()
             self._blank = ""
             opened = self._calls[index] = self._begin(*self._call_item(index, call.get("id"), function.get("name")))
+        elif isinstance(name := function.get("name"), str) and not opened.item["name"]:  # some tell it late
+            opened.item.update(self._named(name))
         self._latest = opened
         arguments = function.get("arguments")
         if not arguments or type(arguments) is not str:
@@ -161,18 +163,18 @@ class Output:
         known = isinstance(call_id, str) and call_id and not MADE_UP_CALL_ID.fullmatch(call_id)
         if any(item.get("call_id") == call_id for item in self.items):  # clients match results to calls by it
             known = False
-        item: JSON = {
-            "call_id": call_id if known else f"call_{self._suffix}{index:02x}",
-            "name": name if isinstance(name, str) else "",
-        }
-        offer = self._offers.get(item["name"])
-        if offer is not None:
-            item["name"] = offer.name
-            if offer.namespace is not None:
-                item["namespace"] = offer.namespace
-            if offer.type == "custom":
-                return "ctc", {"type": "custom_tool_call", **item, "input": ""}
+        name = name if isinstance(name, str) else ""
+        item: JSON = {"call_id": call_id if known else f"call_{self._suffix}{index:02x}", **self._named(name)}
+        if name in self._offers and self._offers[name].type == "custom":
+            return "ctc", {"type": "custom_tool_call", **item, "input": ""}
         return "fc", {"type": "function_call", **item, "arguments": "", "status": "in_progress"}
+
+    def _named(self, name: str) -> JSON:
+        """What the client calls this tool."""
+        offer = self._offers.get(name)
+        if offer is None:
+            return {"name": name}
+        return {"name": offer.name} if offer.namespace is None else {"name": offer.name, "namespace": offer.namespace}
 
     def _begin(self, prefix: str, item: JSON) -> Open:
         index = len(self.items)

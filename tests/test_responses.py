@@ -11,7 +11,7 @@ from strict_models import assert_response
 from test_response_items import NOW, PIXEL, call_of, parsed, tokens
 
 from responses import KEPT_MAX, KEPT_S, ResponsesDialect
-from wire import Completion, InvalidRequest, Tally
+from wire import Completion, Event, InvalidRequest, Tally
 
 TOOL = {"type": "function", "name": "weather", "description": "…", "parameters": {"type": "object", "properties": {}}}
 NESTED = {"type": "function", "function": {name: value for name, value in TOOL.items() if name != "type"}}
@@ -314,13 +314,27 @@ async def test_a_call_in_the_oldest_form_is_a_call_too(start_gateway, fake):
 async def test_no_two_calls_have_the_same_id(start_gateway, fake, given):
     gateway = await start_gateway()
     calls = [call_of(given), call_of(given)]
-    fake.script("a", completion(None, finish="tool_calls", message={"tool_calls": calls}))
+    message = {"tool_calls": calls}
+    fake.script("a", *(completion(None, finish="tool_calls", message=message, id=f"chatcmpl-{n}") for n in range(2)))
 
     answers = [await create(gateway, tools=[TOOL]) for _ in range(2)]
 
     ids = {call.call_id for got in answers for call in got.output}
     assert len(ids) == (3 if given == "call_of_the_provider" else 4)  # which belongs to the first of each answer
     assert all(id.startswith("call_") for id in ids)
+
+
+def test_a_calls_name_may_come_after_its_first_piece():
+    dialect = ResponsesDialect(tokens())
+    space = {"type": "namespace", "name": "files", "tools": [{"type": "function", "name": "read"}]}
+    encoder = dialect.encoder(parsed(dialect, tools=[space], stream=True), NOW)
+    functions = [{"arguments": ""}, {"name": "files__read", "arguments": '{"x":'}, {"arguments": "1}"}]
+    calls = [{"index": 0, "id": "call_x", "function": function} for function in functions]
+
+    frames = encoder.feed([Event(b"", chunk(tool_calls=[call])) for call in calls]) + encoder.end(Tally())
+
+    (item,) = json.loads(frames.split(b"data: ")[-1])["response"]["output"]
+    assert (item["name"], item["namespace"], item["arguments"]) == ("read", "files", '{"x":1}')
 
 
 # --- What is refused ----------------------------------------------------------------------------------------
