@@ -31,7 +31,7 @@ def chat_name(namespace: object, name: Any) -> Any:
 def flat(spec: JSON) -> JSON:
     """A tool, a choice or a format in this API's own form; clients send chat's nested one too."""
     kind = spec.get("type") or "function"
-    nested = spec.get(kind)
+    nested = spec.get(kind) if isinstance(kind, str) else None
     return {"type": kind, **nested} if isinstance(nested, dict) else {**spec, "type": kind}
 
 
@@ -59,6 +59,8 @@ class Tools:
         if not isinstance(tool, dict):
             raise wrong_type(path, "an object")
         kind = tool.get("type") or "function"
+        if not isinstance(kind, str):
+            raise wrong_type(f"{path}.type", "a string")
         if kind == "namespace" and namespace is None:
             nested = tool.get("tools")
             for index, inner in enumerate(nested if isinstance(nested, list) else ()):

@@ -187,6 +187,7 @@ FIELDS = {
         {"tools": [F], "tool_choice": {"type": "function", "function": {"name": "f"}}},
     ),
     "a choice of a built-in tool": ({"tools": [F], "tool_choice": {"type": "web_search"}}, {"tools": [F]}),
+    "a choice without sense": ({"tools": [F], "tool_choice": {"type": [1]}}, {"tools": [F]}),
     "a choice by mode": ({"tools": [F], "tool_choice": "none"}, {"tools": [F], "tool_choice": "none"}),
     "allowed tools": (
         {
@@ -275,6 +276,7 @@ REFUSED = {
     "stream of text": ({"stream": "maybe"}, "stream"),
     "tools that are none": ({"tools": {"f": 1}}, "tools"),
     "a tool of a number": ({"tools": [F, 5]}, "tools[1]"),
+    "a tool whose type is a list": ({"tools": [{"type": ["function"], "name": "f"}]}, "tools[0].type"),
     "a tool without name": ({"tools": [{"type": "web_search"}, {"type": "function"}]}, "tools[1]"),
     "a name of a number": ({"tools": [{"type": "function", "name": 5}]}, "tools[0].name"),
     "parameters of text": ({"tools": [{"type": "function", "name": "f", "parameters": "x"}]}, "tools[0].parameters"),
