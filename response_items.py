@@ -151,7 +151,7 @@ class Turns:
         self._reasoning = ""  # of the assistant's turn that comes next
         self._images: list[JSON] = []  # of tool results: chat has no place for them but the user's next message
         self._images_path = ""
-        self._called: set[str] = set()
+        self._callers: dict[str, JSON] = {}  # by call id: the turn that made the call
         self._skipped: set[str] = set()
 
     def add(self, item: JSON, path: str) -> None:
@@ -177,8 +177,7 @@ class Turns:
         return [{"role": "system", "content": system}, *self._messages]
 
     def _append(self, message: JSON, source: Source) -> None:
-        if message["role"] != "tool":
-            self._show_images()
+        self._show_images()
         if message["role"] != "assistant":
             self._reasoning = ""
         self._messages.append(message)
@@ -218,18 +217,29 @@ class Turns:
         function = {"name": chat_name(item.get("namespace"), item.get("name")), "arguments": arguments}
         turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
         self.sources[-1].calls.append(path)
-        self._called.add(call_id)
+        self._callers[call_id] = turn
 
     def _result(self, item: JSON, path: str) -> None:
         call_id, output = item.get("call_id"), item.get("output")
         if isinstance(call_id, str) and call_id in self._skipped:
             return
-        if not isinstance(call_id, str) or call_id not in self._called:
+        if not isinstance(call_id, str) or call_id not in self._callers:
             words = f"No tool call found for call_id '{call_id}': send the call as well, or a previous_response_id."
             raise InvalidRequest(words, param=f"{path}.call_id")
         if isinstance(output, list):
             output = self._result_text(output, path)
-        self._append({"role": "tool", "tool_call_id": call_id, "content": output}, Source(path, "output"))
+        place = self._place_after(self._callers[call_id])
+        self._messages.insert(place, {"role": "tool", "tool_call_id": call_id, "content": output})
+        self.sources.insert(place, Source(path, "output"))
+
+    def _place_after(self, turn: JSON) -> int:
+        """Behind a turn and the results that follow it: in chat nothing else may come between, among items it may."""
+        place = len(self._messages)
+        while self._messages[place - 1] is not turn:
+            place -= 1
+        while place < len(self._messages) and self._messages[place]["role"] == "tool":
+            place += 1
+        return place
 
     def _result_text(self, output: list[Any], path: str) -> str:
         """A result of parts, or any other list, as text."""

@@ -104,6 +104,15 @@ TURNS = {
         [USER, THOUGHT, USER, SAID],
         [USER, USER, {"role": "assistant", "content": "well"}],
     ),
+    "results that come late": (
+        [USER, CALL, OTHER, RESULT, USER, RESULT | {"call_id": "c2"}],
+        [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [CHAT_CALL, CHAT_OTHER]},
+            *CHAT_RESULTS,
+            USER,
+        ],
+    ),
     "a result of parts": (
         [USER, CALL, RESULT | {"output": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]}],
         [
@@ -256,6 +265,7 @@ REFUSED = {
     "a call without id": ({"input": [USER, CALL | {"call_id": None}]}, "input[1].call_id"),
     "a call without name": ({"input": [USER, SAID, CALL, OTHER | {"name": None}]}, "input[3]"),
     "a result without call": ({"input": [USER, RESULT]}, "input[1].call_id"),
+    "a late result of a number": ({"input": [USER, CALL, USER, RESULT | {"output": 5}]}, "input[3].output"),
     "a result of a number": ({"input": [USER, CALL, RESULT | {"output": 5}]}, "input[2].output"),
     "an unknown reference": ({"input": [USER, {"type": "item_reference", "id": "msg_0"}]}, "input[1].id"),
     "an unknown response": ({"previous_response_id": "resp_0"}, "previous_response_id"),

@@ -84,6 +84,8 @@ async def final_of(gateway, **fields):
     """What the client's own accumulator ends with, and all its events."""
     async with gateway.openai.responses.stream(**{"model": IN_ORDER, "input": "hi"} | fields) as stream:
         events = [e async for e in stream]
+        if events[-1].type == "response.completed":
+            assert await stream.get_final_response() == events[-1].response
     return events[-1].response, events
 
 
