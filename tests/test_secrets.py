@@ -110,6 +110,7 @@ async def test_no_key_is_seen_anywhere(start_process, fake, tmp_path):
 async def test_prompts_and_answers_are_in_no_file_and_no_log(start_process, fake, tmp_path):
     running = await start_process(PLATFORMS, ENVIRONMENT)
     fake.script("a", error(500), answer("an answer of great privacy"))
+    fake.script("b", answer("an answer of great privacy"))
     async with client_of(running) as client:
         for streaming in (False, True):
             await client.ask("a question of great privacy", streaming=streaming)
