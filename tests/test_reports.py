@@ -63,6 +63,7 @@ async def test_a_window_ends_where_its_name_says(start_gateway, window, requests
     days = (0.99, 6.99, 29.99, 89.99, 90.01)
     write_rows(gateway.db, [(f"r{age}", age * 24, "a", "success", 5, 5, 2) for age in days])
     report = await get(gateway, f"/api/analytics?window={window}")
+    assert report.keys() == {"window", "totals", "by_model", "by_platform", "series", "scores"}
     assert (report["window"], report["totals"]["requests"]) == (window, requests)
     assert report["by_model"][0]["attempts"] == sum(point["requests"] for point in report["series"]) == requests
 
@@ -86,7 +87,10 @@ async def test_analytics_of_an_empty_log_are_zeros(start_gateway):
     assert report["totals"]["p50_ms"] is None
     assert report["by_model"] == []
     assert {point["requests"] for point in report["series"]} == {0}
-    assert "a-model" in [score["model_id"] for score in report["scores"]]
+    (score,) = [score for score in report["scores"] if score["model_id"] == "a-model"]
+    assert score.keys() == {
+        "platform", "model_id", "score", "success_rate", "total", "tok_per_sec", "avg_ttfb_ms",
+    }  # fmt: skip
 
 
 async def test_a_row_from_the_future_breaks_no_chart(start_gateway):
