@@ -41,7 +41,7 @@ REQUESTS = {
 }
 LOGGED = ("platform", "model_id", "requested_model", "routing_mode", "status", "error_kind", "http_status")
 LOGGED += ("error", "input_tokens", "output_tokens", "attempt", "streamed", "skipped_models")
-ROUTED = ("X-Routed-Via", "X-Fallback-Attempts", "X-Fallback-Trail", "Retry-After")
+ROUTED = ("X-Routed-Via", "X-Fallback-Attempts", "X-Fallback-Trail")
 MODEL = {"max_output": 4000, "prefer_in": ["smart"]}
 PLATFORMS = {"a": {"protection": "provider-ban", "model": MODEL, **TWO_KEYS}, "b": {}}
 
@@ -95,7 +95,8 @@ async def traces(gateway, fake, fault: Failure, path: str, request: dict) -> dic
 async def ask(gateway, path: str, request: dict, session: str) -> dict:
     """How one request was answered, but for its text."""
     got = await gateway.send(request, path=path, headers={"x-session-id": session})
-    told = {name: got.headers.get(name) for name in ROUTED} | {"status": got.status}
+    told = {name: got.headers.get(name) for name in ROUTED}
+    told |= {"status": got.status, "says when": "Retry-After" in got.headers}
     if got.status != 200:
         told["error"] = error = got.error
         for attempt in error.get("attempts", ()):
