@@ -1,10 +1,13 @@
 """What the operator reads of the log: analytics over a window, and its rows page by page."""
 
+import asyncio
 import sqlite3
 import time
 
 import pytest
 from test_admin import get
+
+from store import Row, Store, list_requests
 
 # --- Analytics ------------------------------------------------------------------------------------------------------
 
@@ -113,6 +116,22 @@ async def test_the_log_is_read_page_by_page_newest_first(start_gateway):
         before = f"&before_id={rows[-1]['id']}"
     assert pages == [["r6", "r5", "r4"], ["r3", "r2", "r1"], ["r0"]]
     assert rows == []
+
+
+async def test_whoever_reads_the_log_finds_also_what_came_while_it_was_being_written(tmp_path):
+    store = Store(tmp_path / "log.db", bytes(32))
+    store.write_later(lambda db: time.sleep(0.02))  # the writer is busy
+    store.log(Row("first", time.time()))
+    writing = asyncio.create_task(store.flush())
+    await asyncio.sleep(0)
+    store.log(Row("second", time.time()))
+
+    await store.flush()
+
+    rows = await store.read(lambda db: list_requests(db, limit=9, before_id=None, filters={}))
+    assert [row["request_id"] for row in rows] == ["second", "first"]
+    await writing
+    await store.close()
 
 
 async def test_the_log_is_searched_by_every_filter_alone_and_together(start_gateway):
