@@ -9,8 +9,8 @@ import json
 
 import pytest
 from conftest import API_KEY
-from fake_provider import chunk, completion, error, event, sse
-from test_failover import EITHER, SHORT_TIMES, STREAMED, TWO_KEYS, WHOLE, Failure, of_status
+from fake_provider import PAUSE, Every, chunk, completion, error, event, sse
+from test_failover import EITHER, STREAMED, TWO_KEYS, WHOLE, Failure, of_status
 from test_responses_stream import BREAKS, ROLE
 
 FILTERED = Failure(error(400, code="content_filter"), "content_filter", 400)
@@ -46,11 +46,22 @@ MODEL = {"max_output": 4000, "prefer_in": ["smart"]}
 PLATFORMS = {"a": {"protection": "provider-ban", "model": MODEL, **TWO_KEYS}, "b": {}}
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-async def test_a_fault_costs_the_same_in_every_dialect(start_gateway, fake, streaming):
-    gateway = await start_gateway(PLATFORMS, SHORT_TIMES | {"THREAD_COOLDOWN_MS": "1"})
+TIMES = {"THREAD_COOLDOWN_MS": "1"}
+SHORT_TIMES = {"REQUEST_TIMEOUT_MS": "150", "MAX_STREAM_STALL_MS": "150", "FIRST_TOKEN_TIMEOUT_MS": "300"}
 
-    for name, fault in (STREAMED_FAULTS if streaming else WHOLE_FAULTS).items():
+
+def is_silence(fault: Failure) -> bool:
+    return any(step is PAUSE or isinstance(step, Every) for step in fault.reply.steps)
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["errors", "silence"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+async def test_a_fault_costs_the_same_in_every_dialect(start_gateway, fake, streaming, silent):
+    gateway = await start_gateway(PLATFORMS, TIMES | (SHORT_TIMES if silent else {}))
+    faults = {n: f for n, f in (STREAMED_FAULTS if streaming else WHOLE_FAULTS).items() if is_silence(f) is silent}
+    assert faults
+
+    for name, fault in faults.items():
         as_chat, as_response = [
             await traces(gateway, fake, fault, path, {"model": "auto-smart", "stream": streaming} | request)
             for path, request in REQUESTS.items()
@@ -88,7 +99,7 @@ async def traces(gateway, fake, fault: Failure, path: str, request: dict) -> dic
         "cooling": [c["model_id"] for c in left["transient_cooldowns"]],
         "cooling keys": [c["model_id"] for c in left["key_cooldowns"]],
         "bans": [ban["platforms"] for ban in left["bans"] if ban not in before["bans"]],
-        "keys": sorted((key["platform"], key["status"], key["last_error"] or "") for key in keys),  # keys take turns
+        "bad keys": sorted((key["platform"], key["status"], key["last_error"] or "") for key in bad(keys)),
     }
 
 
@@ -104,11 +115,15 @@ async def ask(gateway, path: str, request: dict, session: str) -> dict:
     return told
 
 
+def bad(keys: list[dict]) -> list[dict]:
+    return [key for key in keys if key["status"] in ("invalid", "rate_limited")]
+
+
 async def clean_slate(gateway) -> None:
     headers = {"authorization": f"Bearer {API_KEY}"}
     async with gateway.http.delete(f"{gateway.base_url}/api/protection/cooldowns", headers=headers) as cleared:
         assert cleared.status == 200
-    for key in (await gateway.get("/api/keys")).json:
+    for key in bad((await gateway.get("/api/keys")).json):
         fresh = json.dumps({"status": "unknown"}).encode()
         path = f"{gateway.base_url}/api/keys/{key['id']}"
         async with gateway.http.patch(path, data=fresh, headers=headers) as changed:
