@@ -122,7 +122,7 @@ class Gateway:
                 *Admin(self.engine).routes(),
             ],
             redirect_slashes=False,
-            default=not_found,
+            default=self._not_found,
         )
 
     def _sync(self, db: store.Connection) -> store.Snapshot:
@@ -293,6 +293,11 @@ class Gateway:
 
     # Endpoints that are not chat.
 
+    async def _not_found(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["path"] in self._dialects:  # with another method: many open a base URL in their browser
+            raise HTTPException(405, headers={"Allow": "POST"})
+        raise HTTPException(404, "Not found")
+
     async def list_models(self, request: Request) -> Response:
         listed = {id: self._describe(id) for id in VIRTUAL_MODELS}
         for model in self.engine.router.catalog.models:
@@ -384,10 +389,6 @@ def with_request_id(send: Send, id: str) -> Send:
         await send(message)
 
     return sender
-
-
-async def not_found(scope: Any, receive: Receive, send: Send) -> None:
-    raise HTTPException(404, "Not found")
 
 
 async def send_error(

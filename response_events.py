@@ -27,13 +27,6 @@ PART_EVENTS = {
     "refusal": ("response.content_part", "response.refusal"),
     "summary_text": ("response.reasoning_summary_part", "response.reasoning_summary_text"),
 }
-# What a response repeats of its request, and what it says where the request was silent.
-REPEATED: JSON = {
-    "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {},
-    "parallel_tool_calls": True, "previous_response_id": None, "prompt_cache_key": None, "reasoning": {},
-    "safety_identifier": None, "store": True, "temperature": None, "text": {}, "tool_choice": "auto", "tools": [],
-    "top_logprobs": None, "top_p": None, "user": None,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +42,7 @@ class Offer:
 class Asked:
     """What an answer needs to know of its request; travels as `Chat.origin`."""
 
-    request: JSON  # as it came, without nulls
+    repeated: JSON  # what a response says of its request
     items: list[JSON]  # the conversation so far, this request's input included
     size: int  # bytes of it all
     offers: Mapping[str, Offer]  # by the name that providers know; only those that need turning back
@@ -155,6 +148,8 @@ class Output:
             self._end_text()
             self._blank = ""
             opened = self._calls[index] = self._begin(*self._call_item(index, call.get("id"), function.get("name")))
+        elif isinstance(name := function.get("name"), str) and not opened.item["name"]:  # some tell it late
+            opened.item.update(self._named(name))
         self._latest = opened
         arguments = function.get("arguments")
         if not arguments or type(arguments) is not str:
@@ -166,18 +161,20 @@ class Output:
 
     def _call_item(self, index: int, call_id: object, name: object) -> tuple[str, JSON]:
         known = isinstance(call_id, str) and call_id and not MADE_UP_CALL_ID.fullmatch(call_id)
-        item: JSON = {
-            "call_id": call_id if known else f"call_{self._suffix}{index:02x}",
-            "name": name if isinstance(name, str) else "",
-        }
-        offer = self._offers.get(item["name"])
-        if offer is not None:
-            item["name"] = offer.name
-            if offer.namespace is not None:
-                item["namespace"] = offer.namespace
-            if offer.type == "custom":
-                return "ctc", {"type": "custom_tool_call", **item, "input": ""}
+        if any(item.get("call_id") == call_id for item in self.items):  # clients match results to calls by it
+            known = False
+        name = name if isinstance(name, str) else ""
+        item: JSON = {"call_id": call_id if known else f"call_{self._suffix}{index:02x}", **self._named(name)}
+        if name in self._offers and self._offers[name].type == "custom":
+            return "ctc", {"type": "custom_tool_call", **item, "input": ""}
         return "fc", {"type": "function_call", **item, "arguments": "", "status": "in_progress"}
+
+    def _named(self, name: str) -> JSON:
+        """What the client calls this tool."""
+        offer = self._offers.get(name)
+        if offer is None:
+            return {"name": name}
+        return {"name": offer.name} if offer.namespace is None else {"name": offer.name, "namespace": offer.namespace}
 
     def _begin(self, prefix: str, item: JSON) -> Open:
         index = len(self.items)
@@ -320,7 +317,8 @@ class ResponsesEncoder:
             self._begin(tally.head)
         self._output.abandon()
         response = self._response("failed", usage=self._usage(tally.usage_object))
-        response["error"] = {"code": type, "message": message}
+        # Of the codes that clients know it is this one; some refuse an answer with any other.
+        response["error"] = {"code": "server_error", "message": message, "type": type}
         self._emit("response.failed", response=response)
         return self._flush()
 
@@ -352,8 +350,7 @@ class ResponsesEncoder:
         return response
 
     def _response(self, status: str, usage: JSON | None = None) -> JSON:
-        request = self._asked.request
-        response: JSON = {
+        return {
             "id": f"resp_{self._token}",
             "object": "response",
             "created_at": self._created_at,
@@ -364,15 +361,10 @@ class ResponsesEncoder:
             "model": self._model,
             "output": self._output.items,
             "output_text": self._output.text(),
-            **{name: request.get(name, default) for name, default in REPEATED.items()},
+            **self._asked.repeated,
             "truncation": "disabled",
             "usage": usage,
         }
-        text = {name: value for name, value in response["text"].items() if value is not None}
-        response["text"] = {"format": {"type": "text"}, **text}
-        response["reasoning"] = {"effort": None, "summary": None, **response["reasoning"]}
-        response["tools"] = [flat_tool(tool) for tool in response["tools"]]
-        return response
 
     def _usage(self, told: object) -> JSON:
         """As the provider counts, else estimated, as in the log."""
@@ -396,10 +388,4 @@ def detail(usage: object, group: str, name: str) -> int:
     """One of the finer counts; 0 where it is not told."""
     found = usage.get(group) if isinstance(usage, dict) else None
     count = found.get(name) if isinstance(found, dict) else None
-    return count if isinstance(count, int) else 0
-
-
-def flat_tool(tool: JSON) -> JSON:
-    """A tool in this API's own form; clients send chat's nested one too."""
-    function = tool.get("function")
-    return {"type": "function", **function} if isinstance(function, dict) else tool
+    return int(count) if isinstance(count, int | float) and count >= 0 else 0

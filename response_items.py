@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from chat import IMAGE_PART_TYPES, TEXT_PART_TYPES, wrong_type
-from response_events import Offer, flat_tool
+from response_events import Offer
 from wire import InvalidRequest, dump
 
 JSON = dict[str, Any]
 ROLES = ("assistant", "developer", "system", "user")
+COMPUTER_TOOLS = ("computer", "computer_use_preview")
 NO_FILES = "Files are not kept here, so '{path}' cannot be resolved: send {instead} instead."
 
 
@@ -25,6 +26,21 @@ NO_FILES = "Files are not kept here, so '{path}' cannot be resolved: send {inste
 def chat_name(namespace: object, name: Any) -> Any:
     """What providers call a tool: they know no namespaces."""
     return f"{namespace}__{name}" if namespace and isinstance(name, str) else name
+
+
+def flat(spec: JSON) -> JSON:
+    """A tool, a choice or a format in this API's own form; clients send chat's nested one too."""
+    kind = spec.get("type") or "function"
+    nested = spec.get(kind) if isinstance(kind, str) else None
+    return {"type": kind, **nested} if isinstance(nested, dict) else {**spec, "type": kind}
+
+
+def flat_choice(choice: Any) -> Any:
+    """A tool choice in this API's own form."""
+    kind = choice.get("type") if isinstance(choice, dict) else choice
+    if kind in ("auto", "none", "required", "any"):
+        return "required" if kind == "any" else kind
+    return flat(choice) if isinstance(choice, dict) else choice
 
 
 class Tools:
@@ -43,6 +59,8 @@ class Tools:
         if not isinstance(tool, dict):
             raise wrong_type(path, "an object")
         kind = tool.get("type") or "function"
+        if not isinstance(kind, str):
+            raise wrong_type(f"{path}.type", "a string")
         if kind == "namespace" and namespace is None:
             nested = tool.get("tools")
             for index, inner in enumerate(nested if isinstance(nested, list) else ()):
@@ -50,6 +68,9 @@ class Tools:
         elif kind in ("function", "custom"):
             self.chat.append(self._function(tool, kind, namespace))
             self.paths.append(path)
+        elif kind in COMPUTER_TOOLS:  # other tools of OpenAI's servers are a help; this one is the whole task
+            words = "No provider here can use a computer: offer your own functions instead."
+            raise InvalidRequest(words, param=path, code="unsupported_tool", status=422)
 
     def _function(self, tool: JSON, kind: str, namespace: str | None) -> JSON:
         spec = tool.get(kind, tool)
@@ -72,7 +93,7 @@ class Tools:
             allowed = choice.get("tools")
             if not isinstance(allowed, list) or not all(isinstance(tool, dict) for tool in allowed):
                 raise wrong_type("tool_choice.tools", "a list of objects")
-            self._keep([chat_name(tool.get("namespace"), flat_tool(tool).get("name")) for tool in allowed])
+            self._keep([chat_name(tool.get("namespace"), flat(tool).get("name")) for tool in allowed])
             return choice.get("mode", "auto")
         if kind in ("function", "custom"):
             spec = choice.get(kind, choice)
@@ -84,7 +105,7 @@ class Tools:
 
     def _keep(self, names: list[Any]) -> None:
         if isinstance(self.chat, list):
-            kept = [n for n, tool in enumerate(self.chat) if flat_tool(tool).get("name") in names]
+            kept = [n for n, tool in enumerate(self.chat) if flat(tool).get("name") in names]
             self.chat, self.paths = [self.chat[n] for n in kept], [self.paths[n] for n in kept]
 
 
@@ -130,7 +151,7 @@ class Turns:
         self._reasoning = ""  # of the assistant's turn that comes next
         self._images: list[JSON] = []  # of tool results: chat has no place for them but the user's next message
         self._images_path = ""
-        self._called: set[str] = set()
+        self._callers: dict[str, JSON] = {}  # by call id: the turn that made the call
         self._skipped: set[str] = set()
 
     def add(self, item: JSON, path: str) -> None:
@@ -156,8 +177,7 @@ class Turns:
         return [{"role": "system", "content": system}, *self._messages]
 
     def _append(self, message: JSON, source: Source) -> None:
-        if message["role"] != "tool":
-            self._show_images()
+        self._show_images()
         if message["role"] != "assistant":
             self._reasoning = ""
         self._messages.append(message)
@@ -197,18 +217,29 @@ class Turns:
         function = {"name": chat_name(item.get("namespace"), item.get("name")), "arguments": arguments}
         turn.setdefault("tool_calls", []).append({"id": call_id, "type": "function", "function": function})
         self.sources[-1].calls.append(path)
-        self._called.add(call_id)
+        self._callers[call_id] = turn
 
     def _result(self, item: JSON, path: str) -> None:
         call_id, output = item.get("call_id"), item.get("output")
         if isinstance(call_id, str) and call_id in self._skipped:
             return
-        if not isinstance(call_id, str) or call_id not in self._called:
+        if not isinstance(call_id, str) or call_id not in self._callers:
             words = f"No tool call found for call_id '{call_id}': send the call as well, or a previous_response_id."
             raise InvalidRequest(words, param=f"{path}.call_id")
         if isinstance(output, list):
             output = self._result_text(output, path)
-        self._append({"role": "tool", "tool_call_id": call_id, "content": output}, Source(path, "output"))
+        place = self._place_after(self._callers[call_id])
+        self._messages.insert(place, {"role": "tool", "tool_call_id": call_id, "content": output})
+        self.sources.insert(place, Source(path, "output"))
+
+    def _place_after(self, turn: JSON) -> int:
+        """Behind a turn and the results that follow it: in chat nothing else may come between, among items it may."""
+        place = len(self._messages)
+        while self._messages[place - 1] is not turn:
+            place -= 1
+        while place < len(self._messages) and self._messages[place]["role"] == "tool":
+            place += 1
+        return place
 
     def _result_text(self, output: list[Any], path: str) -> str:
         """A result of parts, or any other list, as text."""

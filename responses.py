@@ -13,7 +13,7 @@ from typing import Any
 
 from chat import boolean, chat_from, wrong_type
 from response_events import Asked, ResponsesEncoder
-from response_items import Tools, Turns, in_own_terms
+from response_items import Tools, Turns, flat, flat_choice, in_own_terms
 from wire import Chat, InvalidRequest, dump, load_object
 
 JSON = dict[str, Any]
@@ -25,6 +25,12 @@ PASSED_ON = (
     "model", "stream", "temperature", "top_p", "parallel_tool_calls", "max_output_tokens", "user", "stop", "seed",
     "presence_penalty", "frequency_penalty", "logit_bias", "top_k", "min_p", "repetition_penalty",
 )  # fmt: skip
+# What a response repeats of its request as it came, and what it says where the request was silent.
+REPEATED: JSON = {
+    "instructions": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
+    "previous_response_id": None, "prompt_cache_key": None, "safety_identifier": None, "store": True,
+    "top_logprobs": None, "user": None,
+}  # fmt: skip
 UNSERVED = {
     "background": "Responses are not made in the background here: leave 'background' out and wait, or stream.",
     "conversation": "Conversations are not kept here: use 'previous_response_id', or send the whole input.",
@@ -113,13 +119,12 @@ class ResponsesDialect:
             turns.add(item, "previous_response_id")
         for index, item in enumerate(given):
             turns.add(item, f"input[{index}]")
-        body = chat_body(request, tools, turns)
         try:
-            chat = chat_from(body)
+            chat = chat_from(chat_body(request, tools, turns))
         except InvalidRequest as error:
             raise in_own_terms(error, turns.sources, tools.paths) from None
         size = len(raw) + (previous.size if previous else 0)
-        return replace(chat, origin=Asked(request, [*history, *given], size, tools.offers))
+        return replace(chat, origin=Asked(repeated(request, chat.body), [*history, *given], size, tools.offers))
 
     def encoder(self, chat: Chat, now: float) -> ResponsesEncoder:
         asked: Asked = chat.origin
@@ -128,7 +133,7 @@ class ResponsesDialect:
             items = [*asked.items, *response["output"]]
             self._store.add(Kept(response, items, asked.size + size, now + KEPT_S), now)
 
-        wanted = asked.request.get("store", True)
+        wanted = asked.repeated["store"]
         return ResponsesEncoder(chat, asked, self._new_token(), int(now), keep if wanted else forget)
 
     def show(self, id: str, now: float) -> bytes:
@@ -185,8 +190,9 @@ def check_types(request: JSON) -> None:
             raise wrong_type(name, "an object")
     if not isinstance(request.get("instructions", ""), str):
         raise wrong_type("instructions", "a string")
-    if "store" in request:
-        request["store"] = boolean(request["store"], "store")
+    for name in ("store", "parallel_tool_calls"):
+        if name in request:
+            request[name] = boolean(request[name], name)
 
 
 def input_items(request: JSON) -> list[Any]:
@@ -210,3 +216,18 @@ def chat_body(request: JSON, tools: Tools, turns: Turns) -> JSON:
         wanted = {name: value for name, value in wanted.items() if value is not None}
     body["response_format"] = wanted
     return body
+
+
+def repeated(request: JSON, body: JSON) -> JSON:
+    """What a response says of its request: as chat_from has mended it, and in this API's own form."""
+    text = {name: value for name, value in request.get("text", {}).items() if value is not None}
+    return {
+        **{name: request.get(name, default) for name, default in REPEATED.items()},
+        "max_output_tokens": body.get("max_tokens"),
+        "reasoning": {"summary": None, **request.get("reasoning", {}), "effort": body.get("reasoning_effort")},
+        "temperature": body.get("temperature"),
+        "text": {**text, "format": flat(body.get("response_format", {"type": "text"}))},
+        "tool_choice": flat_choice(request.get("tool_choice", "auto")),
+        "tools": [flat(tool) for tool in request.get("tools", ())],
+        "top_p": body.get("top_p"),
+    }

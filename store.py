@@ -251,9 +251,15 @@ class Store:
 
     async def flush(self) -> None:
         """Wait until the rows queued so far have been tried."""
+        await self._tried()  # which does not hold what has been queued since it began
         self._submit()
+        await self._tried()
+
+    async def _tried(self) -> None:
+        """Wait for the batch that is being written, whatever becomes of it: a log never fails who waits for it."""
         if self._writing is not None:
-            await asyncio.wrap_future(self._writing)
+            (done,), _ = await asyncio.wait([asyncio.wrap_future(self._writing)])
+            done.exception()  # `_written` deals with it
 
     def _arm(self, delay_s: float) -> None:
         if self._timer is None and self._writing is None:
@@ -287,8 +293,7 @@ class Store:
         deadline = time.monotonic() + CLOSE_S
         while self._rows or self._writing is not None:
             self._submit()
-            if self._writing is not None:
-                await asyncio.wait([asyncio.wrap_future(self._writing)])
+            await self._tried()
             await asyncio.sleep(0)  # `_written` runs now
             if self._rows:
                 if time.monotonic() > deadline:

@@ -3,11 +3,10 @@
 import asyncio
 import json
 import sqlite3
-import time
 
 import pytest
 from conftest import IN_ORDER, default_key
-from fake_provider import PAUSE, Wait, answer, body, completion, error, raw
+from fake_provider import PAUSE, Wait, answer, body, chunk, completion, error, raw, sse
 
 NEW_KEY = "sk-brand-new-key-0042"
 
@@ -119,6 +118,41 @@ async def test_protection_shows_sessions_by_model(start_gateway):
     assert sessions == {"count": 2, "by_model": [{"platform": "a", "model_id": "a-model", "count": 2}]}
 
 
+async def test_protection_shows_every_restriction_and_what_runs(start_gateway, fake):
+    first = {"model": {"prefer_in": ["smart"]}}
+    gateway = await start_gateway({"a": {"protection": "provider-ban", **first}, "b": first, "c": {}})
+    fake.script("a", error(503))
+    fake.script("b", error(429))
+    fake.script("c", sse(chunk("one"), PAUSE))
+    async with gateway.post(gateway.request("hi", model="auto-smart", stream=True)) as running:
+        await running.content.readany()
+        shown = await gateway.protection()
+    assert shown.keys() == {
+        "levels", "default_level", "sessions", "bans", "active", "transient_cooldowns", "key_cooldowns",
+    }  # fmt: skip
+    assert (shown["default_level"], shown["levels"]["a"]) == ("model-skip", "provider-ban")
+    ids = {entry["model_id"]: entry["model_db_id"] for entry in await get(gateway, "/api/fallback")}
+    (_, key, _) = await get(gateway, "/api/keys")
+    (ban,), (active,) = shown["bans"], shown["active"]
+    (cooling,), (resting,) = shown["transient_cooldowns"], shown["key_cooldowns"]
+    assert ban == {"session": ban["session"], "platforms": ["a"]}
+    assert active == {"platform": "c", "model_id": "c-model", "ms": active["ms"]}
+    assert 0 < cooling.pop("ms_left") <= 15_000
+    assert cooling == {"model_db_id": ids["a-model"], "platform": "a", "model_id": "a-model"}
+    assert 0 < resting.pop("ms_left") <= 120_000
+    assert resting == {"key_id": key["id"], "platform": "b", "model_id": "b-model"}
+
+
+async def test_models_are_the_rows_of_their_table(start_gateway):
+    gateway = await start_gateway({"a": {"model": {"rpm": 7, "vision": True}}})
+    (shown,) = [model for model in await get(gateway, "/api/models") if model["platform"] == "a"]
+    assert shown.keys() == {
+        "id", "platform", "model_id", "display_name", "intelligence_rank", "speed_rank", "context_window", "rpm_limit",
+        "rpd_limit", "tpm_limit", "tpd_limit", "supports_tools", "supports_vision", "enabled",
+    }  # fmt: skip
+    assert (shown["rpm_limit"], shown["rpd_limit"], shown["supports_vision"], shown["enabled"]) == (7, None, True, True)
+
+
 async def test_clearing_the_cooldowns_makes_everything_routable_at_once(start_gateway, fake):
     gateway = await start_gateway(["a", "b"])
     fake.script("a", error(503), answer("a again"))
@@ -128,76 +162,6 @@ async def test_clearing_the_cooldowns_makes_everything_routable_at_once(start_ga
     assert await send(gateway, "DELETE", "/api/protection/cooldowns") == (200, {"cleared": 2})
     assert not await gateway.cooled_models() and not await gateway.cooled_keys()
     assert (await gateway.chat()).text == "a again"
-
-
-# --- Analytics ------------------------------------------------------------------------------------------------------
-
-
-def write_rows(db, rows) -> None:
-    """Rows straight into the log: (request_id, hours ago, platform, status, latency_ms, ttfb_ms, output_tokens)."""
-    with sqlite3.connect(db) as connection:
-        for request_id, hours_ago, platform, status, latency_ms, ttfb_ms, tokens in rows:
-            at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(time.time() - hours_ago * 3600))
-            connection.execute(
-                "INSERT INTO requests (request_id, created_at, platform, model_id, status, latency_ms, ttfb_ms, "
-                "input_tokens, output_tokens, attempt, streamed) VALUES (?, ?, ?, ?, ?, ?, ?, 10, ?, 1, 0)",
-                (request_id, at, platform, f"{platform}-model", status, latency_ms, ttfb_ms, tokens),
-            )
-    connection.close()
-
-
-async def test_analytics_count_requests_by_their_last_attempt_and_time_by_successes(start_gateway):
-    gateway = await start_gateway(["a", "b"])
-    rows = [("r1", 2, "a", "error", 9000, None, 0), ("r1", 2, "b", "success", 1000, 100, 50)]
-    rows += [(f"s{n}", 1, "b", "success", n * 10, n, 1) for n in range(1, 20)]
-    rows += [("r2", 1, "a", "error", 7000, None, 0), ("r3", 1, "a", "cancelled", 5, None, 0)]
-    rows += [("old", 25, "a", "success", 123_456, 123_456, 1)]
-    write_rows(gateway.db, rows)
-    report = await get(gateway, "/api/analytics?window=24h")
-    assert report["totals"] == {
-        "requests": 22, "successes": 20, "errors": 1, "cancelled": 1, "input_tokens": 230, "output_tokens": 69,
-        "p50_ms": 100, "p95_ms": 190, "ttfb_p50_ms": 10, "ttfb_p95_ms": 19,
-    }  # fmt: skip
-    assert [(e["platform"], e["attempts"], e["successes"], e["errors"]) for e in report["by_platform"]] == [
-        ("b", 20, 20, 0),
-        ("a", 3, 0, 2),
-    ]
-    assert report["by_model"][0]["model_id"] == "b-model"
-    assert report["by_model"][1]["p50_ms"] is None
-    assert (await get(gateway, "/api/analytics?window=7d"))["totals"]["requests"] == 23
-
-
-@pytest.mark.parametrize(("window", "points"), [("24h", 25), ("7d", 29), ("30d", 31), ("90d", 31)])
-async def test_a_series_has_a_point_for_every_step_and_adds_up(start_gateway, window, points):
-    gateway = await start_gateway(["a"])
-    write_rows(gateway.db, [(f"r{n}", n, "a", "success", 5, 5, 2) for n in range(24)])
-    write_rows(gateway.db, [("bad", 3, "a", "error", 5, None, 0)])
-    report = await get(gateway, f"/api/analytics?window={window}")
-    assert len(report["series"]) in (points - 1, points)
-    assert report["series"][0].keys() == {"start", "requests", "errors", "output_tokens", "p50_ms"}
-    for name, total in (("requests", 25), ("errors", 1), ("output_tokens", 48)):
-        assert sum(point[name] for point in report["series"]) == report["totals"][name] == total
-    starts = [point["start"] for point in report["series"]]
-    assert starts == sorted(set(starts))
-
-
-async def test_analytics_of_an_empty_log_are_zeros(start_gateway):
-    gateway = await start_gateway(["a"])
-    report = await get(gateway, "/api/analytics")
-    assert report["window"] == "24h"
-    assert report["totals"]["requests"] == 0
-    assert report["totals"]["p50_ms"] is None
-    assert report["by_model"] == []
-    assert {point["requests"] for point in report["series"]} == {0}
-    assert "a-model" in [score["model_id"] for score in report["scores"]]
-
-
-async def test_a_row_from_the_future_breaks_no_chart(start_gateway):
-    gateway = await start_gateway(["a"])
-    write_rows(gateway.db, [("r1", -2, "a", "success", 5, 5, 2), ("r2", -1e5, "a", "success", 5, 5, 2)])
-    report = await get(gateway, "/api/analytics?window=24h")
-    assert report["totals"]["requests"] == 2
-    assert len(report["series"]) <= 1001
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------------
@@ -271,6 +235,20 @@ async def test_a_request_that_runs_on_a_deleted_key_ends_well(start_gateway, fak
     go.set()
     assert (await asking).text == "late"
     assert (await gateway.chat()).text == "hello from b"
+
+
+async def test_keys_that_are_all_invalid_are_no_reason_for_the_demo_but_keys_switched_off_are(start_gateway, fake):
+    gateway = await start_gateway({"a": {"keys": []}})
+    fake.script("a", error(401), answer("well again"))
+    added = await add_key(gateway)
+    await gateway.chat(model="auto")
+    assert (await gateway.chat(model="auto")).error["code"] == "no_providers"
+    await send(gateway, "PATCH", f"/api/keys/{added['id']}", {"enabled": False})
+    assert (await gateway.chat(model="auto")).headers["x-routed-via"] == "demo/demo"
+    await send(gateway, "PATCH", f"/api/keys/{added['id']}", {"enabled": True})
+    assert (await gateway.chat(model="auto")).error["code"] == "no_providers"
+    await send(gateway, "PATCH", f"/api/keys/{added['id']}", {"status": "unknown"})
+    assert (await gateway.chat(model="auto")).text == "well again"
 
 
 async def test_the_first_key_ends_the_demo_and_the_last_one_gone_brings_it_back(start_gateway):

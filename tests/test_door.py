@@ -130,6 +130,24 @@ async def test_a_request_without_a_host_is_not_let_in(start_gateway):
     writer.close()
 
 
+async def test_another_method_on_a_known_path_is_a_405_that_says_which_are_there(two_keys):
+    right = {"authorization": f"Bearer {API_KEY}"}
+    for path, allowed in (("/v1/chat/completions", "POST"), ("/responses/", "POST"), ("/v1/models", "GET, HEAD")):
+        async with two_keys.http.request("DELETE", two_keys.base_url + path, headers=right) as got:
+            assert got.status == 405, path
+            assert sorted(got.headers["allow"].split(", ")) == allowed.split(", "), path
+            assert (await got.json())["error"]["code"] == "method_not_allowed"
+
+
+async def test_no_other_sites_script_may_ask_or_read_anything(two_keys):
+    asking = {"origin": "https://evil.example", "access-control-request-headers": "authorization"}
+    for path in {path for _, path, _ in routes_of(two_keys)}:
+        for method, more in (("OPTIONS", {"access-control-request-method": "GET"}), ("GET", {})):
+            async with two_keys.http.request(method, two_keys.base_url + path, headers=asking | more) as got:
+                assert not [name for name in got.headers if name.lower().startswith("access-control-")], path
+                assert got.status in (401, 405) or (method == "GET" and path in OPEN), path
+
+
 @pytest.mark.parametrize("path", ["/api/keys", "/metrics", "/v1/models"])
 async def test_keys_are_compared_in_constant_time(start_gateway, monkeypatch, path):
     compared = []

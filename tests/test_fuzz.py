@@ -11,6 +11,7 @@ from adapters import OpenAIAdapter, as_chunks, note_completion
 from chat import chat_from
 from protection import Failure, UpstreamError, classify
 from providers import Incoming
+from responses import ResponsesDialect
 from wire import EventTooLarge, GatewayError, InvalidRequest, SSEDecoder, Tally, load_object
 
 NAMES = st.sampled_from(
@@ -120,6 +121,35 @@ def test_any_request_is_understood_or_refused_with_400(body):
         chat_from(body)
     except InvalidRequest as error:
         assert error.status == 400
+
+
+ITEM_KINDS = ["message", "function", "custom", "namespace", "function_call", "reasoning", "function_call_output"]
+ITEM_KINDS += ["item_reference", "input_text", "input_image", "json_schema", "allowed_tools", "auto"]
+ITEM_NAMES = ["role", "content", "text", "id", "call_id", "name", "arguments", "output", "summary", "tools", "function"]
+ITEM_NAMES += ["custom", "format", "schema", "json_schema", "image_url", "file_data", "mode", "effort", "namespace"]
+ODD = st.sampled_from([None, True, 1, 1.5, "", "user", "c", [], [1], {}, {"type": [1]}])
+PLAIN = st.fixed_dictionaries({"type": st.sampled_from(ITEM_KINDS) | ODD}, optional=dict.fromkeys(ITEM_NAMES[:12], ODD))
+ITEM = st.dictionaries(st.sampled_from(ITEM_NAMES), ODD | PLAIN | st.lists(PLAIN, max_size=2), max_size=4)
+TYPED = st.builds(lambda item, kind: item | {"type": kind}, ITEM, st.sampled_from(ITEM_KINDS) | ODD)
+RESPONSE_FIELDS = st.fixed_dictionaries(
+    {"input": st.just("hi") | st.lists(TYPED, min_size=1, max_size=3)},
+    optional={
+        "tools": st.lists(TYPED, max_size=3),
+        **dict.fromkeys(("tool_choice", "text", "reasoning", "instructions", "metadata", "stream"), ODD | TYPED),
+    },
+)
+
+
+@settings(max_examples=200)
+@given(RESPONSE_FIELDS)
+def test_any_response_request_is_answered_or_refused(request):
+    dialect = ResponsesDialect(lambda: "0" * 48)
+    try:
+        chat = dialect.parse(orjson.dumps(request), 1e9)
+    except InvalidRequest as error:
+        assert error.status in (400, 422)
+        return
+    orjson.loads(dialect.encoder(chat, 1e9).end(Tally()).split(b"data: ")[-1])
 
 
 @given(st.binary(max_size=200))

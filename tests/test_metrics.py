@@ -120,6 +120,28 @@ async def test_no_key_prompt_or_answer_is_in_it(start_gateway, fake):
     assert 'kind="success"' in body
 
 
+FAMILIES = {
+    "freeway_requests": "counter", "freeway_attempts": "counter", "freeway_failovers": "counter",
+    "all_models_exhausted": "counter", "freeway_transient_cooldowns": "gauge", "freeway_key_cooldowns": "gauge",
+    "freeway_bans": "gauge", "freeway_sessions": "gauge", "freeway_active_attempts": "gauge",
+    "freeway_running_requests": "gauge", "freeway_tokens": "counter", "freeway_attempt_duration_seconds": "histogram",
+    "freeway_first_token_seconds": "histogram", "freeway_routable_models": "gauge", "freeway_log_queue_rows": "gauge",
+    "freeway_log_dropped_rows": "counter", "freeway_log_dropped_lines": "counter",
+}  # fmt: skip
+
+
+async def test_every_family_is_there_from_the_start_and_no_client_can_add_a_series(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    at_first = (await gateway.get("/metrics")).body.decode()
+    assert {family.name: family.type for family in text_string_to_metric_families(at_first)} == FAMILIES
+
+    await gateway.chat(model="a-model")
+    known = set(await scrape(gateway))
+    for name in ("nobodys-model", "a/a-model", "auto-smart", 'x"y\nz', "sk-key", "a-model\u0000"):
+        await gateway.chat(f"say {name}", model=name, headers={"x-session-id": name.encode().hex()})
+    assert set(await scrape(gateway)) == known
+
+
 def test_names_with_quotes_and_line_breaks_stay_one_label():
     metrics = Metrics()
     name = 'a"b\\c\nd{}'

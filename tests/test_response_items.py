@@ -104,6 +104,15 @@ TURNS = {
         [USER, THOUGHT, USER, SAID],
         [USER, USER, {"role": "assistant", "content": "well"}],
     ),
+    "results that come late": (
+        [USER, CALL, OTHER, RESULT, USER, RESULT | {"call_id": "c2"}],
+        [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [CHAT_CALL, CHAT_OTHER]},
+            *CHAT_RESULTS,
+            USER,
+        ],
+    ),
     "a result of parts": (
         [USER, CALL, RESULT | {"output": [{"type": "input_text", "text": "a"}, {"type": "input_text", "text": "b"}]}],
         [
@@ -187,6 +196,7 @@ FIELDS = {
         {"tools": [F], "tool_choice": {"type": "function", "function": {"name": "f"}}},
     ),
     "a choice of a built-in tool": ({"tools": [F], "tool_choice": {"type": "web_search"}}, {"tools": [F]}),
+    "a choice without sense": ({"tools": [F], "tool_choice": {"type": [1]}}, {"tools": [F]}),
     "a choice by mode": ({"tools": [F], "tool_choice": "none"}, {"tools": [F], "tool_choice": "none"}),
     "allowed tools": (
         {
@@ -255,6 +265,7 @@ REFUSED = {
     "a call without id": ({"input": [USER, CALL | {"call_id": None}]}, "input[1].call_id"),
     "a call without name": ({"input": [USER, SAID, CALL, OTHER | {"name": None}]}, "input[3]"),
     "a result without call": ({"input": [USER, RESULT]}, "input[1].call_id"),
+    "a late result of a number": ({"input": [USER, CALL, USER, RESULT | {"output": 5}]}, "input[3].output"),
     "a result of a number": ({"input": [USER, CALL, RESULT | {"output": 5}]}, "input[2].output"),
     "an unknown reference": ({"input": [USER, {"type": "item_reference", "id": "msg_0"}]}, "input[1].id"),
     "an unknown response": ({"previous_response_id": "resp_0"}, "previous_response_id"),
@@ -275,6 +286,7 @@ REFUSED = {
     "stream of text": ({"stream": "maybe"}, "stream"),
     "tools that are none": ({"tools": {"f": 1}}, "tools"),
     "a tool of a number": ({"tools": [F, 5]}, "tools[1]"),
+    "a tool whose type is a list": ({"tools": [{"type": ["function"], "name": "f"}]}, "tools[0].type"),
     "a tool without name": ({"tools": [{"type": "web_search"}, {"type": "function"}]}, "tools[1]"),
     "a name of a number": ({"tools": [{"type": "function", "name": 5}]}, "tools[0].name"),
     "parameters of text": ({"tools": [{"type": "function", "name": "f", "parameters": "x"}]}, "tools[0].parameters"),
@@ -292,3 +304,11 @@ def test_what_would_be_misread_is_refused_in_the_clients_own_terms(fields, param
     assert (refused.value.param, refused.value.status) == (param, 400)
     assert "messages" not in refused.value.message
     assert "function" not in refused.value.message or "tools" not in param
+
+
+@pytest.mark.parametrize("type", ["computer", "computer_use_preview"])
+def test_the_use_of_a_computer_is_refused_and_not_left_out(type):
+    with pytest.raises(InvalidRequest) as refused:
+        parsed(tools=[F, {"type": type, "display_width": 1024, "display_height": 768}])
+
+    assert (refused.value.status, refused.value.param, refused.value.code) == (422, "tools[1]", "unsupported_tool")

@@ -83,6 +83,9 @@ async def test_no_key_is_seen_anywhere(start_process, fake, tmp_path):
                 for model in ("auto-priority", "a-model", "unknown"):
                     got = await client.ask(streaming=streaming, model=model)
                     seen[f"answer {number} {streaming} {model}"] = got.body + str(got.headers).encode()
+                asked = {"input": "hi", "model": "auto-priority", "stream": streaming}
+                got = await client.send(asked, path="/v1/responses")
+                seen[f"response {number} {streaming}"] = got.body + str(got.headers).encode()
             assert len(fake.requests) > called_before
         wrong = await client.send({}, headers={"authorization": f"Bearer {API_KEY}x"})
         seen["refusal"] = wrong.body + str(wrong.headers).encode()
@@ -107,9 +110,12 @@ async def test_no_key_is_seen_anywhere(start_process, fake, tmp_path):
 async def test_prompts_and_answers_are_in_no_file_and_no_log(start_process, fake, tmp_path):
     running = await start_process(PLATFORMS, ENVIRONMENT)
     fake.script("a", error(500), answer("an answer of great privacy"))
+    fake.script("b", answer("an answer of great privacy"))
     async with client_of(running) as client:
         for streaming in (False, True):
             await client.ask("a question of great privacy", streaming=streaming)
+            asked = {"input": "a question of great privacy", "model": "auto-priority", "stream": streaming}
+            assert b"great privacy" in (await client.send(asked, path="/v1/responses")).body
     running.signal(signal.SIGTERM)
     await running.ended()
 

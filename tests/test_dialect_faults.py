@@ -1,0 +1,130 @@
+"""Issue 5, must-show 2: what a failure costs does not depend on the dialect in which the client asked.
+
+Every fault of chat's own tables, and those in mid-stream, is met by the same requests in both dialects, and everything
+that they leave behind is compared. One gateway serves a whole table, so each fault gets a clean slate first.
+"""
+
+import asyncio
+import json
+
+import pytest
+from conftest import API_KEY
+from fake_provider import PAUSE, Every, chunk, completion, error, event, sse
+from test_failover import EITHER, STREAMED, TWO_KEYS, WHOLE, Failure, of_status
+from test_responses_stream import BREAKS, ROLE
+
+FILTERED = Failure(error(400, code="content_filter"), "content_filter", 400)
+WRAPPED = {"error": {"message": "overloaded", "code": 503}}
+WHOLE_FAULTS = {
+    **EITHER,
+    **WHOLE,
+    "a filter": FILTERED,
+    "an unlimited wait": of_status(429, "rate_limited"),
+    "an error in a 200": Failure(completion(**WRAPPED), "server_error", 503),
+    "an answer cut far too early": Failure(completion("h", finish="length", usage=(11, 1)), "success", 200),
+}
+STREAMED_FAULTS = {
+    **EITHER,
+    **STREAMED,
+    "a filter": FILTERED,
+    "an error in a 200": Failure(sse(ROLE, WRAPPED), "server_error", 503),
+    "an error in the first event": Failure(sse(event(WRAPPED)), "server_error", 503),
+    "an answer cut far too early": Failure(sse(chunk("h"), chunk(finish="length")), "success", 200),
+    **{
+        f"{name} in mid-stream": Failure(sse(ROLE, chunk("half"), breaking, done=False), kind, None)
+        for name, (breaking, _, kind) in BREAKS.items()
+    },
+}
+REQUESTS = {
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4000},
+    "/v1/responses": {"input": "hi", "max_output_tokens": 4000},
+}
+LOGGED = ("platform", "model_id", "requested_model", "routing_mode", "status", "error_kind", "http_status")
+LOGGED += ("error", "input_tokens", "output_tokens", "attempt", "streamed", "skipped_models")
+ROUTED = ("X-Routed-Via", "X-Fallback-Attempts", "X-Fallback-Trail")
+MODEL = {"max_output": 4000, "prefer_in": ["smart"]}
+PLATFORMS = {"a": {"protection": "provider-ban", "model": MODEL, **TWO_KEYS}, "b": {}}
+
+
+TIMES = {"THREAD_COOLDOWN_MS": "1"}
+SHORT_TIMES = {"REQUEST_TIMEOUT_MS": "150", "MAX_STREAM_STALL_MS": "150", "FIRST_TOKEN_TIMEOUT_MS": "300"}
+
+
+def is_silence(fault: Failure) -> bool:
+    return any(step is PAUSE or isinstance(step, Every) for step in fault.reply.steps)
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["errors", "silence"])
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+async def test_a_fault_costs_the_same_in_every_dialect(start_gateway, fake, streaming, silent):
+    gateway = await start_gateway(PLATFORMS, TIMES | (SHORT_TIMES if silent else {}))
+    faults = {n: f for n, f in (STREAMED_FAULTS if streaming else WHOLE_FAULTS).items() if is_silence(f) is silent}
+    assert faults
+
+    for name, fault in faults.items():
+        as_chat, as_response = [
+            await traces(gateway, fake, fault, path, {"model": "auto-smart", "stream": streaming} | request)
+            for path, request in REQUESTS.items()
+        ]
+
+        for part, as_told in as_chat.items():
+            assert as_told == as_response[part], (name, part)
+        first = as_chat["rows"][0]
+        assert first["platform"] == "a", name
+        assert fault.kind in (None, first["error_kind"] or first["status"]), name
+
+
+async def traces(gateway, fake, fault: Failure, path: str, request: dict) -> dict:
+    """What is left behind by two requests of one session, by a stranger's, and by one that no platform answers."""
+    await clean_slate(gateway)
+    fake.clear()
+    fake.script("a", fault.reply)
+    fake.script("b", completion("fine") if not request["stream"] else sse(ROLE, chunk("fine"), chunk(finish="stop")))
+    before = await gateway.protection()
+    (latest,) = (await gateway.get("/api/requests?limit=1")).json["rows"] or [{"id": 0}]
+    answers = [await ask(gateway, path, request, session=f"{path} {latest['id']}") for _ in range(2)]
+    left = await gateway.protection()
+    await asyncio.sleep(0.003)  # the thread cooldown, so that what others used is free again
+    answers.append(await ask(gateway, path, request, session=f"stranger {path} {latest['id']}"))
+    fake.script("b", fault.reply)
+    await asyncio.sleep(0.003)
+    answers.append(await ask(gateway, path, request, session=f"unlucky {path} {latest['id']}"))
+    rows = (await gateway.get("/api/requests?limit=30")).json["rows"]
+    keys = (await gateway.get("/api/keys")).json
+    return {
+        "called": fake.called,
+        "sent": [sent.json for sent in fake.requests],
+        "answers": answers,
+        "rows": [{name: row[name] for name in LOGGED} for row in reversed(rows) if row["id"] > latest["id"]],
+        "cooling": [c["model_id"] for c in left["transient_cooldowns"]],
+        "cooling keys": [c["model_id"] for c in left["key_cooldowns"]],
+        "bans": [ban["platforms"] for ban in left["bans"] if ban not in before["bans"]],
+        "bad keys": sorted((key["platform"], key["status"], key["last_error"] or "") for key in bad(keys)),
+    }
+
+
+async def ask(gateway, path: str, request: dict, session: str) -> dict:
+    """How one request was answered, but for its text."""
+    got = await gateway.send(request, path=path, headers={"x-session-id": session})
+    told = {name: got.headers.get(name) for name in ROUTED}
+    told |= {"status": got.status, "says when": "Retry-After" in got.headers}
+    if got.status != 200:
+        told["error"] = error = got.error
+        for attempt in error.get("attempts", ()):
+            del attempt["ms"]
+    return told
+
+
+def bad(keys: list[dict]) -> list[dict]:
+    return [key for key in keys if key["status"] in ("invalid", "rate_limited")]
+
+
+async def clean_slate(gateway) -> None:
+    headers = {"authorization": f"Bearer {API_KEY}"}
+    async with gateway.http.delete(f"{gateway.base_url}/api/protection/cooldowns", headers=headers) as cleared:
+        assert cleared.status == 200
+    for key in bad((await gateway.get("/api/keys")).json):
+        fresh = json.dumps({"status": "unknown"}).encode()
+        path = f"{gateway.base_url}/api/keys/{key['id']}"
+        async with gateway.http.patch(path, data=fresh, headers=headers) as changed:
+            assert changed.status == 200
