@@ -13,7 +13,7 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Coroutine, Iterator
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -23,7 +23,7 @@ import pytest
 from conftest import API_KEY, Process, catalog_of, end
 from fake_provider import DONE, FakeProvider, Wait, answer, body, chunk, error, event, sse, usage_chunk
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -37,6 +37,9 @@ WIDE, PHONE = (1280, 900), (390, 844)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+PASSWORD_MANAGER = (
+    "credentials_enable_service", "profile.password_manager_enabled", "profile.password_manager_leak_detection",
 )  # fmt: skip
 PLATFORMS = {  # two models in each pool, in this order
     name: {"model": {"model_id": f"{name}-model", "name": name.title(), "speed_rank": speed, "intelligence_rank": wits}}
@@ -93,7 +96,11 @@ class Browser:
 
     def until(self, condition, message: str = ""):
         ignored = (StaleElementReferenceException, AssertionError, IndexError, StopIteration)
-        return WebDriverWait(self.driver, WAIT_S, 0.03, ignored).until(lambda _: condition(), message)
+        try:
+            return WebDriverWait(self.driver, WAIT_S, 0.03, ignored).until(lambda _: condition())
+        except TimeoutException:
+            shown = self.run("return `${location} ${document.visibilityState}: ${document.body.innerText}`")
+            raise AssertionError(f"waited in vain for {message or 'a condition'} at {shown[:2000]}") from None
 
     def all(self, css: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
@@ -241,6 +248,7 @@ def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "--window-size=1280,900"):
         options.add_argument(flag)
     options.binary_location = shutil.which("chromium") or ""
+    options.add_experimental_option("prefs", dict.fromkeys(PASSWORD_MANAGER, False))  # nothing may pop up over the page
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
@@ -266,12 +274,15 @@ def own_world(tmp_path) -> Iterator[World]:
 
 @contextmanager
 def watched(driver: webdriver.Chrome, url: str) -> Iterator[Browser]:
-    """A browser that is logged out, wide and light; it must have nothing to complain of in the end."""
-    browser = Browser(driver, url)
+    """A tab of its own, wide and light; it must have nothing to complain of in the end."""
+    browser, before = Browser(driver, url), driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    tab = driver.current_window_handle
+    driver.switch_to.window(before)
+    driver.close()
+    driver.switch_to.window(tab)
     browser.size(*WIDE)
     browser.prefer("light")
-    driver.get(f"{url}/healthz")
-    browser.run("sessionStorage.clear()")
     browser.requested(), browser.complaints()
     yield browser
     driver.get("about:blank")
@@ -437,14 +448,12 @@ def test_a_switch_takes_a_model_out_of_the_chain_and_puts_it_back(browser, world
 def test_a_switch_goes_back_when_the_gateway_refuses(browser, world):
     browser.log_in("routing")
     switch = browser.labelled("Quick in the chain")
-    lock = sqlite3.connect(world.folder / "gateway.db", isolation_level=None)
-    lock.execute("BEGIN IMMEDIATE")
-    switch.click()
-    browser.until(lambda: not browser.labelled("Quick in the chain").is_selected(), "it moves at once")
-    browser.sees("Nothing was changed", "#toasts")
-    assert browser.labelled("Quick in the chain").is_selected()
-    lock.execute("ROLLBACK")
-    lock.close()
+    with closing(sqlite3.connect(world.folder / "gateway.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert browser.run("arguments[0].click(); return arguments[0].checked", switch) is False, "it moves at once"
+        browser.sees("Nothing was changed", "#toasts")
+    browser.until(lambda: browser.labelled("Quick in the chain").is_selected())
+    assert world.entry("quick-model")["enabled"]
 
 
 def test_models_are_reordered_by_dragging(browser, world):
