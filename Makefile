@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-from-requirements
 SOURCES := *.py tests bench
 
-.PHONY: all run test test-browser check fmt clean bench
+.PHONY: all run test test-browser browser check fmt clean bench
 
 all: check test
 
@@ -20,9 +20,15 @@ run: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-test-browser: $(STAMP)
-	{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium chromium-driver; }
+test-browser: $(STAMP) browser
 	$(BIN)/python -m pytest tests/browser
+
+# Chromium and its driver are the system's own packages; root gets them where they are missing.
+browser:
+	@command -v chromium >/dev/null && command -v chromedriver >/dev/null && exit; \
+	command -v apt-get >/dev/null || { echo "The browser tests need chromium and chromedriver, and there is no apt-get here" \
+		"to install them with. Install both and run it again." >&2; exit 1; }; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null
 
 check: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)

@@ -1,25 +1,29 @@
 """The dashboard in a real browser, against the real gateway as a process and fake providers.
 
 Not part of `make test`: it needs Chromium and its driver, which `make test-browser` installs where they are missing.
-Selenium blocks, so the gateway and the providers live in a loop of their own, in another thread.
+Selenium blocks, so the gateway and the providers live in a loop of their own, in another thread. One browser and one
+gateway serve every test that can do with the usual platforms; before each of them the gateway is as it was at first,
+but for its log. At the end of each test the console must be silent and nobody but the gateway may have been asked.
 """
 
 import asyncio
 import json
 import shutil
 import sqlite3
+import sys
 import threading
 from collections.abc import Coroutine, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 from conftest import API_KEY, Process, catalog_of, end
 from fake_provider import DONE, FakeProvider, Wait, answer, body, chunk, error, event, sse, usage_chunk
 from selenium import webdriver
-from selenium.common.exceptions import StaleElementReferenceException
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -28,11 +32,14 @@ from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WAIT_S = 8
+WAIT_S = 15  # for everything that is waited for; a healthy run needs a fraction of it
 WIDE, PHONE = (1280, 900), (390, 844)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-dev-shm-usage",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
+)  # fmt: skip
+PASSWORD_MANAGER = (
+    "credentials_enable_service", "profile.password_manager_enabled", "profile.password_manager_leak_detection",
 )  # fmt: skip
 PLATFORMS = {  # two models in each pool, in this order
     name: {"model": {"model_id": f"{name}-model", "name": name.title(), "speed_rank": speed, "intelligence_rank": wits}}
@@ -40,6 +47,32 @@ PLATFORMS = {  # two models in each pool, in this order
         ("quick", 1, 90), ("rapid", 2, 80), ("clever", 90, 1), ("wise", 80, 2), ("middle", 70, 70), ("usual", 75, 75),
     ]
 }  # fmt: skip
+
+
+# Texts whose contrast with what is behind them is below WCAG's AA. A canvas mixes the colours as the page does.
+FAINT_TEXT = """
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true}), faint = [];
+    const paint = (colour) => { canvas.fillStyle = colour; canvas.fillRect(0, 0, 1, 1); };
+    const linear = (part) => part <= 10.3 ? part / 3294 : ((part / 255 + 0.055) / 1.055) ** 2.4;
+    const brightness = () => {
+        const [red, green, blue] = [...canvas.getImageData(0, 0, 1, 1).data].map(linear);
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue + 0.05;
+    };
+    const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+    while (texts.nextNode()) {
+        const element = texts.currentNode.parentElement, style = getComputedStyle(element), behind = [];
+        if (!texts.currentNode.data.trim() || !element.checkVisibility()) continue;
+        if (element.closest(":disabled, option, .sr, .skip, noscript, #toasts")) continue;
+        for (let e = element; e; e = e.parentElement) behind.unshift(getComputedStyle(e).backgroundColor);
+        behind.forEach(paint);
+        const back = brightness();
+        paint(style.color);
+        const front = brightness(), contrast = Math.max(back, front) / Math.min(back, front);
+        const isLarge = parseFloat(style.fontSize) >= 24;
+        if (contrast < (isLarge ? 3 : 4.5)) faint.push(`${texts.currentNode.data}: ${contrast.toFixed(2)}`);
+    }
+    return faint;
+"""
 
 
 @dataclass
@@ -63,7 +96,11 @@ class Browser:
 
     def until(self, condition, message: str = ""):
         ignored = (StaleElementReferenceException, AssertionError, IndexError, StopIteration)
-        return WebDriverWait(self.driver, WAIT_S, 0.03, ignored).until(lambda _: condition(), message)
+        try:
+            return WebDriverWait(self.driver, WAIT_S, 0.03, ignored).until(lambda _: condition())
+        except TimeoutException:
+            shown = self.run("return `${location} ${document.visibilityState}: ${document.body.innerText}`")
+            raise AssertionError(f"waited in vain for {message or 'a condition'} at {shown[:2000]}") from None
 
     def all(self, css: str) -> list[WebElement]:
         return self.driver.find_elements(By.CSS_SELECTOR, css)
@@ -104,6 +141,21 @@ class Browser:
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
 
+    def choose(self, css: str, value: str) -> None:
+        self.until(lambda: Select(self.one(css)).select_by_value(value) is None, f"{value} can be chosen")
+
+    def say(self, text: str, model: str = "") -> None:
+        """Send a message from the playground and wait for the whole answer."""
+        if model:
+            self.choose("#model", model)
+        self.one("#say").send_keys(text, Keys.ENTER)
+        self.sees("whole answer", "#talk")
+
+    def offline(self, is_offline: bool) -> None:
+        conditions = {"offline": is_offline, "latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.driver.execute_cdp_cmd("Network.enable", {})
+        self.driver.execute_cdp_cmd("Network.emulateNetworkConditions", conditions)
+
     def requested(self) -> set[str]:
         """Hosts and schemes of everything the page has asked for since the last call."""
         entries = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
@@ -125,6 +177,8 @@ class World:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._stack = AsyncExitStack()
+        self.url = ""
+        self._chain: list[dict] = []
         self.fake: FakeProvider = self.run(self._stack.enter_async_context(FakeProvider().serving()))
 
     def run(self, work: Coroutine):
@@ -132,7 +186,31 @@ class World:
 
     def start(self, platforms=PLATFORMS, **settings: str) -> str:
         """Start `python gateway.py`; gives its address."""
-        return self.run(self._start(platforms, settings))
+        self.url = self.run(self._start(platforms, settings))
+        self._chain = self.call("GET", "/api/fallback")
+        return self.url
+
+    def call(self, method: str, path: str, body: object = None):
+        """What the gateway itself says, past the browser."""
+        return self.run(self._call(method, path, body))
+
+    async def _call(self, method: str, path: str, body: object):
+        authorized = {"authorization": f"Bearer {API_KEY}"}
+        async with aiohttp.request(method, self.url + path, json=body, headers=authorized) as response:
+            return await response.json()
+
+    def entry(self, model_id: str) -> dict:
+        """One model in the chain."""
+        return next(entry for entry in self.call("GET", "/api/fallback") if entry["model_id"] == model_id)
+
+    def reset(self) -> None:
+        """Back to the chain of the first start, without cooldowns and scripts."""
+        self.call("DELETE", "/api/protection/cooldowns")
+        order = [{name: entry[name] for name in ("model_db_id", "priority", "enabled")} for entry in self._chain]
+        self.call("PUT", "/api/fallback", order)
+        for name in PLATFORMS:
+            self.fake.script(name, answer())
+        self.fake.clear()
 
     async def _start(self, platforms, settings: dict[str, str]) -> str:
         catalog = self.folder / "catalog.json"
@@ -144,7 +222,7 @@ class World:
             "GATEWAY_CATALOG": str(catalog),
         }
         process = await asyncio.create_subprocess_exec(
-            str(ROOT / ".venv/bin/python"), str(ROOT / "gateway.py"), cwd=self.folder, env=environ | settings,
+            sys.executable, str(ROOT / "gateway.py"), cwd=self.folder, env=environ | settings,
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
         running = Process(process)
@@ -170,43 +248,62 @@ def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}", "--window-size=1280,900"):
         options.add_argument(flag)
     options.binary_location = shutil.which("chromium") or ""
+    options.add_experimental_option("prefs", dict.fromkeys(PASSWORD_MANAGER, False))  # nothing may pop up over the page
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(shutil.which("chromedriver")))
     yield driver
     driver.quit()
 
 
-@pytest.fixture
-def world(tmp_path) -> Iterator[World]:
-    world = World(tmp_path)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Iterator[World]:
+    """The gateway that the tests share."""
+    world = World(tmp_path_factory.mktemp("gateway"))
+    world.start(TRANSIENT_COOLDOWN_MS="5000")
     yield world
     world.close()
 
 
 @pytest.fixture
-def open_browser(driver, world):
-    """Open the dashboard of a gateway; at the end nothing may have gone wrong in it, and nobody else been asked."""
-    opened: list[Browser] = []
+def own_world(tmp_path) -> Iterator[World]:
+    """For a gateway that has to be another one."""
+    world = World(tmp_path)
+    yield world
+    world.close()
 
-    def start(platforms=PLATFORMS, **settings: str) -> Browser:
-        browser = Browser(driver, world.start(platforms, **settings))
-        browser.size(*WIDE)
-        browser.prefer("light")
-        driver.get("about:blank")
-        browser.requested(), browser.complaints()
-        opened.append(browser)
-        return browser
 
-    yield start
-    for browser in opened:
-        assert browser.requested() <= {browser.url, "data://", "about://"}
-        assert browser.complaints() == []
-        driver.get("about:blank")
+@contextmanager
+def watched(driver: webdriver.Chrome, url: str) -> Iterator[Browser]:
+    """A tab of its own, wide and light; it must have nothing to complain of in the end."""
+    browser, before = Browser(driver, url), driver.current_window_handle
+    driver.switch_to.new_window("tab")
+    tab = driver.current_window_handle
+    driver.switch_to.window(before)
+    driver.close()
+    driver.switch_to.window(tab)
+    browser.size(*WIDE)
+    browser.prefer("light")
+    browser.requested(), browser.complaints()
+    yield browser
+    driver.get("about:blank")
+    assert browser.requested() <= {browser.url, "data://", "about://"}
+    assert browser.complaints() == []
 
 
 @pytest.fixture
-def browser(open_browser) -> Browser:
-    return open_browser()
+def browser(driver, world) -> Iterator[Browser]:
+    world.reset()
+    with watched(driver, world.url) as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_browser(driver, own_world):
+    """Open the dashboard of a gateway with these platforms and settings."""
+    with ExitStack() as stack:
+        yield lambda platforms=PLATFORMS, **settings: stack.enter_context(
+            watched(driver, own_world.start(platforms, **settings))
+        )
 
 
 # --- Coming in ------------------------------------------------------------------------------------------------------
@@ -218,11 +315,11 @@ def test_only_the_right_key_opens_it_and_the_tab_alone_keeps_it(browser):
     browser.sees("That is not the key.", "[role=alert]")
     browser.one("#key").clear()
     browser.one("#key").send_keys(API_KEY, Keys.ENTER)
-    browser.sees("What happened")
+    browser.sees("Requests", ".tiles")
     assert browser.run("return Object.values(sessionStorage)") == [API_KEY]
     assert browser.run("return localStorage.length + document.cookie.length") == 0
     browser.driver.refresh()
-    browser.sees("What happened")
+    browser.sees("Requests", ".tiles")
     assert API_KEY not in browser.run("return document.documentElement.outerHTML")
     browser.named("Log out").click()
     browser.one("#key")
@@ -279,24 +376,25 @@ def test_an_empty_gateway_says_what_to_do_next(open_browser):
 def test_the_charts_show_what_happened(browser, world):
     world.fake.script("quick", error(503), answer())
     browser.log_in("playground")
-    browser.one("#say").send_keys("hi", Keys.ENTER)
-    browser.sees("whole answer", "#talk")
+    browser.say("hi")
     browser.go("overview")
-    browser.until(lambda: len(browser.all(".chart svg")) == 3)
-    assert [e.get_attribute("role") for e in browser.all(".chart svg")] == ["img"] * 3
-    assert "Latest: 1 request, 0 errors." in browser.one(".chart svg").get_attribute("aria-label")
-    ActionChains(browser.driver).move_to_element(browser.all(".chart .hit")[24]).perform()
-    browser.sees("1 request, 0 errors", ".chart")
-    assert browser.one(".tiles").text.startswith("Requests\n1\n")
+    browser.until(lambda: len(browser.all(".figure svg")) == 3)
+    report = world.call("GET", "/api/analytics")
+    latest = f"{report['series'][-1]['requests']} request"
+    assert [e.get_attribute("role") for e in browser.all(".figure svg")] == ["img"] * 3
+    browser.until(lambda: f"Latest: {latest}" in browser.one(".figure svg").get_attribute("aria-label"))
+    browser.until(lambda: browser.one(".tiles").text.startswith(f"Requests\n{report['totals']['requests']}\n"))
+    browser.run("document.querySelector('.figure svg').focus()")
+    browser.keys(Keys.ARROW_LEFT)
+    browser.sees(latest, ".grid .panel")
+    browser.named("7d").click()
+    browser.until(lambda: "last 7d" in browser.one(".figure svg").get_attribute("aria-label"))
 
 
-def test_a_cooldown_appears_counts_down_and_goes(open_browser, world):
-    browser = open_browser({"quick": PLATFORMS["quick"], "wise": PLATFORMS["wise"]}, TRANSIENT_COOLDOWN_MS="4000")
+def test_a_cooldown_appears_counts_down_and_goes(browser, world):
     browser.log_in("playground")
-    Select(browser.one("#model")).select_by_value("quick/quick-model")
     world.fake.script("quick", error(503, "overloaded"))
-    browser.one("#say").send_keys("hi", Keys.ENTER)
-    browser.sees("wise/wise-model", "#talk")
+    browser.say("hi", model="quick/quick-model")
     browser.go("overview")
     browser.sees("quick-model", ".cooldown")
     browser.run("document.querySelector('.cooldown').marked = true")
@@ -308,14 +406,13 @@ def test_a_cooldown_appears_counts_down_and_goes(open_browser, world):
 
 def test_cooldowns_are_cleared_by_a_button(browser, world):
     browser.log_in("playground")
-    Select(browser.one("#model")).select_by_value("quick/quick-model")
     world.fake.script("quick", error(429, headers={"retry-after": "600"}), answer())
-    browser.one("#say").send_keys("hi", Keys.ENTER)
-    browser.sees("whole answer", "#talk")
+    browser.say("hi", model="quick/quick-model")
     browser.go("overview")
     browser.sees("quick-model", ".cooldown")
     browser.one("#clear").click()
     browser.sees("None has hit its limit.")
+    assert world.call("GET", "/api/protection")["key_cooldowns"] == []
 
 
 # --- Routing --------------------------------------------------------------------------------------------------------
@@ -339,72 +436,69 @@ def test_the_chain_is_shown_by_pool_and_sorted_by_any_column(browser):
     browser.sees("No model of this lane matches.", ".lane.fast")
 
 
-def test_a_switch_takes_a_model_out_of_the_chain_and_puts_it_back(browser):
+def test_a_switch_takes_a_model_out_of_the_chain_and_puts_it_back(browser, world):
     browser.log_in("routing")
-    switch = browser.labelled("Quick in the chain")
-    switch.click()
-    browser.until(lambda: not chain_entry(browser, "quick-model")["enabled"])
+    browser.labelled("Quick in the chain").click()
+    browser.until(lambda: not world.entry("quick-model")["enabled"])
     assert not browser.labelled("Quick in the chain").is_selected()
     browser.labelled("Quick in the chain").click()
-    browser.until(lambda: chain_entry(browser, "quick-model")["enabled"])
+    browser.until(lambda: world.entry("quick-model")["enabled"])
 
 
 def test_a_switch_goes_back_when_the_gateway_refuses(browser, world):
     browser.log_in("routing")
     switch = browser.labelled("Quick in the chain")
-    lock = sqlite3.connect(world.folder / "gateway.db", isolation_level=None)
-    lock.execute("BEGIN IMMEDIATE")
-    switch.click()
-    browser.sees("Nothing was changed", "#toasts")
-    assert browser.labelled("Quick in the chain").is_selected()
-    lock.execute("ROLLBACK")
-    lock.close()
+    with closing(sqlite3.connect(world.folder / "gateway.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert browser.run("arguments[0].click(); return arguments[0].checked", switch) is False, "it moves at once"
+        browser.sees("Nothing was changed", "#toasts")
+    browser.until(lambda: browser.labelled("Quick in the chain").is_selected())
+    assert world.entry("quick-model")["enabled"]
 
 
-def test_models_are_reordered_by_dragging(browser):
+def test_models_are_reordered_by_dragging(browser, world):
     browser.log_in("routing")
     browser.until(lambda: browser.names("fast") == ["Rapid", "Quick"])
-    target = browser.one("[data-pool=fast] tr[data-id]")
-    ActionChains(browser.driver).click_and_hold(browser.labelled("Drag Quick")).move_to_element(
-        target
-    ).release().perform()
+    row = browser.one("[data-pool=fast] tr[data-id]")
+    grip = browser.labelled("Drag Quick")
+    ActionChains(browser.driver).click_and_hold(grip).move_to_element(row).release().perform()
     browser.until(lambda: browser.names("fast") == ["Quick", "Rapid"])
-    browser.until(
-        lambda: chain_entry(browser, "quick-model")["priority"] < chain_entry(browser, "rapid-model")["priority"]
-    )
-    ActionChains(browser.driver).click_and_hold(browser.labelled("Drag Quick")).move_by_offset(0, 52).send_keys(
-        Keys.ESCAPE
-    ).release().perform()
-    assert browser.names("fast") == ["Quick", "Rapid"], "Escape lets go without a change"
+    browser.until(lambda: world.entry("quick-model")["priority"] < world.entry("rapid-model")["priority"])
+    grip = browser.labelled("Drag Quick")
+    ActionChains(browser.driver).click_and_hold(grip).move_by_offset(0, 60).perform()
+    browser.until(lambda: browser.names("fast") == ["Rapid", "Quick"])
+    ActionChains(browser.driver).send_keys(Keys.ESCAPE).release().perform()
+    browser.until(lambda: browser.names("fast") == ["Quick", "Rapid"], "Escape lets go without a change")
+    assert world.entry("quick-model")["priority"] < world.entry("rapid-model")["priority"]
 
 
-def test_models_are_reordered_by_keyboard_and_keep_the_focus(browser):
+def test_models_are_reordered_by_keyboard_and_keep_the_focus(browser, world):
     browser.log_in("routing")
     browser.labelled("Move Quick up").send_keys(Keys.ENTER)
     browser.until(lambda: browser.names("fast") == ["Quick", "Rapid"])
-    grip = browser.labelled("Drag Quick")
-    browser.run("arguments[0].focus()", grip)
+    browser.run("arguments[0].focus()", browser.labelled("Drag Quick"))
     browser.keys(Keys.ARROW_DOWN)
     browser.until(lambda: browser.names("fast") == ["Rapid", "Quick"])
     assert browser.focused().get_attribute("aria-label") == "Drag Quick"
-    browser.until(
-        lambda: chain_entry(browser, "rapid-model")["priority"] < chain_entry(browser, "quick-model")["priority"]
-    )
-    assert "Quick is now" in browser.run("return document.querySelector('#toasts .sr').textContent")
+    browser.until(lambda: world.entry("rapid-model")["priority"] < world.entry("quick-model")["priority"])
+    browser.until(lambda: "Quick is now" in browser.run("return document.querySelector('#toasts .sr').textContent"))
 
 
-def test_a_refresh_leaves_rows_focus_and_typing_alone(browser):
+def test_a_change_made_elsewhere_arrives_and_leaves_rows_focus_scroll_and_typing_alone(browser, world):
     browser.log_in("routing")
-    browser.one("[data-pool=fast] tr[data-id]")
+    browser.size(WIDE[0], 420)
+    browser.one("[data-pool=smart] tr[data-id]")
     browser.run("document.querySelectorAll('tr[data-id]').forEach((row) => { row.marked = true })")
     browser.one("#search").send_keys("i")
-    asked = browser.run("return performance.getEntriesByName(`${origin}/api/fallback`).length")
-    browser.until(
-        lambda: browser.run("return performance.getEntriesByName(`${origin}/api/fallback`).length") >= asked + 2
-    )
-    shown = browser.run("return [...document.querySelectorAll('tr[data-id]')].map((row) => row.marked)")
-    assert shown and all(shown)
+    shown = browser.run("scrollTo(0, 120); return document.querySelectorAll('tr[data-id]').length")
+    quick = world.entry("quick-model")["model_db_id"]
+    world.call("PUT", "/api/fallback", [{"model_db_id": quick, "enabled": False}])
+    browser.until(lambda: not browser.labelled("Quick in the chain").is_selected())
+    marked = browser.run("return [...document.querySelectorAll('tr[data-id]')].filter((row) => row.marked).length")
+    assert marked == shown > 2
     assert browser.focused().get_attribute("id") == "search"
+    assert browser.focused().get_attribute("value") == "i"
+    assert browser.run("return scrollY") == 120
 
 
 # --- Keys -----------------------------------------------------------------------------------------------------------
@@ -413,7 +507,7 @@ def test_a_refresh_leaves_rows_focus_and_typing_alone(browser):
 def test_a_key_is_added_checked_switched_off_and_deleted(browser, world):
     world.fake.script("quick", body({"object": "list", "data": []}))
     browser.log_in("keys")
-    Select(browser.one("#new-platform")).select_by_value("quick")
+    browser.choose("#new-platform", "quick")
     browser.one("#new-key").send_keys("sk-brand-new-0001")
     browser.one("#new-label").send_keys("spare", Keys.ENTER)
     browser.sees("spare", "#keys")
@@ -431,14 +525,14 @@ def test_a_key_is_added_checked_switched_off_and_deleted(browser, world):
 
     browser.labelled("Delete quick spare").click()
     browser.sees("Really delete?", "#keys")
-    browser.labelled("Delete quick spare").click()
+    browser.labelled("Really delete quick spare").click()
     browser.misses("spare", "#keys")
     browser.until(lambda: stored(world, "spare") is None)
 
 
 def test_a_key_that_cannot_be_right_is_refused_with_a_reason(browser):
     browser.log_in("keys")
-    Select(browser.one("#new-platform")).select_by_value("quick")
+    browser.choose("#new-platform", "quick")
     browser.one("#new-key").send_keys("sk with blanks", Keys.ENTER)
     browser.sees("printable ASCII", "#toasts")
     assert browser.one("#new-key").get_attribute("value") == "sk with blanks"
@@ -456,13 +550,15 @@ def test_a_message_streams_in_with_its_route_and_trail(browser, world):
         sse(event(chunk("Hello ")), event(chunk(halves.decode())), Wait(go), event(chunk(" and bye")),
             event(chunk(finish="stop")), event(usage_chunk(5, 6)), DONE, done=False),
     )  # fmt: skip
-    browser.log_in("playground")
     for name in ("clever", "wise", "middle", "usual"):
         world.fake.script(name, error(503, "overloaded"))
+    browser.log_in("playground")
+    browser.choose("#model", "quick/quick-model")
     browser.one("#say").send_keys("Say hello", Keys.ENTER)
     browser.sees("Hello Grüße, 🌍!", "#talk")
     assert "and bye" not in browser.one("#talk").text, "half of it is here while the rest is not even sent"
     assert browser.one("#talk").get_attribute("aria-busy") == "true"
+    browser.sees("✕ quick/quick-model server error", "#talk .trail")
     world.set(go)
     browser.sees("Hello Grüße, 🌍! and bye", "#talk")
     browser.sees("rapid/rapid-model", "#talk .trail")
@@ -476,7 +572,7 @@ def test_a_message_streams_in_with_its_route_and_trail(browser, world):
     browser.sees("rapid/rapid-model", "details .trail")
     browser.one("details summary").click()
     browser.sees("first token", "details[open] ol")
-    assert len(browser.all("details[open] ol li")) == len(failed) + 1
+    assert len(browser.all("details[open] ol li")) == len(failed) + 1 >= 2
 
 
 def test_a_message_can_be_stopped_and_the_provider_hears_of_it(browser, world):
@@ -505,14 +601,13 @@ def test_where_clients_have_a_key_of_their_own_the_playground_asks_for_it(open_b
     browser.log_in("playground", key="operators-own-key-0001")
     browser.one("#say").send_keys("hi", Keys.ENTER)
     browser.one("#client-key").send_keys(API_KEY)
-    browser.one("#say").send_keys("hi again", Keys.ENTER)
-    browser.sees("whole answer", "#talk")
+    browser.say("hi again")
 
 
 # --- Everyone -------------------------------------------------------------------------------------------------------
 
 
-def test_everything_can_be_done_by_keyboard(browser):
+def test_everything_can_be_done_by_keyboard(browser, world):
     browser.open()
     browser.one("#key")
     browser.keys(API_KEY, Keys.ENTER)
@@ -534,19 +629,26 @@ def test_everything_can_be_done_by_keyboard(browser):
         if browser.focused().get_attribute("aria-label") == "Rapid in the chain":
             break
     browser.keys(Keys.SPACE)
-    browser.until(lambda: not chain_entry(browser, "rapid-model")["enabled"])
+    browser.until(lambda: not world.entry("rapid-model")["enabled"])
 
 
 @pytest.mark.parametrize("view", ["overview", "routing", "keys", "requests", "playground"])
-def test_a_phone_shows_every_view_without_scrolling_sideways(browser, view):
-    browser.size(*PHONE)
+def test_every_view_can_be_read_wide_or_on_a_phone_in_light_and_dark(browser, world, view):
+    world.fake.script("quick", error(503, "overloaded"))
     browser.log_in("playground")
-    browser.one("#say").send_keys("hi", Keys.ENTER)
-    browser.sees("whole answer", "#talk")
+    browser.say("hi", model="quick/quick-model")
     browser.go(view)
     browser.one("main .panel")
-    assert browser.run("return document.documentElement.scrollWidth") <= PHONE[0]
-    assert all(b.accessible_name for b in browser.all("main button, main input, main select, main textarea, nav a"))
+    if view == "requests":
+        browser.one("details summary").click()
+    for size in (WIDE, PHONE):
+        browser.size(*size)
+        assert browser.run("return document.documentElement.scrollWidth") <= size[0], "nothing to scroll sideways"
+        for scheme in ("light", "dark"):
+            browser.prefer(scheme)
+            assert browser.run(FAINT_TEXT) == []
+    controls = browser.all("main button, main input, main select, main textarea, nav a")
+    assert all(control.accessible_name for control in controls if control.is_displayed())
 
 
 def test_it_is_dark_where_darkness_is_preferred(browser):
@@ -557,12 +659,18 @@ def test_it_is_dark_where_darkness_is_preferred(browser):
     assert sum(rgb(dark)) < 150 < 600 < sum(rgb(light))
 
 
-def test_a_gateway_that_has_gone_is_reported_and_forgiven(browser, world):
-    browser.log_in()
-    browser.sees("What happened")
-    browser.driver.set_network_conditions(offline=True, latency=0, throughput=1000)
+def test_a_gateway_that_has_gone_is_reported_and_forgiven(browser):
+    browser.open()
+    browser.one("#key")
+    browser.offline(True)
+    browser.one("#key").send_keys(API_KEY, Keys.ENTER)
     browser.sees("The gateway does not answer.", "[role=alert]")
-    browser.driver.delete_network_conditions()
+    browser.offline(False)
+    browser.one("#key").send_keys(Keys.ENTER)
+    browser.sees("Requests", ".tiles")
+    browser.offline(True)
+    browser.sees("The gateway does not answer.", "[role=alert]")
+    browser.offline(False)
     browser.misses("The gateway does not answer.")
     browser.complaints()  # the failed calls
 
@@ -571,22 +679,9 @@ def rgb(colour: str) -> list[int]:
     return [int(part) for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
 
 
-def chain_entry(browser: Browser, model_id: str) -> dict:
-    """What the gateway itself says of a model."""
-    chain = browser.run(
-        "return fetch('/api/fallback', {headers: {authorization: `Bearer ${sessionStorage['freeway-key']}`}})"
-        ".then((answer) => answer.json())"
-    )
-    return next(entry for entry in chain if entry["model_id"] == model_id)
-
-
 def key_row(browser: Browser, label: str) -> WebElement:
     return next(row for row in browser.all("#keys tbody tr") if label in row.text)
 
 
 def stored(world: World, label: str) -> dict | None:
-    connection = sqlite3.connect(world.folder / "gateway.db")
-    connection.row_factory = sqlite3.Row
-    row = connection.execute("SELECT * FROM api_keys WHERE label = ?", (label,)).fetchone()
-    connection.close()
-    return dict(row) if row else None
+    return next((key for key in world.call("GET", "/api/keys") if key["label"] == label), None)
