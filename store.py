@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import orjson
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -74,7 +75,12 @@ class Row:
 
 
 ROW_COLUMNS = ("created_at", *(f.name for f in fields(Row) if f.name != "created_at"))
-INSERT_ROW = f"INSERT INTO requests ({', '.join(ROW_COLUMNS)}) VALUES ({', '.join('?' * len(ROW_COLUMNS))})"
+# One statement for a whole batch: sqlite3 gives the interpreter's lock away at every step, and while requests keep the
+# event loop busy each return costs 5 ms, so that row by row 250 a second would be the most.
+INSERT_ROWS = f"""
+INSERT INTO requests ({", ".join(ROW_COLUMNS)})
+SELECT {", ".join(f"json_extract(value, '$[{place}]')" for place in range(len(ROW_COLUMNS)))} FROM json_each(?)
+"""
 
 # Recency: a row weighs 1 now and 0 at the window's far end (SPEC 10.1). One pass, the window bound once.
 STATS_QUERY = """
@@ -242,8 +248,13 @@ class Store:
     async def flush(self) -> None:
         """Wait until the rows queued so far have been tried."""
         self._submit()
+        await self._tried()
+
+    async def _tried(self) -> None:
+        """Wait for the batch that is being written, whatever becomes of it: a log never fails who waits for it."""
         if self._writing is not None:
-            await asyncio.wrap_future(self._writing)
+            (done,), _ = await asyncio.wait([asyncio.wrap_future(self._writing)])
+            done.exception()  # `_written` deals with it
 
     def _arm(self, delay_s: float) -> None:
         if self._timer is None and self._writing is None:
@@ -263,8 +274,11 @@ class Store:
 
     def _written(self, done: Future[None], rows: list[Row]) -> None:
         self._writing = None
-        failed = done.exception() is not None
-        if failed:
+        error = done.exception()
+        failed = isinstance(error, sqlite3.Error)
+        if error is not None and not failed:  # a row that no database takes: waiting would only hold up the others
+            self.dropped += len(rows)
+        elif failed:
             self._rows.extendleft(reversed(rows))
             while len(self._rows) > ROWS_MAX:
                 self._rows.popleft()
@@ -277,8 +291,7 @@ class Store:
         deadline = time.monotonic() + CLOSE_S
         while self._rows or self._writing is not None:
             self._submit()
-            if self._writing is not None:
-                await asyncio.wait([asyncio.wrap_future(self._writing)])
+            await self._tried()
             await asyncio.sleep(0)  # `_written` runs now
             if self._rows:
                 if time.monotonic() > deadline:
@@ -365,7 +378,7 @@ def read_key_file(path: Path, *, must_exist: bool) -> bytes:
 
 
 def insert_rows(db: sqlite3.Connection, rows: Iterable[Row]) -> None:
-    db.executemany(INSERT_ROW, [row.values() for row in rows])
+    db.execute(INSERT_ROWS, (orjson.dumps([row.values() for row in rows]).decode(),))
 
 
 # What the gateway asks of the database. Each is one transaction's work, for `write` or `read`.

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import orjson
 
 CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
+TOKENS_MAX = 10**9  # of one answer; a provider that reports more has a broken counter
 EVENT_BYTES_MAX = 1024 * 1024  # one SSE event from a provider (SPEC 13.3)
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -136,7 +137,7 @@ class Usage:
         if not isinstance(usage, dict):
             return None
         counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        known = [int(n) if isinstance(n, int | float) and n >= 0 else None for n in counts]
+        known = [int(n) if isinstance(n, int | float) and 0 <= n <= TOKENS_MAX else None for n in counts]
         if known == [None, None]:
             return None
         return cls(known[0] or 0, known[1] or 0)

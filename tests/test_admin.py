@@ -291,6 +291,8 @@ async def test_the_first_key_ends_the_demo_and_the_last_one_gone_brings_it_back(
         ({"platform": "a", "key": "sk-two\nlines"}, "key", "invalid_key"),
         ({"platform": "a", "key": "sk-line-end\n"}, "key", "invalid_key"),
         ({"platform": "a", "key": "sk with blanks"}, "key", "invalid_key"),
+        ({"platform": "a", "key": " sk-blank-before"}, "key", "invalid_key"),
+        ({"platform": "a", "key": "sk-blank-behind "}, "key", "invalid_key"),
         ({"platform": "a", "key": "   "}, "key", "invalid_key"),
         ({"platform": "a", "key": ""}, "key", "invalid_key"),
         ({"platform": "a", "key": "sk-ümläut"}, "key", "invalid_key"),

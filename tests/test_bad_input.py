@@ -74,6 +74,7 @@ BAD_FIELDS = {
     "tools as text": ("tools", {"tools": "hammer"}),
     "tools as an object": ("tools", {"tools": {"x": 1}}),
     "a tool as text": ("tools", {"tools": ["hammer"]}),
+    "functions as text": ("functions", {"functions": "hammer"}),
     "stream_options as text": ("stream_options", {"stream": True, "stream_options": "usage"}),
     "temperature as a list": ("temperature", {"temperature": [1]}),
 }

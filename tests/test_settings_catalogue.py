@@ -47,6 +47,7 @@ MALFORMED = [
     ("GATEWAY_PORT", "65536"),
     ("GATEWAY_PORT", "-1"),
     ("GATEWAY_PORT", "http"),
+    pytest.param("STICKY_TTL_MS", "9" * 5000, id="digits without end"),
     ("LOG_LEVEL", "loud"),
     ("CONTENT_FILTER", "maybe"),
     ("GROQ_BASE_URL", "not a url"),
@@ -61,7 +62,7 @@ def test_a_malformed_setting_is_named_with_its_value_in_one_line(tmp_path, name,
 
     message = str(refused.value)
     assert name in message
-    assert value in message
+    assert value[:100] in message
     assert "\n" not in message
 
 
