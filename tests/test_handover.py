@@ -51,19 +51,23 @@ async def asked(gateway, streaming: bool, **fields) -> dict:
 
 @every_start
 @every_end
-@both_ways
-async def test_a_tool_loop_goes_on_at_another_platform(start_gateway, fake, first, then, streaming):
-    if first is then:
-        platforms = {first.name: first.options(fake)}
-    else:
-        platforms = {first.name: first.options(fake), then.name: then.options(fake)}
-    gateway = await start_gateway(platforms)
+async def test_a_tool_loop_goes_on_at_another_platform(start_gateway, fake, first, then):
+    gateway = await start_gateway({wire.name: wire.options(fake) for wire in (first, then)})
+    for streaming in (False, True):
+        with case("streamed" if streaming else "whole"):
+            fake.clear()
+            await assert_handed_over(gateway, fake, first, then, streaming)
+            await gateway.recovered()
+
+
+async def assert_handed_over(gateway, fake, first, then, streaming: bool) -> None:
     calls = [("weather", {"city": "Köln"}), ("weather", {"city": "Rom"})]
-    fake.script(first.name, first.says(Said("Let me look.", calls, "tool_calls")), error(500))
+    asks, done = first.says(Said("Let me look.", calls, "tool_calls")), then.says(Said("Done."))
     if first is then:
-        fake.script(first.name, first.says(Said("Let me look.", calls, "tool_calls")), then.says(Said("Done.")))
+        fake.script(first.name, asks, done)
     else:
-        fake.script(then.name, then.says(Said("Done.")))
+        fake.script(first.name, asks, error(500))
+        fake.script(then.name, done)
     question = {"role": "user", "content": "weather?"}
 
     told = await asked(gateway, streaming, messages=[question])
