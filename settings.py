@@ -154,9 +154,10 @@ def choice(name: str, text: str, accepted: Sequence[str]) -> str:
 
 
 def printable(name: str, text: str) -> str:
-    """A value that fits into one HTTP header or one address. Not quoted back: it may be a secret."""
+    """A value that fits into one HTTP header or one address. A key is not quoted back."""
     if not all(33 <= ord(char) <= 126 for char in text):
-        raise SettingsError(f"{name}: expected printable ASCII without spaces")
+        given = f"{name}={text!r}" if name == "GATEWAY_HOST" else name
+        raise SettingsError(f"{given}: expected printable ASCII without spaces")
     return text
 
 

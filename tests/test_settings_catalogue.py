@@ -48,6 +48,7 @@ MALFORMED = [
     ("GATEWAY_PORT", "-1"),
     ("GATEWAY_PORT", "http"),
     ("STICKY_TTL_MS", "9" * 5000),
+    ("GATEWAY_HOST", "my laptop"),
     ("LOG_LEVEL", "loud"),
     ("CONTENT_FILTER", "maybe"),
     ("GROQ_BASE_URL", "not a url"),
