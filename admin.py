@@ -415,7 +415,7 @@ def fields(body: Any, place: str = "", **types: type) -> dict[str, Any]:
 def credential(text: str) -> str:
     """A provider's key. The message never quotes it."""
     message = "The key must be printable ASCII in one line and without blanks."
-    if "\n" in text or "\r" in text or len(text) > KEY_CHARS_MAX:
+    if any(char.isspace() for char in text.removeprefix("Bearer ")) or len(text) > KEY_CHARS_MAX:
         raise InvalidRequest(message, param="key", code="invalid_key")
     try:
         return provider_key("key", text)

@@ -228,7 +228,9 @@ def mend_tools(body: JSON) -> dict[str, str]:
         return {}
     if "functions" in body:
         functions = body.pop("functions")
-        if "tools" not in body and isinstance(functions, list):
+        if not isinstance(functions, list):
+            raise wrong_type("functions", "a list")
+        if "tools" not in body:
             body["tools"] = [{"type": "function", "function": function} for function in functions]
     if "function_call" in body:
         choice = body.pop("function_call")

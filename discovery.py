@@ -19,6 +19,7 @@ from settings import make_model
 
 DISCOVER_S = 60.0  # a model pulled on the same machine is there within a minute
 MODELS_MAX = 500  # of one server; a real list ends far below, and each costs a row
+CONTEXT_MAX = 10**9  # tokens; more is no window but a broken server
 CONTEXT_FIELDS = ("context_window", "context_length", "max_model_len", "max_context_length", "inputTokenLimit", "n_ctx")
 NOT_FOR_CHAT = ("embed", "rerank", "whisper", "tts")  # words in the ids of models that answer no chat
 
@@ -90,14 +91,14 @@ def read_row(row: object) -> dict[str, Any] | None:
     if not isinstance(row, dict):
         return None
     name = row.get("id") or row.get("name") or row.get("model")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not name.isprintable() or not name:
         return None
     fields: dict[str, Any] = {"model_id": name.removeprefix("models/"), "discovered": True}
     meta = row.get("meta")
     for place in (row, meta if isinstance(meta, dict) else {}):
         for field in CONTEXT_FIELDS:
             size = place.get(field)
-            if isinstance(size, int) and size > 0:
+            if isinstance(size, int) and 0 < size <= CONTEXT_MAX:
                 fields.setdefault("context_window", size)
     capabilities = row.get("capabilities")
     if isinstance(capabilities, list):

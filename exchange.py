@@ -284,6 +284,8 @@ class Engine:
             row.input_tokens = tally.usage.input_tokens if tally.usage else chat.prompt_tokens
             row.output_tokens = tally.output_tokens()
             tokens = row.input_tokens + row.output_tokens
+            if tally.malformed:
+                self.metrics.malformed(tally.malformed)
         self.router.ledger.settle(route.reservation, tokens)
         if error is not None:
             self._failed(exchange, running, error, now)

@@ -389,7 +389,11 @@ KEY_LIKE = re.compile(
 
 
 def redact(text: str, secret: str) -> str:
-    """Remove the key this call was made with, whole or in its parts, and whatever else looks like one."""
+    """Remove the key this call was made with, whole or in its parts, and whatever else looks like one.
+
+    What comes out fits into a log row and an error body: half an emoji and NUL, which JSON may spell, do not.
+    """
+    text = text.encode(errors="replace").decode().replace("\0", " ")
     if secret:
         for part in sorted({secret, *secret.split(":")}, key=len, reverse=True):
             if len(part) >= 4:

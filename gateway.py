@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from functools import lru_cache
 from pathlib import Path
 from random import Random
@@ -163,7 +163,7 @@ class Gateway:
         try:
             jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine))
             self.engine.deadlines = Deadlines()
-            async with Providers(limits) as providers, background(*jobs):
+            async with Providers(limits) as providers, background(self.log, *jobs):
                 self.engine.providers = providers
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
@@ -342,10 +342,17 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def background(*jobs: Any) -> AsyncIterator[None]:
-    """Run jobs beside the block; they end with it."""
+async def background(log: EventLog, *jobs: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run jobs beside the block; they end with it. A defect ends the one job that has it, never the service."""
+
+    async def kept(job: Coroutine[Any, Any, None]) -> None:
+        try:
+            await job
+        except Exception as error:
+            log.write("error", "defect", type=type(error).__name__, traceback=traced(error))
+
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(job) for job in jobs]
+        tasks = [group.create_task(kept(job)) for job in jobs]
         try:
             yield
         finally:
@@ -471,10 +478,17 @@ def main() -> int:
     except (SettingsError, StoreError) as error:
         print(f"freeway: {error}", file=sys.stderr)
         return 2
+    server = uvicorn.Server(uvicorn_config(app))
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # uvicorn puts its own in place once it runs, and raises the signal once more after the orderly stop. A signal
+    # between the announcement and that moment must not be lost.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: None)  # uvicorn raises it once more after the orderly stop
+        signal.signal(number, stop)
     announce(app, listener.getsockname()[1])
-    uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
+    server.run(sockets=[listener])
     return 0
 
 

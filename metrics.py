@@ -65,6 +65,7 @@ class Metrics:
         self._requests = {"success": 0, "error": 0, "cancelled": 0}
         self._failovers = 0
         self._exhausted = 0
+        self._malformed = 0
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -89,6 +90,10 @@ class Metrics:
         """Count one request, when it has ended; `failovers` is how often it went on to a further route."""
         self._requests[status] += 1
         self._failovers += failovers
+
+    def malformed(self, events: int) -> None:
+        """Count events of providers' streams that were not JSON and were skipped (SPEC 6.3)."""
+        self._malformed += events
 
     def exhausted(self) -> None:
         """Count a request for which nothing was left to try (SPEC 5.4)."""
@@ -123,6 +128,8 @@ class Metrics:
         yield CounterMetricFamily("freeway_failovers_total", help, value=self._failovers)
         help = "Requests for which no route was left to try."
         yield CounterMetricFamily("all_models_exhausted_total", help, value=self._exhausted)
+        help = "Events in providers' streams that were not JSON and were skipped."
+        yield CounterMetricFamily("freeway_malformed_events_total", help, value=self._malformed)
 
     def _attempt_families(self) -> Iterator[Metric]:
         names = ["platform", "model"]

@@ -43,6 +43,7 @@ HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8
 AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
 CHECK_S = 10.0  # for a list of models
+CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 KEEPALIVE_S = 15.0  # idle provider connections; many servers close theirs after 20 s and more
 CHECK = Chat(
     {"messages": [{"role": "user", "content": "-"}]}, model="", mode=Mode.BALANCED, pinned=None, stream=False,
@@ -426,7 +427,7 @@ def no_answer(error: Exception, route: Route, deadline: float | None) -> Upstrea
     if isinstance(error, aiohttp.ServerTimeoutError):
         return UpstreamError(Failure.TIMEOUT, "The provider could not be reached in time.", status=504)
     if isinstance(error, TimeoutError):
-        if deadline is None or asyncio.get_running_loop().time() >= deadline:
+        if deadline is None or asyncio.get_running_loop().time() >= deadline - CLOCK_STEP_S:
             return UpstreamError(Failure.TIMEOUT, "The provider did not answer in time.", status=504)
         return UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
     words = faults.redact(f"{type(error).__name__}: {error}", route.key.secret)

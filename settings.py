@@ -69,6 +69,8 @@ WHOLE = (
     "LOG_RETENTION_DAYS",
 )  # fmt: skip
 CHOICES = {"CONTENT_FILTER": ("propagate", "failover"), "LOG_LEVEL": ("debug", "info", "warning", "error")}
+DIGITS_MAX = 18  # int() refuses thousands of them by itself, with a traceback
+QUOTED_CHARS_MAX = 100  # of a malformed value in the one line that the operator gets
 WHOLE_MAX = 10**12  # 31 years in milliseconds: above it a clock would overflow, and it is a typing error anyway
 
 
@@ -139,8 +141,9 @@ def read_dotenv(path: Path) -> dict[str, str]:
 
 
 def whole(name: str, text: str, low: int, high: int) -> int:
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise SettingsError(f"{name}={text!r}: expected a whole number from {low} to {high}")
+    digits = text.isascii() and text.isdigit() and len(text) <= DIGITS_MAX
+    if not (digits and low <= int(text) <= high):
+        raise SettingsError(f"{name}={text[:QUOTED_CHARS_MAX]!r}: expected a whole number from {low} to {high}")
     return int(text)
 
 
@@ -151,9 +154,10 @@ def choice(name: str, text: str, accepted: Sequence[str]) -> str:
 
 
 def printable(name: str, text: str) -> str:
-    """A value that fits into one HTTP header or one address. Not quoted back: it may be a secret."""
+    """A value that fits into one HTTP header or one address. A key is not quoted back."""
     if not all(33 <= ord(char) <= 126 for char in text):
-        raise SettingsError(f"{name}: expected printable ASCII without spaces")
+        given = f"{name}={text!r}" if name == "GATEWAY_HOST" else name
+        raise SettingsError(f"{given}: expected printable ASCII without spaces")
     return text
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import orjson
 
 CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
-TOKENS_MAX = 10**12  # of one answer; what is above (or no number at all) is nonsense, and would not fit the log
+TOKENS_MAX = 10**9  # of one answer; a provider that reports more has a broken counter
 EVENT_BYTES_MAX = 1024 * 1024  # one SSE event from a provider (SPEC 13.3)
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -125,7 +125,7 @@ class Chat:
 
 
 def token_count(value: object) -> int | None:
-    return int(value) if isinstance(value, (int, float)) and 0 <= value < TOKENS_MAX else None
+    return int(value) if isinstance(value, (int, float)) and 0 <= value <= TOKENS_MAX else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,10 @@
 import asyncio
 import json
 import sqlite3
+from itertools import product
 
 import pytest
-from conftest import IN_ORDER, default_key
+from conftest import IN_ORDER, case, default_key
 from fake_provider import PAUSE, Wait, answer, body, chunk, completion, error, raw, sse
 
 NEW_KEY = "sk-brand-new-key-0042"
@@ -260,61 +261,66 @@ async def test_the_first_key_ends_the_demo_and_the_last_one_gone_brings_it_back(
     assert (await gateway.chat(model="auto")).headers["x-routed-via"] == "demo/demo"
 
 
-@pytest.mark.parametrize(
-    ("content", "param", "code"),
-    [
-        ({"platform": "a"}, "key", "missing_field"),
-        ({"key": NEW_KEY}, "platform", "missing_field"),
-        ({"platform": "nowhere", "key": NEW_KEY}, "platform", "unknown_platform"),
-        ({"platform": "a", "key": "sk-two\nlines"}, "key", "invalid_key"),
-        ({"platform": "a", "key": "sk-line-end\n"}, "key", "invalid_key"),
-        ({"platform": "a", "key": "sk with blanks"}, "key", "invalid_key"),
-        ({"platform": "a", "key": "   "}, "key", "invalid_key"),
-        ({"platform": "a", "key": ""}, "key", "invalid_key"),
-        ({"platform": "a", "key": "sk-ümläut"}, "key", "invalid_key"),
-        ({"platform": "a", "key": "x" * 5000}, "key", "invalid_key"),
-        ({"platform": "a", "key": 5}, "key", "invalid_type"),
-        ({"platform": "a", "key": None}, "key", "invalid_type"),
-        ({"platform": ["a"], "key": NEW_KEY}, "platform", "invalid_type"),
-        ({"platform": "a", "key": NEW_KEY, "label": 1}, "label", "invalid_type"),
-        ({"platform": "a", "key": NEW_KEY, "label": "x" * 101}, "label", "invalid_value"),
-        ({"platform": "a", "key": NEW_KEY, "label": "env:FAKE"}, "label", None),
-        ({"platform": "a", "key": NEW_KEY, "colour": "red"}, "colour", "unknown_field"),
-        ([{"platform": "a", "key": NEW_KEY}], None, "invalid_type"),
-        (b"{not json", None, "invalid_json"),
-        (b"", None, "invalid_json"),
-        (b'{"platform": "a", "key": NaN}', None, "invalid_json"),
-    ],
-)
-async def test_a_key_that_cannot_be_right_is_refused_and_never_quoted(start_gateway, content, param, code):
+WRONG_KEYS = [
+    ({"platform": "a"}, "key", "missing_field"),
+    ({"key": NEW_KEY}, "platform", "missing_field"),
+    ({"platform": "nowhere", "key": NEW_KEY}, "platform", "unknown_platform"),
+    ({"platform": "a", "key": "sk-two\nlines"}, "key", "invalid_key"),
+    ({"platform": "a", "key": "sk-line-end\n"}, "key", "invalid_key"),
+    ({"platform": "a", "key": "sk with blanks"}, "key", "invalid_key"),
+    ({"platform": "a", "key": " sk-blank-before"}, "key", "invalid_key"),
+    ({"platform": "a", "key": "sk-blank-behind "}, "key", "invalid_key"),
+    ({"platform": "a", "key": "   "}, "key", "invalid_key"),
+    ({"platform": "a", "key": ""}, "key", "invalid_key"),
+    ({"platform": "a", "key": "sk-ümläut"}, "key", "invalid_key"),
+    ({"platform": "a", "key": "x" * 5000}, "key", "invalid_key"),
+    ({"platform": "a", "key": 5}, "key", "invalid_type"),
+    ({"platform": "a", "key": None}, "key", "invalid_type"),
+    ({"platform": ["a"], "key": NEW_KEY}, "platform", "invalid_type"),
+    ({"platform": "a", "key": NEW_KEY, "label": 1}, "label", "invalid_type"),
+    ({"platform": "a", "key": NEW_KEY, "label": "x" * 101}, "label", "invalid_value"),
+    ({"platform": "a", "key": NEW_KEY, "label": "env:FAKE"}, "label", None),
+    ({"platform": "a", "key": NEW_KEY, "colour": "red"}, "colour", "unknown_field"),
+    ([{"platform": "a", "key": NEW_KEY}], None, "invalid_type"),
+    (b"{not json", None, "invalid_json"),
+    (b"", None, "invalid_json"),
+    (b'{"platform": "a", "key": NaN}', None, "invalid_json"),
+]
+
+
+async def test_a_key_that_cannot_be_right_is_refused_and_never_quoted(start_gateway):
     gateway = await start_gateway(["a"])
-    status, answered = await send(gateway, "POST", "/api/keys", content)
-    found = answered["error"]
-    assert (status, found["type"], found["param"], found["code"]) == (400, "invalid_request_error", param, code)
-    if isinstance(content, dict) and isinstance(content.get("key"), str) and len(content["key"].strip()) > 3:
-        assert content["key"].strip() not in json.dumps(answered, ensure_ascii=False)
-    assert len(await get(gateway, "/api/keys")) == 1
+    for content, param, code in WRONG_KEYS:
+        with case(content):
+            status, answered = await send(gateway, "POST", "/api/keys", content)
+            found = answered["error"]
+            assert (status, found["type"], found["param"], found["code"]) == (400, "invalid_request_error", param, code)
+            if isinstance(content, dict) and isinstance(content.get("key"), str) and len(content["key"].strip()) > 3:
+                assert content["key"].strip() not in json.dumps(answered, ensure_ascii=False)
+            assert len(await get(gateway, "/api/keys")) == 1
 
 
-@pytest.mark.parametrize(
-    ("content", "param"),
-    [
-        ({"enabled": 1}, "enabled"),
-        ({"enabled": "yes"}, "enabled"),
-        ({"enabled": None}, "enabled"),
-        ({"status": "healthy"}, "status"),
-        ({"status": True}, "status"),
-        ({"label": []}, "label"),
-        ({"key": "sk-other-key-0001"}, "key"),
-        ("enabled", None),
-    ],
-)
-async def test_a_bad_change_to_a_key_changes_nothing(start_gateway, content, param):
+BAD_CHANGES = [
+    ({"enabled": 1}, "enabled"),
+    ({"enabled": "yes"}, "enabled"),
+    ({"enabled": None}, "enabled"),
+    ({"status": "healthy"}, "status"),
+    ({"status": True}, "status"),
+    ({"label": []}, "label"),
+    ({"key": "sk-other-key-0001"}, "key"),
+    ("enabled", None),
+]
+
+
+async def test_a_bad_change_to_a_key_changes_nothing(start_gateway):
     gateway = await start_gateway(["a"])
     before = await get(gateway, "/api/keys")
-    status, answered = await send(gateway, "PATCH", f"/api/keys/{before[0]['id']}", content)
-    assert (status, answered["error"]["type"], answered["error"]["param"]) == (400, "invalid_request_error", param)
-    assert await get(gateway, "/api/keys") == before
+    for content, param in BAD_CHANGES:
+        with case(content):
+            status, answered = await send(gateway, "PATCH", f"/api/keys/{before[0]['id']}", content)
+            error = answered["error"]
+            assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+            assert await get(gateway, "/api/keys") == before
 
 
 async def test_a_body_beyond_all_reason_is_refused(start_gateway):
@@ -518,61 +524,63 @@ async def test_changes_in_the_midst_of_traffic_fail_no_request(start_gateway):
 # --- What every route refuses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("PATCH", "/api/keys/{id}"),
-        ("DELETE", "/api/keys/{id}"),
-        ("POST", "/api/keys/{id}/check"),
-        ("PATCH", "/api/models/{id}"),
-    ],
-)
-@pytest.mark.parametrize("id", ["999999", "0", "-1", "x", "1.0", "9" * 30, "9" * 5000, "%00", "²"])
-async def test_an_unknown_id_is_a_404(start_gateway, method, path, id):
+WITH_IDS = [
+    ("PATCH", "/api/keys/{id}"),
+    ("DELETE", "/api/keys/{id}"),
+    ("POST", "/api/keys/{id}/check"),
+    ("PATCH", "/api/models/{id}"),
+]
+NO_IDS = ["999999", "0", "-1", "x", "1.0", "9" * 30, "9" * 5000, "%00", "²"]
+
+
+async def test_an_unknown_id_is_a_404(start_gateway):
     gateway = await start_gateway(["a"])
-    status, answered = await send(
-        gateway, method, path.replace("{id}", id), {"enabled": True} if method == "PATCH" else None
-    )
-    assert (status, answered["error"]["code"]) == (404, "not_found")
+    for (method, path), id in product(WITH_IDS, NO_IDS):
+        with case((method, path, id[:40])):
+            content = {"enabled": True} if method == "PATCH" else None
+            status, answered = await send(gateway, method, path.replace("{id}", id), content)
+            assert (status, answered["error"]["code"]) == (404, "not_found")
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
-    [
-        ("POST", "/api/status", {"GET", "HEAD"}),
-        ("DELETE", "/api/keys", {"GET", "HEAD", "POST"}),
-        ("GET", "/api/keys/1", {"PATCH", "DELETE"}),
-        ("GET", "/api/keys/1/check", {"POST"}),
-        ("POST", "/api/models/1", {"PATCH"}),
-        ("POST", "/api/fallback", {"GET", "HEAD", "PUT"}),
-        ("GET", "/api/protection/cooldowns", {"DELETE"}),
-        ("POST", "/metrics", {"GET", "HEAD"}),
-        ("POST", "/", {"GET", "HEAD"}),
-    ],
-)
-async def test_a_method_that_is_not_there_is_a_405_that_says_which_are(start_gateway, method, path, allowed):
+WRONG_METHODS = [
+    ("POST", "/api/status", {"GET", "HEAD"}),
+    ("DELETE", "/api/keys", {"GET", "HEAD", "POST"}),
+    ("GET", "/api/keys/1", {"PATCH", "DELETE"}),
+    ("GET", "/api/keys/1/check", {"POST"}),
+    ("POST", "/api/models/1", {"PATCH"}),
+    ("POST", "/api/fallback", {"GET", "HEAD", "PUT"}),
+    ("GET", "/api/protection/cooldowns", {"DELETE"}),
+    ("POST", "/metrics", {"GET", "HEAD"}),
+    ("POST", "/", {"GET", "HEAD"}),
+]
+
+
+async def test_a_method_that_is_not_there_is_a_405_that_says_which_are(start_gateway):
     gateway = await start_gateway(["a"])
     headers = {"authorization": f"Bearer {gateway.api_key}"}
-    async with gateway.http.request(method, gateway.base_url + path, headers=headers) as response:
-        assert response.status == 405
-        assert (await response.json())["error"]["code"] == "method_not_allowed"
-        assert set(response.headers["allow"].split(", ")) == allowed
+    for method, path, allowed in WRONG_METHODS:
+        with case((method, path)):
+            async with gateway.http.request(method, gateway.base_url + path, headers=headers) as response:
+                assert response.status == 405
+                assert (await response.json())["error"]["code"] == "method_not_allowed"
+                assert set(response.headers["allow"].split(", ")) == allowed
 
 
-@pytest.mark.parametrize(
-    ("path", "param"),
-    [
-        ("/api/requests?limit=0", "limit"),
-        ("/api/requests?limit=-5", "limit"),
-        ("/api/requests?limit=many", "limit"),
-        ("/api/requests?before_id=" + "9" * 5000, "before_id"),
-        ("/api/analytics?window=1h", "window"),
-    ],
-)
-async def test_a_query_that_makes_no_sense_is_refused(start_gateway, path, param):
+SENSELESS = [
+    ("/api/requests?limit=0", "limit"),
+    ("/api/requests?limit=-5", "limit"),
+    ("/api/requests?limit=many", "limit"),
+    ("/api/requests?before_id=" + "9" * 5000, "before_id"),
+    ("/api/analytics?window=1h", "window"),
+]
+
+
+async def test_a_query_that_makes_no_sense_is_refused(start_gateway):
     gateway = await start_gateway(["a"])
-    refused = await gateway.get(path)
-    assert (refused.status, refused.error["param"]) == (400, param)
+    for path, param in SENSELESS:
+        with case(path[:60]):
+            refused = await gateway.get(path)
+            assert (refused.status, refused.error["param"]) == (400, param)
 
 
 async def test_a_locked_database_refuses_a_change_and_says_so(start_gateway):

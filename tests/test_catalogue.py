@@ -160,6 +160,7 @@ LISTS = {
     "a bare list": (listing(root=[{"id": "a:1b"}, "b:7b"]), ["a:1b", "b:7b"]),
     "not for chat": (listing({"id": "nomic-embed-text"}, {"id": "a:1b"}, {"id": "whisper-1"}), ["a:1b"]),
     "rubbish between": (listing({"id": "a:1b"}, None, 7, {"id": 7}, {}), ["a:1b"]),
+    "what no database takes": (listing({"id": "half \ud83d"}, {"id": "a:1b", "n_ctx": 2**70}), ["a:1b"]),
 }
 
 

@@ -7,8 +7,10 @@ rests for how long: "model" is the transient cooldown, "invalid" the key for goo
 import json
 import time
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import pytest
+from conftest import case
 from fake_provider import answer, body, chunk, chunked, event, head, raw, sse
 from wires import PLATFORMS, WIRES, Gemini, Said, gemini_frame
 
@@ -351,7 +353,10 @@ SHAPES = {
     ),
     "plain text": Shape("nvidia", 404, "404 page not found", "not_found", 404),
 }
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+SHAPES_OF = {
+    platform: {name: shape for name, shape in SHAPES.items() if shape.platform == platform}
+    for platform in sorted({shape.platform for shape in SHAPES.values()})
+}
 
 
 def seconds_of_rest(shape: Shape) -> float:
@@ -383,23 +388,27 @@ def scripted(shape: Shape):
     return body(shape.content, status=shape.status, headers=shape.headers)
 
 
-@every_shape
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
-async def test_an_error_means_what_the_platform_means_by_it(start_gateway, fake, shape, streaming):
-    gateway = await start_gateway(platforms_for(shape))
-    fake.script("native", scripted(shape))
+@pytest.mark.parametrize("platform", SHAPES_OF)
+async def test_an_error_means_what_the_platform_means_by_it(start_gateway, fake, platform):
+    gateway = None
+    for (name, shape), streaming in product(SHAPES_OF[platform].items(), (False, True)):
+        gateway = gateway or await start_gateway(platforms_for(shape))
+        with case((name, streaming)):
+            fake.clear()
+            fake.script("native", scripted(shape))
 
-    got = await gateway.ask(streaming=streaming)
+            got = await gateway.ask(streaming=streaming)
 
-    if shape.kind == "content_filter":
-        assert (got.status, fake.called) == (400, ["native"])
-        failed = await gateway.row()
-    else:
-        assert got.text == "hello from b"
-        failed, _ = await gateway.rows(2)
-    assert (failed["error_kind"], failed["http_status"]) == (shape.kind, shape.http_status)
-    assert failed["error"]
-    await assert_rest(gateway, shape)
+            if shape.kind == "content_filter":
+                assert (got.status, fake.called) == (400, ["native"])
+                (failed,) = await gateway.rows_of(got, 1)
+            else:
+                assert got.text == "hello from b"
+                failed, _ = await gateway.rows_of(got, 2)
+            assert (failed["error_kind"], failed["http_status"]) == (shape.kind, shape.http_status)
+            assert failed["error"]
+            await assert_rest(gateway, shape)
+            await gateway.recovered()
 
 
 def begun(shape: Shape) -> list[bytes]:

@@ -6,7 +6,7 @@ The servers of wires.py refuse what the real ones refuse, so an answer is the pr
 import json
 
 import pytest
-from conftest import IN_ORDER
+from conftest import IN_ORDER, case
 from fake_provider import answer, completion, error
 from wires import SIGNATURE, STRICT_WIRES, Said, insist
 
@@ -52,19 +52,23 @@ async def asked(gateway, streaming: bool, **fields) -> dict:
 
 @every_start
 @every_end
-@both_ways
-async def test_a_tool_loop_goes_on_at_another_platform(start_gateway, fake, first, then, streaming):
-    if first is then:
-        platforms = {first.name: first.options(fake)}
-    else:
-        platforms = {first.name: first.options(fake), then.name: then.options(fake)}
-    gateway = await start_gateway(platforms)
+async def test_a_tool_loop_goes_on_at_another_platform(start_gateway, fake, first, then):
+    gateway = await start_gateway({wire.name: wire.options(fake) for wire in (first, then)})
+    for streaming in (False, True):
+        with case("streamed" if streaming else "whole"):
+            fake.clear()
+            await assert_handed_over(gateway, fake, first, then, streaming)
+            await gateway.recovered()
+
+
+async def assert_handed_over(gateway, fake, first, then, streaming: bool) -> None:
     calls = [("weather", {"city": "Köln"}), ("weather", {"city": "Rom"})]
-    fake.script(first.name, first.says(Said("Let me look.", calls, "tool_calls")), error(500))
+    asks, done = first.says(Said("Let me look.", calls, "tool_calls")), then.says(Said("Done."))
     if first is then:
-        fake.script(first.name, first.says(Said("Let me look.", calls, "tool_calls")), then.says(Said("Done.")))
+        fake.script(first.name, asks, done)
     else:
-        fake.script(then.name, then.says(Said("Done.")))
+        fake.script(first.name, asks, error(500))
+        fake.script(then.name, done)
     question = {"role": "user", "content": "weather?"}
 
     told = await asked(gateway, streaming, messages=[question])
@@ -153,15 +157,14 @@ HISTORIES = {
 
 
 @every_end
-@both_ways
-@pytest.mark.parametrize("history", HISTORIES.values(), ids=HISTORIES)
-async def test_any_history_is_accepted_by_every_wire(start_gateway, fake, then, history, streaming):
+async def test_any_history_is_accepted_by_every_wire(start_gateway, fake, then):
     gateway = await start_gateway({then.name: then.options(fake)})
     fake.script(then.name, then.says(Said("Done.")))
 
-    got = await asked(gateway, streaming, messages=history)
-
-    assert got["content"] == "Done."
+    for name, history in HISTORIES.items():
+        for streaming in (False, True):
+            with case((name, streaming)):
+                assert (await asked(gateway, streaming, messages=history))["content"] == "Done."
 
 
 async def test_a_platform_that_wants_its_thoughts_back_gets_them(start_gateway, fake):

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -60,10 +61,12 @@ OWNED = {"aiohttp": {"providers"}, "sqlite3": STORE, "cryptography": {"store"}, 
 SQL = re.compile(r"\b(SELECT\s.+\sFROM|INSERT\s+INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|PRAGMA\s)", re.DOTALL)
 
 
+@cache
 def parsed(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
 
 
+@cache
 def imported(path: Path) -> set[str]:
     """The top-level names of everything a module imports, anywhere in it."""
     names: set[str] = set()

@@ -74,6 +74,15 @@ async def test_a_stream_that_breaks_is_no_failover(start_gateway, fake):
     assert found["freeway_failovers_total",] == 0
 
 
+async def test_events_that_are_no_json_are_counted(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    fake.script("a", sse(chunk("Hel"), b"data: {broken\n\n", b"data: 5\n\n", chunk("lo"), chunk(finish="stop"), DONE))
+
+    (await gateway.stream()).assert_whole("Hello")
+
+    assert (await scrape(gateway))[("freeway_malformed_events_total",)] == 2
+
+
 async def test_what_holds_at_the_moment_is_shown(start_gateway, fake):
     gateway = await start_gateway({"a": {"protection": "provider-ban"}, "b": {}, "c": {}})
     fake.script("a", error(503))

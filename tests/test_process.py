@@ -115,6 +115,16 @@ async def test_a_stop_lets_streams_finish_writes_their_rows_and_exits_cleanly(st
     assert "Traceback" not in running.text
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_right_after_the_announcement_is_not_lost(start_process, number):
+    running = await start_process(settings=GIVEN_KEY)
+    await until(lambda: running.output)
+    running.signal(number)
+
+    assert await running.ended() == 0
+    assert "Traceback" not in running.text
+
+
 def refuses(base_url: str) -> bool:
     host, port = base_url.removeprefix("http://").split(":")
     try:
@@ -283,7 +293,7 @@ async def test_flags_beat_the_environment_which_beats_the_env_file(start_process
 
 
 async def test_a_database_that_is_locked_delays_no_request_and_loses_no_row(start_process, fake, tmp_path):
-    running = await start_process(["a"], GIVEN_KEY)
+    running = await start_process(["a"], {**GIVEN_KEY, "STATS_REFRESH_MS": "20"})
     fake.script("a", answer())
     async with client_of(running) as client:
         with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as other:
@@ -292,8 +302,11 @@ async def test_a_database_that_is_locked_delays_no_request_and_loses_no_row(star
             for n in range(20):
                 assert (await client.ask(streaming=bool(n % 2))).status == 200
             assert time.monotonic() - started < 1
+            assert (await client.get("/api/requests")).json == {"rows": []}  # by now the statistics have waited in vain
+            assert (await client.chat()).status == 200
             other.execute("ROLLBACK")
-        await client.rows(20)
+        await client.rows(21)
+        assert (await client.chat()).status == 200
 
 
 async def test_old_rows_are_removed_at_start(start_process, fake, tmp_path):

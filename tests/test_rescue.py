@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+from conftest import case
 from fake_provider import body, chunk, completion, sse
 
 import rescue
@@ -68,7 +69,6 @@ DIALECTS = {
     "a list in brackets": (f"[TOOL_CALLS][{JSON_CALL}]", ROME),
     "arguments encoded twice": ('{"name": "weather", "arguments": "{\\"city\\": \\"Rom\\"}"}', ROME),
 }
-every_dialect = pytest.mark.parametrize(("text", "calls"), DIALECTS.values(), ids=DIALECTS)
 
 
 def read(calls: list[dict]) -> list[tuple[str, dict]]:
@@ -86,32 +86,34 @@ def joined(got) -> list[dict]:
     return calls
 
 
-@every_dialect
-async def test_a_call_written_as_text_is_a_call(start_gateway, fake, text, calls):
+async def test_a_call_written_as_text_is_a_call(start_gateway, fake):
     gateway = await start_gateway()
-    fake.script("a", completion(text))
+    for name, (text, calls) in DIALECTS.items():
+        with case(name):
+            fake.script("a", completion(text))
 
-    got = (await gateway.chat(tools=TOOLS)).json["choices"][0]
+            got = (await gateway.chat(tools=TOOLS)).json["choices"][0]
 
-    assert read(got["message"]["tool_calls"]) == calls
-    assert not got["message"]["content"]
-    assert got["finish_reason"] == "tool_calls"
-    assert len({call["id"] for call in got["message"]["tool_calls"]}) == len(calls)
+            assert read(got["message"]["tool_calls"]) == calls
+            assert not got["message"]["content"]
+            assert got["finish_reason"] == "tool_calls"
+            assert len({call["id"] for call in got["message"]["tool_calls"]}) == len(calls)
 
 
-@every_dialect
 @pytest.mark.parametrize("size", [1, 7, 10_000])
-async def test_a_call_streamed_as_text_is_a_call_in_any_pieces(start_gateway, fake, text, calls, size):
+async def test_a_call_streamed_as_text_is_a_call_in_any_pieces(start_gateway, fake, size):
     gateway = await start_gateway()
-    pieces = [text[at : at + size] for at in range(0, len(text), size)]
-    fake.script("a", sse(chunk(role="assistant", content=""), *map(chunk, pieces), chunk(finish="stop")))
+    for name, (text, calls) in DIALECTS.items():
+        with case(name):
+            pieces = [text[at : at + size] for at in range(0, len(text), size)]
+            fake.script("a", sse(chunk(role="assistant", content=""), *map(chunk, pieces), chunk(finish="stop")))
 
-    got = await gateway.stream(tools=TOOLS)
+            got = await gateway.stream(tools=TOOLS)
 
-    assert read(joined(got)) == calls
-    assert got.text == ""
-    assert got.finishes == ["tool_calls"]
-    got.assert_done_once()
+            assert read(joined(got)) == calls
+            assert got.text == ""
+            assert got.finishes == ["tool_calls"]
+            got.assert_done_once()
 
 
 async def test_text_before_a_call_stays(start_gateway, fake):
@@ -141,26 +143,28 @@ NO_CALLS = {
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("text", NO_CALLS.values(), ids=NO_CALLS)
-async def test_what_only_looks_like_a_call_stays_text(start_gateway, fake, text, streaming):
+async def test_what_only_looks_like_a_call_stays_text(start_gateway, fake, streaming):
     gateway = await start_gateway()
-    pieces = [text[at : at + 3] for at in range(0, len(text), 3)]
-    fake.script("a", sse(*map(chunk, pieces), chunk(finish="stop")) if streaming else completion(text))
+    for name, text in NO_CALLS.items():
+        with case(name):
+            pieces = [text[at : at + 3] for at in range(0, len(text), 3)]
+            fake.script("a", sse(*map(chunk, pieces), chunk(finish="stop")) if streaming else completion(text))
 
-    got = await gateway.ask(streaming=streaming, tools=TOOLS)
+            got = await gateway.ask(streaming=streaming, tools=TOOLS)
 
-    assert got.text == text
-    if streaming:
-        assert got.chunks[: len(pieces)] == [chunk(piece) for piece in pieces]
+            assert got.text == text
+            if streaming:
+                assert got.chunks[: len(pieces)] == [chunk(piece) for piece in pieces]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@every_dialect
-async def test_without_tools_text_is_text(start_gateway, fake, text, calls, streaming):
+async def test_without_tools_text_is_text(start_gateway, fake, streaming):
     gateway = await start_gateway()
-    fake.script("a", sse(chunk(text), chunk(finish="stop")) if streaming else completion(text))
+    for name, (text, _) in DIALECTS.items():
+        with case(name):
+            fake.script("a", sse(chunk(text), chunk(finish="stop")) if streaming else completion(text))
 
-    assert (await gateway.ask(streaming=streaming)).text == text
+            assert (await gateway.ask(streaming=streaming)).text == text
 
 
 UNREADABLE = {
@@ -217,18 +221,19 @@ THOUGHTS = {
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 10_000])
-@pytest.mark.parametrize(("text", "thoughts", "rest"), THOUGHTS.values(), ids=THOUGHTS)
-async def test_thoughts_in_tags_are_reasoning(start_gateway, fake, text, thoughts, rest, size):
+async def test_thoughts_in_tags_are_reasoning(start_gateway, fake, size):
     gateway = await start_gateway()
-    pieces = [chunk(text[at : at + size]) for at in range(0, len(text), size or 1)]
-    fake.script("a", sse(*pieces, chunk(finish="stop")) if size else completion(text))
+    for name, (text, thoughts, rest) in THOUGHTS.items():
+        with case(name):
+            pieces = [chunk(text[at : at + size]) for at in range(0, len(text), size or 1)]
+            fake.script("a", sse(*pieces, chunk(finish="stop")) if size else completion(text))
 
-    got = await gateway.ask(streaming=bool(size))
+            got = await gateway.ask(streaming=bool(size))
 
-    assert got.text == rest
-    told = got.deltas if size else [got.json["choices"][0]["message"]]
-    assert "".join(delta.get("reasoning_content", "") for delta in told) == thoughts
-    assert not size or got.finishes == ["stop"]
+            assert got.text == rest
+            told = got.deltas if size else [got.json["choices"][0]["message"]]
+            assert "".join(delta.get("reasoning_content", "") for delta in told) == thoughts
+            assert not size or got.finishes == ["stop"]
 
 
 async def test_an_answer_that_begins_in_mid_thought_is_parted(start_gateway, fake):

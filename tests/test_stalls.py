@@ -2,10 +2,16 @@
 
 import asyncio
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import Stream
 from fake_provider import PAUSE, Every, Wait, answer, chunk, chunked, event, raw, sse, until
+
+from catalog import KEYLESS
+from protection import Failure
+from providers import no_answer
+from router import Route
 
 ROLE = chunk(role="assistant", content="")
 STOP = chunk(finish="stop")
@@ -110,9 +116,17 @@ async def test_a_first_token_that_never_comes_is_given_up_whatever_else_arrives(
 
     got.assert_whole("hello from b")
     taken_s = await fake.closed(0) - fake.requests[0].arrived_at
-    assert 0.09 <= taken_s < 0.5
+    assert 0.05 <= taken_s < 0.5  # from when the request was seen here, a little after it began
     assert (await gateway.rows(2))[0]["error_kind"] == "timeout"
     assert set(await gateway.cooled_models()) == {"a-model"}
+
+
+async def test_a_timer_that_fires_within_the_last_tick_is_the_first_token_timeout():
+    route = Route(SimpleNamespace(), KEYLESS, None)
+    now = asyncio.get_running_loop().time()
+
+    assert no_answer(TimeoutError(), route, now + 0.001).failure is Failure.TIMEOUT
+    assert no_answer(TimeoutError(), route, now + 1).failure is Failure.STALL
 
 
 async def test_the_first_token_timeout_ends_with_the_first_token(start_gateway, fake):

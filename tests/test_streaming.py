@@ -292,6 +292,7 @@ BAD_ENDS = {
     "an end without finish": ([], "truncated", False),
     "an end inside an event": ([event(chunk("more"))[:-20]], "truncated", False),
     "an error": ([{"error": {"message": "secret-backend-7 fell over", "code": 500}}], "server_error", True),
+    "an event larger than 1 MiB": ([chunk("x" * (1 << 20))], "malformed", False),
     "an error without code": ([{"error": "secret-backend-7 fell over"}], "wrapped", False),
 }
 

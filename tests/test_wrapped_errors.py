@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass
 
 import pytest
+from conftest import case
 from fake_provider import answer, body, chunk, completion, event, sse
 
 RATE_LIMITED = (429, "rate_limited", "key")
@@ -68,7 +69,12 @@ FORMS = {
     "code of an object": coded({"code": 503}, UNSTATED),
     "an unknown name": coded("something_odd", UNSTATED),
 }
-every_form = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+PLACES = {
+    "body": lambda form: body(form.content),
+    "first event": lambda form: sse(form.content),
+    "second event": lambda form: sse(chunk(role="assistant", content=""), form.content, chunk("not to be seen")),
+    "JSON body of a stream": lambda form: body(form.content),
+}
 
 
 def assert_row(row: dict, form: Wrapped) -> None:
@@ -85,43 +91,44 @@ async def assert_cooled(gateway, form: Wrapped) -> None:
     assert set(await gateway.cooled_keys()) == ({"a-model"} if cools == "key" else set())
 
 
-@every_form
-@pytest.mark.parametrize("place", ["body", "first event", "second event", "JSON body of a stream"])
-async def test_an_error_inside_a_200_moves_on_to_the_next_route(start_gateway, fake, form, place):
+@pytest.mark.parametrize("place", PLACES)
+async def test_an_error_inside_a_200_moves_on_to_the_next_route(start_gateway, fake, place):
     gateway = await start_gateway(["a", "b"])
-    replies = {
-        "body": body(form.content),
-        "first event": sse(form.content),
-        "second event": sse(chunk(role="assistant", content=""), form.content, chunk("not to be seen")),
-        "JSON body of a stream": body(form.content),
-    }
-    fake.script("a", replies[place])
+    for name, form in FORMS.items():
+        with case(name):
+            fake.clear()
+            fake.script("a", PLACES[place](form))
 
-    got = await gateway.ask(streaming=place != "body")
+            got = await gateway.ask(streaming=place != "body")
 
-    assert got.text == "hello from b"
-    assert fake.called == ["a", "b"]
-    assert got.headers["X-Fallback-Trail"] == f"a/a-model={form.means[1]}"
-    failed, _ = await gateway.rows(2)
-    assert_row(failed, form)
-    await assert_cooled(gateway, form)
+            assert got.text == "hello from b"
+            assert fake.called == ["a", "b"]
+            assert got.headers["X-Fallback-Trail"] == f"a/a-model={form.means[1]}"
+            failed, _ = await gateway.rows_of(got, 2)
+            assert_row(failed, form)
+            await assert_cooled(gateway, form)
+            await gateway.recovered()
 
 
-@every_form
-async def test_an_error_in_the_tenth_event_ends_the_stream_as_failed(start_gateway, fake, form):
+async def test_an_error_in_the_tenth_event_ends_the_stream_as_failed(start_gateway, fake):
     gateway = await start_gateway(["a", "b"])
     words = [chunk(f"word{n} ") for n in range(9)]
-    fake.script("a", sse(*words, form.content, chunk("not to be seen"), chunk(finish="stop")))
+    for name, form in FORMS.items():
+        with case(name):
+            fake.clear()
+            fake.script("a", sse(*words, form.content, chunk("not to be seen"), chunk(finish="stop")))
 
-    got = await gateway.stream()
+            got = await gateway.stream()
 
-    assert got.text == "".join(f"word{n} " for n in range(9))
-    assert got.error["type"] == "stream_error"
-    assert got.finishes == ["error"]
-    got.assert_done_once()
-    assert fake.called == ["a"]
-    assert_row(await gateway.row(), form)
-    await assert_cooled(gateway, form)
+            assert got.text == "".join(f"word{n} " for n in range(9))
+            assert got.error["type"] == "stream_error"
+            assert got.finishes == ["error"]
+            got.assert_done_once()
+            assert fake.called == ["a"]
+            (failed,) = await gateway.rows_of(got, 1)
+            assert_row(failed, form)
+            await assert_cooled(gateway, form)
+            await gateway.recovered()
 
 
 async def test_a_wrapped_401_makes_the_key_invalid(start_gateway, fake):
@@ -179,17 +186,19 @@ MALFORMED = {
 }
 
 
-@pytest.mark.parametrize("malformed", MALFORMED.values(), ids=MALFORMED)
-async def test_a_malformed_event_is_skipped_and_the_stream_goes_on(start_gateway, fake, malformed):
+async def test_a_malformed_event_is_skipped_and_the_stream_goes_on(start_gateway, fake):
     gateway = await start_gateway(["a", "b"])
-    first = chunk(role="assistant", content="")
-    fake.script("a", sse(malformed, first, malformed, chunk("all "), malformed, chunk("well"), chunk(finish="stop")))
+    first, last = chunk(role="assistant", content=""), chunk(finish="stop")
+    for name, malformed in MALFORMED.items():
+        with case(name):
+            fake.script("a", sse(malformed, first, malformed, chunk("all "), malformed, chunk("well"), last))
 
-    got = await gateway.stream()
+            got = await gateway.stream()
 
-    got.assert_whole("all well")
-    assert malformed not in got.body
-    assert (await gateway.row())["status"] == "success"
+            got.assert_whole("all well")
+            assert malformed not in got.body
+            (row,) = await gateway.rows_of(got, 1)
+            assert row["status"] == "success"
 
 
 async def test_an_error_after_a_malformed_event_is_not_swallowed(start_gateway, fake):

@@ -1,0 +1,77 @@
+"""The request log as the store writes it: one statement for a batch, and no row that holds up the others."""
+
+import contextlib
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+from conftest import logged
+from fake_provider import body
+
+from store import ROW_COLUMNS, Row, Store, insert_rows
+
+SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
+
+
+@pytest.fixture
+async def store(tmp_path):
+    opened = Store(tmp_path / "gateway.db", bytes(32))
+    yield opened
+    await opened.close()
+
+
+def test_a_batch_of_rows_is_one_statement_in_order_with_every_value_as_it_was():
+    # Each step of sqlite3 gives the interpreter's lock away and, under load, waits 5 ms to have it back.
+    everything = Row(
+        "r0", 1_700_000_000.125, platform="p", model_id='m"1\\', key_id=2**40, requested_model="é🙂 'x'",
+        routing_mode="smart", status="error", error_kind="wrapped", http_status=503, error="two\nlines", input_tokens=0,
+        output_tokens=7, latency_ms=12, ttfb_ms=3, attempt=2, streamed=True, skipped_models='["a/b"]',
+    )  # fmt: skip
+    rows = [everything, *(Row(f"r{n}", 1_700_000_000 + n, status="success") for n in range(1, 500))]
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA.read_text())
+        statements: list[str] = []
+        db.set_trace_callback(statements.append)
+
+        insert_rows(db, rows)
+
+        db.set_trace_callback(None)
+        written = db.execute(f"SELECT {', '.join(ROW_COLUMNS)} FROM requests ORDER BY id").fetchall()
+    assert sum("INSERT" in statement for statement in statements) == 1
+    assert written == [tuple(row.values()) for row in rows]
+    assert written[0][0] == "2023-11-14T22:13:20.125Z"
+
+
+async def test_a_row_that_no_database_takes_is_counted_and_holds_up_no_other(store, tmp_path):
+    store.log(Row("half an emoji", time.time(), error="\ud83d"))
+    await store.flush()
+    store.log(Row("good", time.time()))
+    await store.flush()
+
+    assert [row["request_id"] for row in logged(tmp_path / "gateway.db")] == ["good"]
+    assert (store.dropped, store.pending) == (1, 0)
+
+
+async def test_what_a_provider_says_in_half_an_emoji_reaches_client_and_log(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    fake.script("a", body({"error": {"message": "x\0y\ud83dz", "code": "odd\ud83d"}}, status=400))
+
+    got = await gateway.chat()
+
+    assert (got.status, got.error["message"], got.error["code"]) == (400, "x y?z", "odd?")
+    assert (await gateway.row())["error"] == "x y?z"
+
+
+@pytest.mark.parametrize("tokens", [b"1e999", b"18446744073709551616", b"-5", b'"many"'])
+async def test_a_count_of_tokens_that_cannot_be_is_no_count(start_gateway, fake, tokens):
+    gateway = await start_gateway(["a"])
+    usage = b'"usage":{"prompt_tokens":%b,"completion_tokens":%b}' % (tokens, tokens)
+    choice = b'"choices":[{"index":0,"message":{"role":"assistant","content":"hello"},"finish_reason":"stop"}]'
+    fake.script("a", body(b"{%b,%b}" % (choice, usage)))
+
+    assert (await gateway.chat()).text == "hello"
+
+    row = await gateway.row()
+    assert row["status"] == "success"
+    assert 0 < row["output_tokens"] < 10
