@@ -237,13 +237,15 @@ def mend_tools(body: JSON) -> dict[str, str]:
 def with_name(tool: Any, safe_names: dict[str, str]) -> JSON:
     function = tool["function"]
     name = function.get("name")
+    if not isinstance(name, str):
+        raise wrong_type("tool_choice.function.name", "a string")
     return {**tool, "function": {**function, "name": safe_names.get(name, name)}}
 
 
 def mended_tool(tool: object, param: str) -> JSON:
     if not isinstance(tool, dict):
         raise wrong_type(param, "an object")
-    if tool.get("type", "function") != "function":
+    if tool.get("type", "function") != "function" and "function" not in tool:
         return tool
     function = tool.get("function")
     if function is None and "name" in tool:  # flat, as in the Responses API

@@ -14,7 +14,7 @@ import secrets
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -39,6 +39,7 @@ BUSY_MS = 250  # SQLite's own wait for another process's lock
 TAG_BYTES, IV_BYTES = 16, 12
 T = TypeVar("T")
 Connection = sqlite3.Connection  # for the types of what others hand to `write` and `read`
+UNSTORABLE = (OverflowError, ValueError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError)
 DatabaseError = sqlite3.Error  # what `write` and `read` raise when the database is locked, full or broken
 
 
@@ -154,7 +155,7 @@ class Store:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._rows: deque[Row] = deque()
         self._timer: asyncio.TimerHandle | None = None
-        self._writing: Future[None] | None = None
+        self._writing: Future[int] | None = None
         self.first_start = False
         try:
             self._db: sqlite3.Connection = self._writer.submit(self._open, encryption_key).result()
@@ -258,13 +259,15 @@ class Store:
         rows = list(self._rows)
         self._rows.clear()
         loop = asyncio.get_running_loop()
-        self._writing = self._writer.submit(self._transaction, lambda db: insert_rows(db, rows))
+        self._writing = self._writer.submit(insert_rows, self._db, rows)
         self._writing.add_done_callback(lambda done: loop.call_soon_threadsafe(self._written, done, rows))
 
-    def _written(self, done: Future[None], rows: list[Row]) -> None:
+    def _written(self, done: Future[int], rows: list[Row]) -> None:
         self._writing = None
         failed = done.exception() is not None
-        if failed:
+        if not failed:
+            self.dropped += done.result()
+        else:
             self._rows.extendleft(reversed(rows))
             while len(self._rows) > ROWS_MAX:
                 self._rows.popleft()
@@ -364,8 +367,22 @@ def read_key_file(path: Path, *, must_exist: bool) -> bytes:
     return key
 
 
-def insert_rows(db: sqlite3.Connection, rows: Iterable[Row]) -> None:
-    db.executemany(INSERT_ROW, [row.values() for row in rows])
+def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> int:
+    """Write them in one transaction. Gives how many had to be left out because SQLite cannot hold what is in them:
+    such a row must not keep the others waiting for ever."""
+    try:
+        with transaction(db):
+            db.executemany(INSERT_ROW, [row.values() for row in rows])
+        return 0
+    except UNSTORABLE:
+        lost = 0
+    with transaction(db):
+        for row in rows:
+            try:
+                db.execute(INSERT_ROW, row.values())
+            except UNSTORABLE:
+                lost += 1
+    return lost
 
 
 # What the gateway asks of the database. Each is one transaction's work, for `write` or `read`.

@@ -20,7 +20,7 @@ CORE = {
     "protection": set(),
     "faults": set(),
     "schemas": set(),
-    "rescue": set(),
+    "rescue": {"wire"},
     "messages": {"wire"},
     "chat": {"messages", "wire"},
     "response_events": {"wire"},
