@@ -6,6 +6,7 @@ prompts or answers.
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections import deque
@@ -14,10 +15,23 @@ from typing import Any
 
 import orjson
 
-LEVELS = ("debug", "info", "warning", "error")
+LEVELS = ("debug", "info", "warning", "error", "critical")
 LINES_MAX = 10_000  # waiting for a slow reader; then the oldest are lost and counted
 PAUSE_S = 0.05  # lines of one such moment are written together
 STOP_S = 1.0  # for the last lines, when nobody reads them
+
+
+class Handler(logging.Handler):
+    """What libraries log. Python would write it to standard error at once, and wait for whoever reads that."""
+
+    def __init__(self, log: EventLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raised = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
+        words = record.getMessage()[:500].strip()
+        self._log.write(record.levelname.lower(), "library", logger=record.name, message=words, raised=raised)
 
 
 class EventLog:

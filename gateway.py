@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import math
 import os
 import re
+import resource as resource_limits
 import secrets
 import signal
 import socket
@@ -32,8 +34,10 @@ import store
 from admin import Admin, json_response, resource
 from catalog import is_demo
 from chat import ChatDialect
+from connection import Connection
 from discovery import keep_discovering
 from eventlog import EventLog
+from eventlog import Handler as LibraryLog
 from exchange import (
     JSON_HEADERS,
     ClientGone,
@@ -66,6 +70,7 @@ from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRe
 __all__ = ["Gateway", "SettingsError", "load_settings", "main", "uvicorn_config"]
 
 BACKLOG = 2048  # connections waiting to be accepted; uvicorn's own figure
+FILES_MAX = 65_536  # open at once, where the system allows it
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
 SWEEP_S = 5.0
@@ -411,7 +416,7 @@ def uvicorn_config(app: Gateway) -> uvicorn.Config:
         host=app.settings.host,
         port=app.settings.port,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -435,6 +440,14 @@ def listen(settings: Settings) -> socket.socket:
         where = f"GATEWAY_HOST={settings.host!r}, GATEWAY_PORT={settings.port}"
         raise SettingsError(f"{where}: cannot listen there: {error.strerror or error}") from None
     return listener
+
+
+def allow_many_files() -> None:
+    """Each request holds two connections, and the usual limit of a shell's children is 1024 files, or 256."""
+    _, most = resource_limits.getrlimit(resource_limits.RLIMIT_NOFILE)
+    wanted = FILES_MAX if most == resource_limits.RLIM_INFINITY else min(FILES_MAX, most)
+    with contextlib.suppress(OSError, ValueError):
+        resource_limits.setrlimit(resource_limits.RLIMIT_NOFILE, (wanted, most))
 
 
 def announce(app: Gateway, port: int) -> None:
@@ -462,6 +475,8 @@ def main() -> int:
         return 2
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # uvicorn raises it once more after the orderly stop
+    allow_many_files()
+    logging.getLogger().addHandler(LibraryLog(app.log))
     announce(app, listener.getsockname()[1])
     uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
     return 0

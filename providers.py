@@ -26,6 +26,7 @@ from router import Route
 from wire import Chat, Completion, Event, EventTooLarge, Mode, SSEDecoder, Tally, dump, frame, load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
+STREAM_BYTES_MAX = 256 * 1024 * 1024  # of one stream; 128,000 tokens in chunks of 1 KB are half of it
 ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
 AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
@@ -95,6 +96,9 @@ class Incoming:
     def feed(self, data: bytes) -> tuple[list[Event], bool]:
         """The events in these bytes, and whether one of them may open the answer."""
         self.bytes_seen += len(data)
+        if self.bytes_seen > STREAM_BYTES_MAX:
+            self.error = UpstreamError(Failure.MALFORMED, f"The answer is larger than {STREAM_BYTES_MAX} bytes.")
+            return [], False
         try:
             return self._events(self._decoder.feed(data))
         except EventTooLarge:
@@ -265,6 +269,7 @@ class LiveReply(Reply):
         self._content = content
         self._stall_s = self._stall_left_s = stall_s
         self._at_end = False
+        self._end_at: float | None = None  # for what may come behind the finish
         self._limit = WaitLimit()
         self._clock = asyncio.get_running_loop().time
 
@@ -276,12 +281,16 @@ class LiveReply(Reply):
         idle_at = now + idle_s
         while not (self._at_end or incoming.done or incoming.error):
             finished = self.tally.finish is not None
-            wait_s = min(self._stall_s, AFTER_FINISH_S) if finished else min(self._stall_left_s, idle_at - now)
-            data = await self._read(wait_s)
+            if finished and self._end_at is None:
+                self._end_at = now + min(self._stall_s, AFTER_FINISH_S)
+            wait_s = min(self._stall_left_s, idle_at - now) if self._end_at is None else self._end_at - now
+            data = await self._read(wait_s) if wait_s > 0 else None
             waited_since, now = now, self._clock()
             if data:
                 self._stall_left_s = self._stall_s
                 events, _ = incoming.feed(data)
+                if events and finished:  # it goes on after all
+                    self._end_at = None
             elif data is not None or finished:
                 self._at_end = True
                 events, _ = incoming.flush()

@@ -47,7 +47,8 @@ TOP = {
     "exchange": set(CORE) | {"eventlog", "metrics", "providers", "settings", "store"},
     "admin": {"exchange", "store", "analytics", "controls", "metrics", "settings"} | set(CORE),
     "discovery": {"catalog", "exchange", "protection", "settings", "store"},
-    "gateway": {"exchange", "admin", "discovery"} | set(CORE) | set(SHELL),
+    "connection": {"wire"},
+    "gateway": {"exchange", "admin", "connection", "discovery"} | set(CORE) | set(SHELL),
 }
 ALLOWED = CORE | SHELL | TOP
 
