@@ -32,6 +32,7 @@ __all__ = [
 ]  # fmt: skip
 
 JSON = dict[str, Any]
+MODEL_CHARS_MAX = 300  # four times the longest in use
 MAX_TOKENS_NAMES = ("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict")
 ANSWER_TOKENS_ASSUMED = 1000  # SPEC 3.7, where the client sets no limit
 EFFORT_ALIASES = {
@@ -49,8 +50,8 @@ def chat_from(body: JSON) -> Chat:
     """Judge and mend a chat body. Raises InvalidRequest naming the field."""
     body = {name: value for name, value in body.items() if value is not None}  # clients null what they do not set
     model = body.pop("model", "")
-    if not isinstance(model, str):
-        raise wrong_type("model", "a string")
+    if not isinstance(model, str) or len(model) > MODEL_CHARS_MAX:  # it is logged as it came
+        raise wrong_type("model", f"a string of at most {MODEL_CHARS_MAX} characters")
     stream = boolean(body.pop("stream", False), "stream")
     options = body.pop("stream_options", {})
     if not isinstance(options, dict):

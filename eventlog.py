@@ -7,6 +7,7 @@ prompts or answers.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections import deque
@@ -81,8 +82,9 @@ class EventLog:
         while self._lines:
             lines.append(self._lines.popleft())
         if lines:
-            try:
-                sys.stdout.buffer.write(b"\n".join(lines) + b"\n")
-                sys.stdout.buffer.flush()
+            text = b"\n".join(lines) + b"\n"
+            try:  # past Python's own buffer: its lock, held while nobody reads, is waited for at the exit
+                while text:
+                    text = text[os.write(sys.stdout.fileno(), text) :]
             except (OSError, ValueError):  # nobody reads any more; serving goes on
                 self.dropped += len(lines)

@@ -70,6 +70,7 @@ from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRe
 __all__ = ["Gateway", "SettingsError", "load_settings", "main", "uvicorn_config"]
 
 BACKLOG = 2048  # connections waiting to be accepted; uvicorn's own figure
+PATH_CHARS_MAX = 200  # of an address in the log
 FILES_MAX = 65_536  # open at once, where the system allows it
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
@@ -244,9 +245,8 @@ class Gateway:
                 await self._cold({**scope, "app": self}, receive, with_request_id(send, exchange.id))
         except GatewayError as error:
             if exchange.chat is None:  # what got further has a line of its own
-                self.log.write(
-                    "info", "refused", request_id=exchange.id, path=path, status=error.status, code=error.code
-                )
+                told = {"path": path[:PATH_CHARS_MAX], "status": error.status, "code": error.code}
+                self.log.write("info", "refused", request_id=exchange.id, **told)
             await send_error(send, error, exchange)
         except HTTPException as error:
             code = "method_not_allowed" if error.status_code == 405 else "not_found"
