@@ -154,6 +154,7 @@ class Store:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._rows: deque[Row] = deque()
+        self._taken = 0  # of them, by the writer
         self._timer: asyncio.TimerHandle | None = None
         self._writing: Future[int] | None = None
         self.first_start = False
@@ -230,7 +231,7 @@ class Store:
 
     @property
     def pending(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + self._taken
 
     def log(self, row: Row) -> None:
         """Queue one row. Never blocks; when the queue is full the oldest row is lost and counted."""
@@ -257,13 +258,14 @@ class Store:
         if self._writing is not None or not self._rows:
             return
         rows = list(self._rows)
+        self._taken = len(rows)
         self._rows.clear()
         loop = asyncio.get_running_loop()
         self._writing = self._writer.submit(insert_rows, self._db, rows)
         self._writing.add_done_callback(lambda done: loop.call_soon_threadsafe(self._written, done, rows))
 
     def _written(self, done: Future[int], rows: list[Row]) -> None:
-        self._writing = None
+        self._writing, self._taken = None, 0
         failed = done.exception() is not None
         if not failed:
             self.dropped += done.result()

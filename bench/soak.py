@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
-import os
 import random
-import sqlite3
 import sys
 import tempfile
 import time
@@ -28,20 +25,20 @@ from statistics import median
 
 import aiohttp
 
+from running import AUTHORIZED, Gateway  # isort: skip  # it finds the next one's folder
+
+from fake_provider import CUT, PAUSE, RESET, Every, FakeProvider, Reply, Request, answer, chunk, error, event, raw, sse
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
 
-from fake_provider import CUT, PAUSE, RESET, Every, FakeProvider, Reply, Request, answer, chunk, error, event, raw, sse  # noqa: E402
-
-KEY = "fw-soak-0123456789abcdef"
-AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
+FAILING = {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.02}  # how often each platform does
 AT_ONCE = 100
 MEMORY_GROWTH_MB_MAX = 12.0  # after the first quarter, in which caches and pools fill
 MEMORY_CREEP_MB_MAX = 3.0  # from the third quarter to the last, in which nothing is left to fill
 DESCRIPTORS_AT_REST_MAX = 40
 POOL_S = 32.0  # idle provider connections are closed after 15 s, looked for every 15 s
 SETTINGS = {
-    "GATEWAY_API_KEY": KEY, "LOG_LEVEL": "warning", "MAX_STREAM_STALL_MS": "300", "FIRST_TOKEN_TIMEOUT_MS": "500",
+    "LOG_LEVEL": "warning", "MAX_STREAM_STALL_MS": "300", "FIRST_TOKEN_TIMEOUT_MS": "500",
     "REQUEST_TIMEOUT_MS": "800", "TRANSIENT_COOLDOWN_MS": "20", "RATE_LIMIT_COOLDOWN_MS": "20",
     "STATS_REFRESH_MS": "1000", "KEEPALIVE_INTERVAL_MS": "100",
 }  # fmt: skip
@@ -63,56 +60,6 @@ def weather(rng: random.Random, failing: float) -> object:
         return LONG if request.streaming else answer("a whole answer")(request)
 
     return reply
-
-
-class Gateway:
-    """The process under load, and what the system says of it."""
-
-    def __init__(self, process: asyncio.subprocess.Process, base_url: str, db: Path) -> None:
-        self.process, self.base_url, self.db = process, base_url, db
-
-    @classmethod
-    async def start(cls, folder: Path, fake: FakeProvider) -> Gateway:
-        names = ["a", "b", "c", "d"]
-        catalog = {
-            "platforms": [{"id": name, "adapter": "openai", "base_url": fake.url(name)} for name in names],
-            "models": [{"platform": name, "model_id": f"{name}-model"} for name in names],
-            "keys": [{"platform": name, "key": f"sk-{name}-0123456789"} for name in names],
-        }
-        (folder / "catalog.json").write_text(json.dumps(catalog))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, str(HERE.parent / "gateway.py"), "--port", "0", "--db", str(folder / "soak.db"),
-            "--catalog", str(folder / "catalog.json"),
-            env={**os.environ, **SETTINGS}, stdout=asyncio.subprocess.PIPE, limit=2**24,
-        )  # fmt: skip
-        assert process.stdout is not None
-        line = (await process.stdout.readline()).decode()
-        return cls(process, line.split()[-1].removesuffix("/v1"), folder / "soak.db")
-
-    def status(self, name: str) -> int:
-        """A number out of what the system says of the process."""
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-    def memory_mb(self) -> float:
-        return self.status("VmRSS") / 1024
-
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
-
-    async def ask(self, path: str) -> str:
-        async with aiohttp.ClientSession() as http, http.get(self.base_url + path, headers=AUTHORIZED) as got:
-            return await got.text()
-
-    async def metrics(self) -> dict[str, float]:
-        """Every sample of /metrics, summed over the labels that are left out of its name: all but the status."""
-        text = await self.ask("/metrics")
-        found: Counter[str] = Counter()
-        for line in text.splitlines():
-            if not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                found[name if name.startswith("freeway_requests_total") else name.partition("{")[0]] += float(value)
-        return found
 
 
 @dataclass(frozen=True)
@@ -207,9 +154,9 @@ async def soak(seconds: float, folder: Path) -> tuple[list[str], list[str]]:
     """Lines of the report, and what went wrong."""
     rng = random.Random(1)
     async with FakeProvider().serving() as fake, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        for name, failing in {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.02}.items():
+        for name, failing in FAILING.items():
             fake.script(name, weather(rng, failing))
-        gateway = await Gateway.start(folder, fake)
+        gateway = await Gateway.start(folder, fake, list(FAILING), SETTINGS)
         load = Load(gateway, http, rng)
         started = time.monotonic()
         samples = [await sample(gateway, started)]
@@ -221,18 +168,13 @@ async def soak(seconds: float, folder: Path) -> tuple[list[str], list[str]]:
                 samples.append(await sample(gateway, started))
                 fake.clear()
         rest = await at_rest(gateway, http)
-    return report(samples, load, rest, gateway.db), judge(samples, load, rest, gateway.db)
+    return report(samples, load, rest, gateway), judge(samples, load, rest, gateway)
 
 
-def rows_by(db: Path, query: str) -> dict[str, int]:
-    with contextlib.closing(sqlite3.connect(db)) as connection:
-        return dict(connection.execute(query).fetchall())
-
-
-def report(samples: list[Sample], load: Load, rest: Rest, db: Path) -> list[str]:
+def report(samples: list[Sample], load: Load, rest: Rest, gateway: Gateway) -> list[str]:
     table = [f"| {s.at_s:.0f} s | {s.memory_mb:.1f} MB | {s.descriptors} | {s.threads} | {s.tasks} |" for s in samples]
     outcomes = ", ".join(f"{count} {name}" for name, count in load.seen.most_common())
-    statuses = rows_by(db, "SELECT status, COUNT(*) FROM requests GROUP BY status")
+    statuses = gateway.rows("SELECT status, COUNT(*) FROM requests GROUP BY status")
     told = rest.metrics
     return [
         "| at | memory | descriptors | threads | tasks |", "|---|---:|---:|---:|---:|", *table, "",
@@ -247,13 +189,13 @@ def report(samples: list[Sample], load: Load, rest: Rest, db: Path) -> list[str]
     ]  # fmt: skip
 
 
-def judge(samples: list[Sample], load: Load, rest: Rest, db: Path) -> list[str]:
+def judge(samples: list[Sample], load: Load, rest: Rest, gateway: Gateway) -> list[str]:
     """What is not as it should be."""
     quarter = len(samples) // 4
     memory = [median(s.memory_mb for s in samples[n * quarter : (n + 1) * quarter]) for n in (1, 2, 3)]
-    by_request = rows_by(db, "SELECT request_id, MAX(attempt) FROM requests GROUP BY request_id")
-    attempts = rows_by(db, "SELECT 'all', COUNT(*) FROM requests WHERE platform IS NOT NULL")["all"]
-    cancelled = rows_by(db, "SELECT 'all', COUNT(*) FROM requests WHERE status = 'cancelled'")["all"]
+    by_request = gateway.rows("SELECT request_id, MAX(attempt) FROM requests GROUP BY request_id")
+    attempts = gateway.rows("SELECT 'all', COUNT(*) FROM requests WHERE platform IS NOT NULL")["all"]
+    cancelled = gateway.rows("SELECT 'all', COUNT(*) FROM requests WHERE status = 'cancelled'")["all"]
     told = rest.metrics
     counted = sum(value for name, value in told.items() if name.startswith("freeway_requests_total"))
     counted_cancelled = told['freeway_requests_total{status="cancelled"}']

@@ -7,11 +7,12 @@ import asyncio
 import contextlib
 import gzip
 import json
+import resource
 from collections.abc import AsyncIterator
 from functools import partial
 
 import pytest
-from conftest import API_KEY, catalog_of, run_gateway
+from conftest import API_KEY, catalog_of, client_of, run_gateway
 from fake_provider import DONE, Every, body, chunk, chunked, event, raw, sse
 
 from connection import HEAD_BYTES_MAX, Connection
@@ -215,3 +216,20 @@ async def test_a_row_that_no_database_can_hold_keeps_no_other_from_being_written
     ]
     assert (store.pending, store.dropped) == (0, 2)
     await store.close()
+
+
+async def test_a_full_disk_delays_no_request_and_loses_no_row(start_process, fake, tmp_path):
+    """No file of the process may grow, which SQLite takes for a disk without room."""
+    running = await start_process(["a"], {"GATEWAY_API_KEY": API_KEY})
+    async with client_of(running) as client:
+        await client.chat()
+        await client.rows(1)
+        pid = running.process.pid
+        free = resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        for n in range(20):
+            assert (await client.ask(streaming=bool(n % 2))).status == 200
+        waiting = (await client.get("/api/status")).json["log_queue"]
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, free)
+        await client.rows(21)
+        assert (await client.get("/api/status")).json["log_dropped"] == 0
+    assert waiting >= 20, waiting
