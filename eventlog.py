@@ -86,5 +86,5 @@ class EventLog:
             try:  # past Python's own buffer: its lock, held while nobody reads, is waited for at the exit
                 while text:
                     text = text[os.write(sys.stdout.fileno(), text) :]
-            except (OSError, ValueError):  # nobody reads any more; serving goes on
+            except (OSError, ValueError, AttributeError):  # nobody reads any more, or there is no output at all
                 self.dropped += len(lines)

@@ -461,7 +461,7 @@ def announce(app: Gateway, port: int) -> None:
         print(f"  API key:    {app.api_key}   (made just now and kept encrypted; clients send it as bearer token)")
     for warning in app.warnings:
         print(f"  warning:    {warning}")
-    sys.stdout.flush()
+    print(end="", flush=True)
 
 
 def main() -> int:
@@ -477,7 +477,8 @@ def main() -> int:
         signal.signal(number, lambda *_: None)  # uvicorn raises it once more after the orderly stop
     allow_many_files()
     logging.getLogger().addHandler(LibraryLog(app.log))
-    announce(app, listener.getsockname()[1])
+    with contextlib.suppress(OSError):  # nobody may be reading
+        announce(app, listener.getsockname()[1])
     uvicorn.Server(uvicorn_config(app)).run(sockets=[listener])
     return 0
 

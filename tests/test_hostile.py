@@ -7,12 +7,16 @@ import asyncio
 import contextlib
 import gzip
 import json
+import os
 import resource
+import socket
+import sys
 from collections.abc import AsyncIterator
 from functools import partial
 
+import aiohttp
 import pytest
-from conftest import API_KEY, catalog_of, client_of, run_gateway
+from conftest import API_KEY, ROOT, Client, catalog_of, client_of, logged, run_gateway
 from fake_provider import DONE, Every, body, chunk, chunked, event, raw, sse
 
 from connection import HEAD_BYTES_MAX, Connection
@@ -233,3 +237,34 @@ async def test_a_full_disk_delays_no_request_and_loses_no_row(start_process, fak
         await client.rows(21)
         assert (await client.get("/api/status")).json["log_dropped"] == 0
     assert waiting >= 20, waiting
+
+
+def closed() -> None:
+    os.close(1)
+
+
+def full() -> None:
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
+@pytest.mark.parametrize("output", [closed, full])
+async def test_without_anybody_to_tell_the_gateway_serves_and_stops_in_order(tmp_path, output):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(ROOT / "gateway.py"), "--port", str(port), cwd=tmp_path, preexec_fn=output,
+        env={"PATH": os.environ["PATH"], "GATEWAY_API_KEY": API_KEY}, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(20), aiohttp.ClientSession() as http:
+        client = Client(f"http://127.0.0.1:{port}", http)
+        while True:
+            with contextlib.suppress(aiohttp.ClientConnectionError):
+                assert (await client.chat(model="auto")).status == 200
+                break
+            assert process.returncode is None, await process.stderr.read()
+            await asyncio.sleep(0.01)
+        process.terminate()
+        assert b"Traceback" not in await process.stderr.read()
+    assert await process.wait() in (0, 120)  # 120 is Python's own, for words it still could not write
+    assert len(logged(tmp_path / "gateway.db")) == 1
