@@ -30,6 +30,9 @@ class Handler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
+        if not self._log.running and logging.lastResort is not None:  # a start that fails must say why
+            logging.lastResort.handle(record)
+            return
         raised = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
         words = record.getMessage()[:500].strip()
         self._log.write(record.levelname.lower(), "library", logger=record.name, message=words, raised=raised)
@@ -55,6 +58,10 @@ class EventLog:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(STOP_S)
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and not self._stopping.is_set()
 
     def wants(self, level: str) -> bool:
         return LEVELS.index(level) >= self._least

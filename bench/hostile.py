@@ -424,13 +424,14 @@ async def logged(gateway: Gateway, last_id: int, events_before: int) -> str:
 
 
 async def settled(gateway: Gateway) -> None:
-    """All rows written, nothing running."""
+    """All rows and lines written, nothing running."""
     async with asyncio.timeout(20):
         while True:
             now = await gateway.metrics()
             if not (now["freeway_log_queue_rows"] or now["freeway_active_attempts"] or now["freeway_running_requests"]):
-                return
+                break
             await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)  # the event log's lines come a moment later
 
 
 async def shared_day(folder: Path, wanted: Callable[[str], bool]) -> list[str]:
