@@ -359,7 +359,7 @@ async def an_event_log_that_nobody_reads(folder: Path, fake: FakeProvider) -> tu
         assert (await day.ask())[0] == 200
     took, stopping = time.monotonic() - started, time.monotonic()
     gateway.process.terminate()
-    while "Z" not in gateway.status_line("State"):  # noqa: ASYNC110  (asyncio would wait for the end of the pipe)
+    while not gateway.gone():  # noqa: ASYNC110
         await asyncio.sleep(0.05)
     stopped = time.monotonic() - stopping
     gateway.listen()

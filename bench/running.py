@@ -84,6 +84,13 @@ class Gateway:
         """A number out of what the system says of the process."""
         return int(self.status_line(name).split()[1])
 
+    def gone(self) -> bool:
+        """Whether it has ended; asyncio would also wait for the end of what it has written."""
+        try:
+            return "Z" in self.status_line("State")
+        except FileNotFoundError:
+            return True
+
     def memory_mb(self) -> float:
         return self.status("VmRSS") / 1024
 
