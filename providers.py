@@ -102,11 +102,15 @@ class Incoming:
         try:
             return self._events(self._decoder.feed(data))
         except EventTooLarge:
-            self.error = UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
+            self.error = event_too_large()
             return [], False
 
     def flush(self) -> tuple[list[Event], bool]:
-        return self._events(self._decoder.flush())
+        try:
+            return self._events(self._decoder.flush())
+        except EventTooLarge:
+            self.error = event_too_large()
+            return [], False
 
     def _events(self, frames: list[tuple[bytes, bytes]]) -> tuple[list[Event], bool]:
         events: list[Event] = []
@@ -163,6 +167,10 @@ class Incoming:
         if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
             return UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
         return None
+
+
+def event_too_large() -> UpstreamError:
+    return UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
 
 
 def failure_inside(fault: faults.Fault, body: object, route: Route) -> UpstreamError:

@@ -419,6 +419,9 @@ async def logged(gateway: Gateway, last_id: int, events_before: int) -> str:
         f"FROM requests WHERE id > {last_id} GROUP BY 1"
     )
     rows = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+    for line in gateway.events[events_before:]:
+        if line["event"] in ("defect", "library"):
+            print(line, file=sys.stderr)
     lines = Counter(line["event"] for line in gateway.events[events_before:])
     return f"rows: {rows}" + (f"; lines: {', '.join(f'{n} {event}' for event, n in lines.items())}" if lines else "")
 

@@ -17,7 +17,7 @@ from functools import partial
 import aiohttp
 import pytest
 from conftest import API_KEY, ROOT, Client, catalog_of, client_of, logged, run_gateway
-from fake_provider import DONE, Every, body, chunk, chunked, event, raw, sse
+from fake_provider import CUT, DONE, Every, body, chunk, chunked, event, raw, sse
 
 from connection import HEAD_BYTES_MAX, Connection
 from store import Row, Store
@@ -165,6 +165,38 @@ async def test_a_provider_that_never_ends_is_given_up(start_gateway, fake, strea
     assert {row["error_kind"] for row in rows if row["platform"] == "a"} <= {
         "timeout", "stall", "connection", "malformed", "empty", "server_error",
     }  # fmt: skip
+
+
+SSE_HEAD = OK + b"content-type: text/event-stream\r\ntransfer-encoding: chunked\r\n"
+PACKED = {
+    name: OK + b"content-encoding: %b\r\ncontent-length: 9\r\n\r\nnot so at" % name for name in (b"gzip", b"deflate")
+}
+NOT_HTTP = {
+    "no size of a chunk": raw(SSE_HEAD, b"\r\nzz\r\n"),
+    "a negative size": raw(SSE_HEAD, b"\r\n-5\r\nfoo\r\n"),
+    "a size beyond all": raw(SSE_HEAD, b"\r\n" + b"f" * 30 + b"\r\nfoo\r\n"),
+    "a long extension": raw(SSE_HEAD, b"\r\n3;" + b"x" * 100_000),
+    "two lengths": raw(OK, b"content-length: 3\r\ncontent-length: 5\r\n\r\nabcde"),
+    "a negative length": raw(OK, b"content-length: -3\r\n\r\nabcde"),
+    "a status beyond all": raw(b"HTTP/1.1 999999 OK\r\n\r\nabcde"),
+    "a header with NUL": raw(OK, b"x: a\0b\r\n\r\nabcde"),
+    "another protocol": raw(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    "an upgrade": raw(b"HTTP/1.1 101 No\r\nupgrade: x\r\nconnection: upgrade\r\n\r\nfoo"),
+    "no content": raw(b"HTTP/1.1 204 No\r\n\r\n"),
+    "not gzip": raw(PACKED[b"gzip"]),
+    "not deflate": raw(PACKED[b"deflate"]),
+    "an event of 1 MiB without an end": raw(OK, b"\r\n", b"data: " + b"x" * ((1 << 20) - 6), CUT),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+async def test_a_provider_that_speaks_no_http_is_passed_over(start_gateway, fake, streaming):
+    gateway = await start_gateway(["a", "b"], {**STALL, "TRANSIENT_COOLDOWN_MS": "1"})
+    for name, reply in NOT_HTTP.items():
+        fake.script("a", reply)
+        assert (await gateway.ask(streaming=streaming)).text == "hello from b", name
+        await gateway.uncooled()
+    await gateway.rows(len(NOT_HTTP), platform="a", status="error")
 
 
 @pytest.mark.parametrize("filler", [b": c\n\n", b"\n", event(ROLE | {"choices": []}), b"data: {\n\n"])
