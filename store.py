@@ -14,7 +14,7 @@ import secrets
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -261,7 +261,7 @@ class Store:
         self._taken = len(rows)
         self._rows.clear()
         loop = asyncio.get_running_loop()
-        self._writing = self._writer.submit(insert_rows, self._db, rows)
+        self._writing = self._writer.submit(write_rows, self._db, rows)
         self._writing.add_done_callback(lambda done: loop.call_soon_threadsafe(self._written, done, rows))
 
     def _written(self, done: Future[int], rows: list[Row]) -> None:
@@ -369,12 +369,16 @@ def read_key_file(path: Path, *, must_exist: bool) -> bytes:
     return key
 
 
-def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> int:
+def insert_rows(db: sqlite3.Connection, rows: Iterable[Row]) -> None:
+    db.executemany(INSERT_ROW, [row.values() for row in rows])
+
+
+def write_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> int:
     """Write them in one transaction. Gives how many had to be left out because SQLite cannot hold what is in them:
     such a row must not keep the others waiting for ever."""
     try:
         with transaction(db):
-            db.executemany(INSERT_ROW, [row.values() for row in rows])
+            insert_rows(db, rows)
         return 0
     except UNSTORABLE:
         lost = 0
