@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-from-requirements
 SOURCES := *.py tests bench
+SECONDS ?= 300
 
-.PHONY: all run test test-browser browser check fmt clean bench
+.PHONY: all run test test-browser browser check fmt clean bench soak hostile
 
 all: check test
 
@@ -41,6 +42,12 @@ fmt: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python bench/run.py
+
+soak: $(STAMP)
+	$(BIN)/python bench/soak.py --seconds $(SECONDS)
+
+hostile: $(STAMP)
+	$(BIN)/python bench/hostile.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out

@@ -7,6 +7,7 @@ gateway.py.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -365,6 +366,7 @@ def watch(engine: Engine) -> None:
 
     gauge("freeway_active_attempts", "Calls to providers that are running.", lambda: len(protection.active))
     gauge("freeway_running_requests", "Requests that are being served.", lambda: len(engine.running))
+    gauge("freeway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
     gauge("freeway_sessions", "Conversations remembered.", lambda: count(protection.sessions.active(clock())))
     gauge(
         "freeway_bans", "Platforms banned, over all sessions.", lambda: sum(len(p) for _, p in protection.bans(clock()))

@@ -33,6 +33,7 @@ __all__ = [
 ]  # fmt: skip
 
 JSON = dict[str, Any]
+MODEL_CHARS_MAX = 300  # four times the longest in use
 MAX_TOKENS_NAMES = dict.fromkeys(("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict"))
 ANSWER_TOKENS_ASSUMED = 1000  # SPEC 3.7, where the client sets no limit
 EFFORT_ALIASES = {
@@ -48,8 +49,8 @@ def chat_from(body: JSON) -> Chat:
     """Judge and mend a chat body. Raises InvalidRequest naming the field."""
     body = {name: value for name, value in body.items() if value is not None}  # clients null what they do not set
     model = body.pop("model", "")
-    if not isinstance(model, str):
-        raise wrong_type("model", "a string")
+    if not isinstance(model, str) or len(model) > MODEL_CHARS_MAX:  # it is logged as it came
+        raise wrong_type("model", f"a string of at most {MODEL_CHARS_MAX} characters")
     stream = boolean(body.pop("stream", False), "stream")
     options = body.pop("stream_options", {})
     if not isinstance(options, dict):
@@ -257,13 +258,15 @@ def mend_tools(body: JSON) -> dict[str, str]:
 def with_name(tool: Any, safe_names: dict[str, str]) -> JSON:
     function = tool["function"]
     name = function.get("name")
+    if not isinstance(name, str):
+        raise wrong_type("tool_choice.function.name", "a string")
     return {**tool, "function": {**function, "name": safe_names.get(name, name)}}
 
 
 def mended_tool(tool: object, param: str) -> JSON:
     if not isinstance(tool, dict):
         raise wrong_type(param, "an object")
-    if tool.get("type", "function") != "function":
+    if tool.get("type", "function") != "function" and "function" not in tool:
         return tool
     function = tool.get("function")
     if function is None and "name" in tool:  # flat, as in the Responses API

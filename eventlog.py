@@ -6,6 +6,8 @@ prompts or answers.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import threading
 import time
@@ -16,10 +18,26 @@ import orjson
 
 from store import iso
 
-LEVELS = ("debug", "info", "warning", "error")
+LEVELS = ("debug", "info", "warning", "error", "critical")
 LINES_MAX = 10_000  # waiting for a slow reader; then the oldest are lost and counted
 PAUSE_S = 0.05  # lines of one such moment are written together
 STOP_S = 1.0  # for the last lines, when nobody reads them
+
+
+class Handler(logging.Handler):
+    """What libraries log. Python would write it to standard error at once, and wait for whoever reads that."""
+
+    def __init__(self, log: EventLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if not self._log.running and logging.lastResort is not None:  # a start that fails must say why
+            logging.lastResort.handle(record)
+            return
+        raised = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else None
+        words = record.getMessage()[:500].strip()
+        self._log.write(record.levelname.lower(), "library", logger=record.name, message=words, raised=raised)
 
 
 class EventLog:
@@ -42,6 +60,10 @@ class EventLog:
         self._wake.set()
         if self._thread is not None:
             self._thread.join(STOP_S)
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and not self._stopping.is_set()
 
     def wants(self, level: str) -> bool:
         return level in self._wanted
@@ -70,8 +92,9 @@ class EventLog:
         while self._lines:
             lines.append(self._lines.popleft())
         if lines:
-            try:
-                sys.stdout.buffer.write(b"\n".join(lines) + b"\n")
-                sys.stdout.buffer.flush()
-            except (OSError, ValueError):  # nobody reads any more; serving goes on
+            text = b"\n".join(lines) + b"\n"
+            try:  # past Python's own buffer: its lock, held while nobody reads, is waited for at the exit
+                while text:
+                    text = text[os.write(sys.stdout.fileno(), text) :]
+            except (OSError, ValueError, AttributeError):  # nobody reads any more, or there is no output at all
                 self.dropped += len(lines)

@@ -193,6 +193,7 @@ class Engine:
         try:
             while (events := await reply.next_batch(self._idle_s)) is not None:
                 body += encoder.feed(events) if events else KEEP_ALIVE
+                del events  # a slow client would keep them: parsed, they are several times the size
                 if body and not reply.ended:
                     exchange.blocked_since = time.monotonic()
                     await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -302,6 +303,7 @@ class Engine:
     def _failed(self, exchange: Exchange, running: Running, error: UpstreamError, now: float) -> None:
         """What one failure costs: this request, everybody, and the session (SPEC 5.2, 7)."""
         rule, model, key, plan = error.rule, running.route.model, running.route.key, running.plan
+        error.__traceback__ = error.__context__ = None  # their frames hold this exchange: nothing would be freed
         exchange.failures.append(Attempt(running.route, error, round((now - running.started) * 1000)))
         if rule.cooling is Cooling.TRANSIENT:
             until = now + self.settings.transient_cooldown_ms / 1000

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import logging
 import math
 import os
 import re
+import resource as resource_limits
 import secrets
 import signal
 import socket
@@ -33,9 +35,11 @@ import store
 from admin import Admin, json_response, resource
 from catalog import is_demo
 from chat import ChatDialect
+from connection import Connection
 from deadlines import Deadlines
 from discovery import keep_discovering
 from eventlog import EventLog
+from eventlog import Handler as LibraryLog
 from exchange import (
     JSON_HEADERS,
     ClientGone,
@@ -68,6 +72,8 @@ from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRe
 __all__ = ["Gateway", "SettingsError", "load_settings", "main", "uvicorn_config"]
 
 BACKLOG = 2048  # connections waiting to be accepted; uvicorn's own figure
+PATH_CHARS_MAX = 200  # of an address in the log
+FILES_MAX = 65_536  # open at once, where the system allows it
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
 SWEEP_S = 5.0
@@ -246,9 +252,8 @@ class Gateway:
                 await self._cold({**scope, "app": self}, receive, with_request_id(send, exchange.id))
         except GatewayError as error:
             if exchange.chat is None:  # what got further has a line of its own
-                self.log.write(
-                    "info", "refused", request_id=exchange.id, path=path, status=error.status, code=error.code
-                )
+                told = {"path": path[:PATH_CHARS_MAX], "status": error.status, "code": error.code}
+                self.log.write("info", "refused", request_id=exchange.id, **told)
             await send_error(send, error, exchange)
         except HTTPException as error:
             code = "method_not_allowed" if error.status_code == 405 else "not_found"
@@ -429,7 +434,7 @@ def uvicorn_config(app: Gateway) -> uvicorn.Config:
         host=app.settings.host,
         port=app.settings.port,
         loop="uvloop",
-        http="httptools",
+        http=Connection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -455,6 +460,14 @@ def listen(settings: Settings) -> socket.socket:
     return listener
 
 
+def allow_many_files() -> None:
+    """Each request holds two connections, and the usual limit of a shell's children is 1024 files, or 256."""
+    _, most = resource_limits.getrlimit(resource_limits.RLIMIT_NOFILE)
+    wanted = FILES_MAX if most == resource_limits.RLIM_INFINITY else min(FILES_MAX, most)
+    with contextlib.suppress(OSError, ValueError):
+        resource_limits.setrlimit(resource_limits.RLIMIT_NOFILE, (wanted, most))
+
+
 def announce(app: Gateway, port: int) -> None:
     host = f"[{app.settings.host}]" if ":" in app.settings.host else app.settings.host
     catalog = app.engine.router.catalog
@@ -466,7 +479,7 @@ def announce(app: Gateway, port: int) -> None:
         print(f"  API key:    {app.api_key}   (made just now and kept encrypted; clients send it as bearer token)")
     for warning in app.warnings:
         print(f"  warning:    {warning}")
-    sys.stdout.flush()
+    print(end="", flush=True)
 
 
 def main() -> int:
@@ -487,7 +500,10 @@ def main() -> int:
     # between the announcement and that moment must not be lost.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    announce(app, listener.getsockname()[1])
+    allow_many_files()
+    logging.getLogger().addHandler(LibraryLog(app.log))
+    with contextlib.suppress(OSError):  # nobody may be reading
+        announce(app, listener.getsockname()[1])
     server.run(sockets=[listener])
     return 0
 

@@ -8,19 +8,18 @@ an argument.
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b
 from typing import Any
-
-import orjson
 
 from adapters import USER_AGENT, ChunkMender, Request, base_url, mend_completion
 from catalog import Key, Model
 from outgoing import cannot_carry, clamp_effort
 from protection import Failure, UpstreamError
 from schemas import gemini_schema
-from wire import Chat, Completion, Event, Tally, dump, frame
+from wire import Chat, Completion, Event, Tally, dump, frame, load_inner
 
 JSON = dict[str, Any]
 SIGNATURES_MAX = 5_000  # about 10 MB at the 2 KB that signatures have
@@ -72,7 +71,7 @@ class Signatures:
 
 
 def canonical(name: str, args: object) -> str:
-    return f"{name}\0{blake2b(orjson.dumps(args, option=orjson.OPT_SORT_KEYS), digest_size=16).hexdigest()}"
+    return f"{name}\0{blake2b(json.dumps(args, sort_keys=True).encode(), digest_size=16).hexdigest()}"
 
 
 class GeminiAdapter:
@@ -201,10 +200,7 @@ class Asking:
 
     def _result(self, message: JSON) -> JSON:
         call_id, text = message["tool_call_id"], self._plain(message.get("content"))
-        try:
-            response = orjson.loads(text)
-        except orjson.JSONDecodeError:
-            response = text
+        response = load_inner(text)
         if not isinstance(response, dict):
             response = {"output": text}
         name = self._call_names.get(call_id) or message.get("name") or "unknown"
@@ -245,11 +241,8 @@ def inline_data(url: str) -> JSON:
 
 
 def arguments_object(arguments: object) -> JSON:
-    try:
-        value = orjson.loads(arguments or "{}") if isinstance(arguments, str) else arguments
-    except orjson.JSONDecodeError:
-        value = arguments
-    return value if isinstance(value, dict) else {"value": value}
+    value = load_inner(arguments or "{}") if isinstance(arguments, str) else arguments
+    return value if isinstance(value, dict) else {"value": arguments if value is None else value}
 
 
 def given_signature(call: JSON) -> str | None:
@@ -396,7 +389,8 @@ class Answering:
     def _call(self, call: JSON, signature: object) -> JSON:
         """A call under an id of our own where it has none: two equal calls in one turn are two calls."""
         name, args = str(call.get("name", "")), call.get("args") or {}
-        made = blake2b(f"{self.head['id']}\0{self._now}\0{self._calls_total}".encode(), digest_size=9).hexdigest()
+        origin = f"{self.head['id']}\0{self._now}\0{self._calls_total}".encode(errors="replace")
+        made = blake2b(origin, digest_size=9).hexdigest()
         given = call.get("id")
         told: JSON = {
             "id": given if isinstance(given, str) and given else f"call_{made}",

@@ -81,7 +81,7 @@ class Ledger:
             return
         account = self._accounts[reservation.model, reservation.key]
         if account.day == reservation.day:
-            account.day_tokens += tokens - reservation.tokens
+            account.day_tokens = max(0, account.day_tokens + tokens - reservation.tokens)  # a clock may have jumped
         reservation.tokens = tokens
 
     def restore(self, model: int, key: int, *, at: float, tokens: int, now: float) -> None:

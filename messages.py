@@ -133,7 +133,7 @@ class Messages:
 
     def _with_parts(self, message: JSON, parts: list[Any], param: str) -> JSON:
         if message["role"] == "assistant":
-            parts = [p for p in parts if not (isinstance(p, dict) and p.get("type") in THOUGHT_PART_TYPES)]
+            parts = [p for p in parts if not (isinstance(p, dict) and str(p.get("type")) in THOUGHT_PART_TYPES)]
         mended = [self._part(part, f"{param}[{index}]") for index, part in enumerate(parts)]
         if not mended and message["role"] != "assistant":
             return {**message, "content": ""}
@@ -287,8 +287,10 @@ def mended_arguments(arguments: object) -> str:
 def mended_image(part: JSON, param: str) -> JSON:
     """An image part as `{"type": "image_url", "image_url": {"url": …}}`, whichever API it was written for."""
     image = part.get("image_url")
-    if part.get("type") == "image_url" and isinstance(image, dict) and ":" in str(image.get("url"))[:16]:
-        return part
+    if part.get("type") == "image_url" and isinstance(image, dict):
+        url = image.get("url")
+        if isinstance(url, str) and ":" in url[:16]:
+            return part
     source = part.get("source")
     if isinstance(image, dict):
         url = image.get("url")

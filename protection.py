@@ -19,6 +19,7 @@ from typing import Generic, TypeVar
 SESSIONS_MAX = 10_000  # SPEC 7.1; about 5 MB
 COOLDOWNS_MAX = 10_000  # far above models x keys of any laptop's catalogue; a bound, not a budget
 MESSAGE_CHARS_MAX = 500  # of a provider's words in a log row or an error body
+CODE_CHARS_MAX = 100
 
 
 class Failure(StrEnum):
@@ -99,6 +100,11 @@ RULES: Mapping[Failure, Rule] = {
 GATEWAY_STATUSES = frozenset({500, 502, 503, 504})  # these the protection calls 5xx, whatever carried them
 
 
+def writable(text: str) -> str:
+    """Without halves of emojis, which no UTF-8 holds: not a log row, not an answer."""
+    return text.encode(errors="replace").decode()
+
+
 class UpstreamError(Exception):
     """One attempt failed. Ours alone: a client never sees it as such.
 
@@ -117,9 +123,9 @@ class UpstreamError(Exception):
     ) -> None:
         super().__init__(message)
         self.failure = failure
-        self.message = message[:MESSAGE_CHARS_MAX]
+        self.message = writable(message[:MESSAGE_CHARS_MAX])
         self.status = status
-        self.code = code
+        self.code = writable(code[:CODE_CHARS_MAX]) if code else code
         self.retry_after_s = retry_after_s
 
     @property

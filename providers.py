@@ -38,6 +38,7 @@ from router import Route
 from wire import Chat, Completion, Event, EventTooLarge, Mode, SSEDecoder, Tally, dump, frame, load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
+STREAM_BYTES_MAX = 256 * 1024 * 1024  # of one stream; 128,000 tokens in chunks of 1 KB are half of it
 ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
 AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
@@ -111,14 +112,21 @@ class Incoming:
     def feed(self, data: bytes) -> tuple[list[Event], bool]:
         """The events in these bytes, and whether one of them may open the answer."""
         self.bytes_seen += len(data)
+        if self.bytes_seen > STREAM_BYTES_MAX:
+            self.error = UpstreamError(Failure.MALFORMED, f"The answer is larger than {STREAM_BYTES_MAX} bytes.")
+            return [], False
         try:
             return self._events(self._decoder.feed(data))
         except EventTooLarge:
-            self.error = UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
+            self.error = event_too_large()
             return [], False
 
     def flush(self) -> tuple[list[Event], bool]:
-        return self._events(self._decoder.flush())
+        try:
+            return self._events(self._decoder.flush())
+        except EventTooLarge:
+            self.error = event_too_large()
+            return [], False
 
     def _events(self, frames: list[tuple[bytes, bytes]]) -> tuple[list[Event], bool]:
         events: list[Event] = []
@@ -175,6 +183,10 @@ class Incoming:
         if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
             return UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
         return None
+
+
+def event_too_large() -> UpstreamError:
+    return UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
 
 
 def failure_inside(fault: faults.Fault, body: object, route: Route) -> UpstreamError:
@@ -246,6 +258,7 @@ class LiveReply(Reply):
         self._limit = limit
         self._stall_s = self._stall_left_s = stall_s
         self._at_end = False
+        self._end_at = inf  # for what may come behind the finish
         self._clock = asyncio.get_running_loop().time
 
     @property
@@ -261,12 +274,16 @@ class LiveReply(Reply):
         idle_at = now + idle_s
         while not (self._at_end or incoming.done or incoming.error):
             finished = tally.finish is not None
-            wait_s = min(self._stall_s, AFTER_FINISH_S) if finished else min(self._stall_left_s, idle_at - now)
-            data = await self._read(now + wait_s)
+            if finished and self._end_at == inf:
+                self._end_at = now + min(self._stall_s, AFTER_FINISH_S)
+            until = self._end_at if finished else now + min(self._stall_left_s, idle_at - now)
+            data = await self._read(until) if until > now else None
             waited_since, now = now, self._clock()
             if data:
                 self._stall_left_s = self._stall_s
                 events, _ = incoming.feed(data)
+                if events and finished:  # it goes on after all
+                    self._end_at = inf
             elif data is not None or finished:
                 self._at_end = True
                 events, _ = incoming.flush()

@@ -14,6 +14,8 @@ from typing import Any
 
 import orjson
 
+from wire import dump, load_inner
+
 JSON = dict[str, Any]
 Tools = Mapping[str, JSON]  # the schema of each declared tool's parameters, by name
 Calls = list[tuple[str, str]]  # names and arguments
@@ -87,7 +89,7 @@ def fullwidth_calls(text: str, tools: Tools) -> Iterator[Found]:
 
 
 def bracketed_calls(text: str, tools: Tools) -> Iterator[Found]:
-    listed = loaded(text.removeprefix("[TOOL_CALLS]"))
+    listed = load_inner(text.removeprefix("[TOOL_CALLS]"))
     for item in listed if isinstance(listed, list) else ():
         yield from object_call(item)
 
@@ -95,7 +97,7 @@ def bracketed_calls(text: str, tools: Tools) -> Iterator[Found]:
 def tagged_calls(text: str, tools: Tools) -> Iterator[Found]:
     for inner in map(str.strip, enclosed(text, "<tool_call>", "</tool_call>")):
         if inner.startswith("{"):
-            yield from object_call(loaded(inner))
+            yield from object_call(load_inner(inner))
         elif inner.startswith("<function="):
             yield from function_calls(inner, tools)
         else:
@@ -121,7 +123,7 @@ def function_calls(text: str, tools: Tools) -> Iterator[Found]:
 
 
 def bare_calls(text: str, tools: Tools) -> Iterator[Found]:
-    yield from object_call(loaded(unfenced(text)))
+    yield from object_call(load_inner(unfenced(text)))
 
 
 def object_call(value: object) -> Iterator[Found]:
@@ -134,11 +136,11 @@ def object_call(value: object) -> Iterator[Found]:
 
 def spelled_out(pairs: list[tuple[str, str]], schema: JSON) -> JSON:
     """Arguments given one by one as text: what the schema calls a string stays one."""
-    properties = schema.get("properties") or {}
+    properties = properties_of(schema)
     values: JSON = {}
     for name, text in pairs:
         kinds = kinds_of(properties.get(name))
-        value = None if "string" in kinds else loaded(text)
+        value = None if "string" in kinds else load_inner(text)
         values[name] = text if value is None else value
     return values
 
@@ -149,13 +151,6 @@ def unfenced(text: str) -> str:
     if text.startswith("```") and text.endswith("```") and len(text) > 6:
         text = text[3:-3].removeprefix("json").strip()
     return text
-
-
-def loaded(text: str) -> Any:
-    try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return None
 
 
 # How a call begins, and how it is read. `sure`: these words are never meant for a reader.
@@ -190,7 +185,7 @@ def settled(found: list[Found], tools: Tools) -> Calls | None:
     """None unless there are calls, all of declared tools and with readable arguments."""
     calls: Calls = []
     for name, given in found:
-        arguments = mended_arguments(given if isinstance(given, str) else orjson.dumps(given).decode(), tools.get(name))
+        arguments = mended_arguments(given if isinstance(given, str) else dump(given).decode(), tools.get(name))
         if name not in tools or arguments is None:
             return None
         calls.append((name, arguments))
@@ -218,12 +213,12 @@ def whole(text: str, tools: Tools) -> tuple[str, Calls] | None:
 def found_json(text: str) -> str | None:
     """The JSON in an answer that should be nothing else: the very text where it is, else what stands in a code fence
     or between words. None where there is none."""
-    if loaded(text) is not None or text.strip() == "null":
+    if load_inner(text) is not None or text.strip() == "null":
         return text
     within = [block.removeprefix("json") for block in enclosed(text, "```", "```")]
     for opening, end in sorted((("{", "}"), ("[", "]")), key=lambda pair: text.find(pair[0])):
         within.append(text[text.find(opening) : text.rfind(end) + 1])
-    return next((part.strip() for part in within if part.strip() and loaded(part) is not None), None)
+    return next((part.strip() for part in within if part.strip() and load_inner(part) is not None), None)
 
 
 # --- Arguments ------------------------------------------------------------------------------------------------------
@@ -243,14 +238,14 @@ def mended_arguments(text: str, schema: JSON | None) -> str | None:
     if not isinstance(value, dict):
         return None
     decoded = decoded_values(value, schema or {})
-    if decoded is value and text[0] == "{" and loaded(text) is not None:
+    if decoded is value and text[0] == "{" and load_inner(text) is not None:
         return text
-    return orjson.dumps(decoded).decode()
+    return dump(decoded).decode()
 
 
 def lenient(text: str) -> Any:
     """JSON with the mistakes that models make: fences around it, line ends in strings, a comma too many."""
-    if (value := loaded(text)) is not None:
+    if (value := load_inner(text)) is not None:
         return value
     text = unfenced(text)
     for attempt in (text, re.sub(r",(\s*[}\]])", r"\1", text)):
@@ -265,7 +260,13 @@ def lenient(text: str) -> Any:
 
 def kinds_of(schema: object) -> frozenset[str]:
     kind = schema.get("type") if isinstance(schema, dict) else None
-    return frozenset(kind) if isinstance(kind, list) else frozenset({kind}) if isinstance(kind, str) else frozenset()
+    return frozenset(name for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str))
+
+
+def properties_of(schema: JSON) -> JSON:
+    """Clients' schemas are passed on unseen, so they may be anything."""
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
 
 
 def decoded_values(value: Any, schema: object) -> Any:
@@ -276,11 +277,11 @@ def decoded_values(value: Any, schema: object) -> Any:
         kinds = kinds_of(schema)
         if "string" in kinds or not kinds & {"array", "object"} or value[:1] not in ("[", "{"):
             return value
-        inner = loaded(value)
+        inner = load_inner(value)
         fits = (isinstance(inner, list) and "array" in kinds) or (isinstance(inner, dict) and "object" in kinds)
         return decoded_values(inner, schema) if fits else value
     if isinstance(value, dict):
-        properties = schema.get("properties") or {}
+        properties = properties_of(schema)
         decoded = {name: decoded_values(item, properties.get(name)) for name, item in value.items()}
         return decoded if any(decoded[name] is not value[name] for name in value) else value
     if isinstance(value, list):

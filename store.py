@@ -41,6 +41,7 @@ BUSY_MS = 250  # SQLite's own wait for another process's lock
 TAG_BYTES, IV_BYTES = 16, 12
 T = TypeVar("T")
 Connection = sqlite3.Connection  # for the types of what others hand to `write` and `read`
+UNSTORABLE = (OverflowError, ValueError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError)
 DatabaseError = sqlite3.Error  # what `write` and `read` raise when the database is locked, full or broken
 
 
@@ -168,8 +169,9 @@ class Store:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._rows: deque[Row] = deque()
+        self._taken = 0  # of them, by the writer
         self._timer: asyncio.TimerHandle | None = None
-        self._writing: Future[None] | None = None
+        self._writing: Future[int] | None = None
         self.first_start = False
         try:
             self._db: sqlite3.Connection = self._writer.submit(self._open, encryption_key).result()
@@ -244,7 +246,7 @@ class Store:
 
     @property
     def pending(self) -> int:
-        return len(self._rows)
+        return len(self._rows) + self._taken
 
     def log(self, row: Row) -> None:
         """Queue one row. Never blocks; when the queue is full the oldest row is lost and counted."""
@@ -277,18 +279,18 @@ class Store:
         if self._writing is not None or not self._rows:
             return
         rows = list(self._rows)
+        self._taken = len(rows)
         self._rows.clear()
         loop = asyncio.get_running_loop()
-        self._writing = self._writer.submit(self._transaction, lambda db: insert_rows(db, rows))
+        self._writing = self._writer.submit(write_rows, self._db, rows)
         self._writing.add_done_callback(lambda done: loop.call_soon_threadsafe(self._written, done, rows))
 
-    def _written(self, done: Future[None], rows: list[Row]) -> None:
-        self._writing = None
-        error = done.exception()
-        failed = isinstance(error, sqlite3.Error)
-        if error is not None and not failed:  # a row that no database takes: waiting would only hold up the others
-            self.dropped += len(rows)
-        elif failed:
+    def _written(self, done: Future[int], rows: list[Row]) -> None:
+        self._writing, self._taken = None, 0
+        failed = done.exception() is not None
+        if not failed:
+            self.dropped += done.result()
+        else:
             self._rows.extendleft(reversed(rows))
             while len(self._rows) > ROWS_MAX:
                 self._rows.popleft()
@@ -394,6 +396,24 @@ def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
         while len(rows) - done >= size:
             db.execute(statement, [value for row in rows[done : done + size] for value in row.values()])
             done += size
+
+
+def write_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> int:
+    """Write them in one transaction. Gives how many had to be left out because SQLite cannot hold what is in them:
+    such a row must not keep the others waiting for ever."""
+    try:
+        with transaction(db):
+            insert_rows(db, rows)
+        return 0
+    except UNSTORABLE:
+        lost = 0
+    with transaction(db):
+        for row in rows:
+            try:
+                insert_rows(db, [row])
+            except UNSTORABLE:
+                lost += 1
+    return lost
 
 
 # What the gateway asks of the database. Each is one transaction's work, for `write` or `read`.

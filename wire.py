@@ -8,6 +8,7 @@ through. Owns SSE as bytes too. No I/O.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ import orjson
 CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
 TOKENS_MAX = 10**9  # of one answer; a provider that reports more has a broken counter
 EVENT_BYTES_MAX = 1024 * 1024  # one SSE event from a provider (SPEC 13.3)
+DEPTH_MAX = 200  # of JSON from either side: orjson reads 1024 levels but writes only 254, and some are put around it
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 
@@ -216,8 +218,22 @@ def mended_escapes(raw: bytes) -> bytes:
     return ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], raw)
 
 
+def nests_too_deeply(value: Any, brackets: int) -> bool:
+    """Whether this is more than could be written again, or walked by a function that calls itself. `brackets` is how
+    many opened in its JSON, which nearly always says it already."""
+    if brackets <= DEPTH_MAX:
+        return False
+    layer = [value]
+    for _ in range(DEPTH_MAX):
+        inner = (item.values() if type(item) is dict else item for item in layer)
+        layer = [item for items in inner for item in items if type(item) is dict or type(item) is list]
+        if not layer:
+            return False
+    return True
+
+
 def load_object(raw: bytes) -> dict[str, Any]:
-    """The client's JSON object, strictly: orjson takes no NaN, and refuses what nests deeper than 1024."""
+    """The client's JSON object, strictly: orjson takes no NaN."""
     if b"\\u0000" in raw:
         raw = mended_escapes(raw)
     try:
@@ -229,11 +245,19 @@ def load_object(raw: bytes) -> dict[str, Any]:
             raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
+    if nests_too_deeply(body, raw.count(b"{") + raw.count(b"[")):
+        raise InvalidRequest(f"The body nests deeper than {DEPTH_MAX} levels.", code="invalid_json")
     return body
 
 
 def no_number(text: str) -> None:
     raise ValueError(f"{text} is not JSON")
+
+
+def finite(text: str) -> float | None:
+    """orjson, too, writes an infinite number as null."""
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def load_lenient(raw: bytes) -> Any:
@@ -242,12 +266,24 @@ def load_lenient(raw: bytes) -> Any:
     Raises ValueError for what is no JSON.
     """
     try:
-        return orjson.loads(raw)
+        value = orjson.loads(raw)
     except orjson.JSONDecodeError:
         try:
-            return json.loads(raw, parse_constant=no_number)
+            value = json.loads(raw, parse_constant=no_number, parse_float=finite)
         except RecursionError:
             raise ValueError("nested too deeply") from None
+    if nests_too_deeply(value, raw.count(b"{") + raw.count(b"[")):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def load_inner(text: str) -> Any:
+    """JSON that stands as text in other JSON, such as a call's arguments; None for what is none."""
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return None
+    return None if nests_too_deeply(value, text.count("{") + text.count("[")) else value
 
 
 def dump(value: Any) -> bytes:

@@ -4,7 +4,8 @@
     python bench/soak.py --seconds 20      a look
 
 The gateway runs as its own process, the fake providers of the tests beside the clients. It fails when memory, file
-descriptors or tasks grow, when a row is missing, or when something stays active that has ended.
+descriptors, threads or tasks grow, when a row is missing, when the counters of /metrics and the rows tell different
+stories, or when something stays active that has ended.
 """
 
 from __future__ import annotations
@@ -12,35 +13,39 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 
 import aiohttp
 
+from running import AUTHORIZED, Gateway  # isort: skip  # it finds the next one's folder
+
+from fake_provider import CUT, PAUSE, RESET, Every, FakeProvider, Reply, Request, answer, chunk, error, event, raw, sse
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
 
-from fake_provider import CUT, PAUSE, RESET, FakeProvider, Reply, Request, answer, chunk, error, raw, sse  # noqa: E402
-
-KEY = "fw-soak-0123456789abcdef"
+FAILING = {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.02}  # how often each platform does
 AT_ONCE = 100
-LONG_CHUNKS = 60  # per stream
 MEMORY_GROWTH_MB_MAX = 12.0  # after the first quarter, in which caches and pools fill
+MEMORY_CREEP_MB_MAX = 3.0  # from the third quarter to the last, in which nothing is left to fill
 DESCRIPTORS_AT_REST_MAX = 40
+POOL_S = 32.0  # idle provider connections are closed after 15 s, looked for every 15 s
 SETTINGS = {
-    "GATEWAY_API_KEY": KEY, "LOG_LEVEL": "warning", "MAX_STREAM_STALL_MS": "300", "FIRST_TOKEN_TIMEOUT_MS": "500",
+    "LOG_LEVEL": "warning", "MAX_STREAM_STALL_MS": "300", "FIRST_TOKEN_TIMEOUT_MS": "500",
     "REQUEST_TIMEOUT_MS": "800", "TRANSIENT_COOLDOWN_MS": "20", "RATE_LIMIT_COOLDOWN_MS": "20",
     "STATS_REFRESH_MS": "1000", "KEEPALIVE_INTERVAL_MS": "100",
 }  # fmt: skip
 ROLE = chunk(role="assistant", content="")
-LONG = sse(ROLE, *(chunk(f"word {number} ") for number in range(LONG_CHUNKS)), chunk(finish="stop"))
+BURST = [chunk(f"word {number} ") for number in range(20)]
+PACED = Every(0.005, event(chunk("more ")), times=20)  # long enough for a client to leave in the middle of it
+LONG = sse(ROLE, *BURST, PACED, *BURST, chunk(finish="stop"))
 FAULTS = [
     error(500), error(503), error(429, headers={"retry-after": "0"}), error(404), raw(CUT), raw(RESET), raw(PAUSE),
     raw(b"HTTP/1.1 200 OK\r\ncontent-", CUT), sse(ROLE, PAUSE), sse(ROLE, CUT), sse(ROLE, {"error": {"message": "no"}}),
@@ -57,36 +62,26 @@ def weather(rng: random.Random, failing: float) -> object:
     return reply
 
 
-class Gateway:
-    """The process under load, and what the system says of it."""
+@dataclass(frozen=True)
+class Sample:
+    """The gateway at one moment."""
 
-    def __init__(self, process: asyncio.subprocess.Process, base_url: str, db: Path) -> None:
-        self.process, self.base_url, self.db = process, base_url, db
+    at_s: float
+    memory_mb: float
+    descriptors: int
+    threads: int
+    tasks: int
 
-    @classmethod
-    async def start(cls, folder: Path, fake: FakeProvider) -> Gateway:
-        names = ["a", "b", "c", "d"]
-        catalog = {
-            "platforms": [{"id": name, "adapter": "openai", "base_url": fake.url(name)} for name in names],
-            "models": [{"platform": name, "model_id": f"{name}-model"} for name in names],
-            "keys": [{"platform": name, "key": f"sk-{name}-0123456789"} for name in names],
-        }
-        (folder / "catalog.json").write_text(json.dumps(catalog))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, str(HERE.parent / "gateway.py"), "--port", "0", "--db", str(folder / "soak.db"),
-            "--catalog", str(folder / "catalog.json"),
-            env={**os.environ, **SETTINGS}, stdout=asyncio.subprocess.PIPE, limit=2**24,
-        )  # fmt: skip
-        assert process.stdout is not None
-        line = (await process.stdout.readline()).decode()
-        return cls(process, line.split()[-1].removesuffix("/v1"), folder / "soak.db")
 
-    def memory_mb(self) -> float:
-        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+@dataclass(frozen=True)
+class Rest:
+    """The gateway when the load is over."""
 
-    def descriptors(self) -> int:
-        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+    descriptors: int
+    threads: int
+    metrics: dict[str, float]
+    active: object
+    exit_code: int
 
 
 class Load:
@@ -113,8 +108,7 @@ class Load:
         mode = self.rng.choice(["auto-priority", "auto", "auto-smart", "auto-fast"])
         content = f"conversation {self.rng.randrange(5000)}"
         body = {"model": mode, "messages": [{"role": "user", "content": content}], "stream": temper != "whole"}
-        headers = {"Authorization": f"Bearer {KEY}"}
-        async with self.http.post(f"{self.gateway.base_url}/v1/chat/completions", json=body, headers=headers) as got:
+        async with self.http.post(f"{self.gateway.base_url}/v1/chat/completions", json=body, headers=AUTHORIZED) as got:
             self.ids.add(got.headers["x-request-id"])
             if got.status != 200:
                 await got.read()
@@ -136,65 +130,97 @@ class Load:
             self.seen["answered" if whole else "told in mid-stream" if told else "JUST STOPPED"] += 1
 
 
-async def settle(gateway: Gateway, http: aiohttp.ClientSession) -> int:
-    """The descriptors of the gateway when all pools have let go of their idle connections (15 s)."""
+async def sample(gateway: Gateway, since: float) -> Sample:
+    tasks = round((await gateway.metrics())["freeway_tasks"])
+    at_s = time.monotonic() - since
+    return Sample(at_s, gateway.memory_mb(), gateway.descriptors(), gateway.status("Threads"), tasks)
+
+
+async def at_rest(gateway: Gateway, http: aiohttp.ClientSession) -> Rest:
+    """What is left when everybody has gone and all pools have let go of their idle connections; then a stop."""
     assert http.connector is not None
     await http.connector.close()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + POOL_S
     while gateway.descriptors() > DESCRIPTORS_AT_REST_MAX and time.monotonic() < deadline:  # noqa: ASYNC110
         await asyncio.sleep(0.2)
-    return gateway.descriptors()
-
-
-async def protection(gateway: Gateway, http: aiohttp.ClientSession) -> dict[str, object]:
-    async with http.get(f"{gateway.base_url}/api/protection", headers={"Authorization": f"Bearer {KEY}"}) as got:
-        answered: dict[str, object] = await got.json()
-        return answered
+    descriptors, threads = gateway.descriptors(), gateway.status("Threads")
+    metrics = await gateway.metrics()
+    active = json.loads(await gateway.ask("/api/protection"))["active"]
+    gateway.process.terminate()
+    return Rest(descriptors, threads, metrics, active, await gateway.process.wait())
 
 
 async def soak(seconds: float, folder: Path) -> tuple[list[str], list[str]]:
     """Lines of the report, and what went wrong."""
     rng = random.Random(1)
     async with FakeProvider().serving() as fake, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        for name, failing in {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.02}.items():
+        for name, failing in FAILING.items():
             fake.script(name, weather(rng, failing))
-        gateway = await Gateway.start(folder, fake)
+        gateway = await Gateway.start(folder, fake, list(FAILING), SETTINGS)
         load = Load(gateway, http, rng)
         started = time.monotonic()
-        samples = []
+        samples = [await sample(gateway, started)]
         async with asyncio.TaskGroup() as group:
             for _ in range(AT_ONCE):
                 group.create_task(load.client(started + seconds))
-            while (elapsed := time.monotonic() - started) < seconds:
-                await asyncio.sleep(min(5.0, seconds / 12))
-                samples.append((elapsed, gateway.memory_mb(), gateway.descriptors()))
+            while time.monotonic() - started < seconds:
+                await asyncio.sleep(min(15.0, seconds / 12))
+                samples.append(await sample(gateway, started))
                 fake.clear()
-        at_rest = await settle(gateway, http)
-        async with aiohttp.ClientSession() as fresh:
-            left = (await protection(gateway, fresh))["active"]
-        gateway.process.terminate()
-        code = await gateway.process.wait()
-    return judge(samples, load, at_rest, left, code, gateway.db)
+        rest = await at_rest(gateway, http)
+    return report(samples, load, rest, gateway), judge(samples, load, rest, gateway)
 
 
-def judge(
-    samples: list[tuple[float, float, int]], load: Load, at_rest: int, left: object, code: int, db: Path
-) -> tuple[list[str], list[str]]:
-    rows = sqlite3.connect(db).execute("SELECT COUNT(*), COUNT(DISTINCT request_id) FROM requests").fetchone()
-    known = {row[0] for row in sqlite3.connect(db).execute("SELECT DISTINCT request_id FROM requests")}
-    settled = samples[len(samples) // 4 :]
-    growth = settled[-1][1] - settled[0][1]
-    lines = [f"| {at:.0f} s | {memory:.1f} MB | {descriptors} |" for at, memory, descriptors in samples]
+def report(samples: list[Sample], load: Load, rest: Rest, gateway: Gateway) -> list[str]:
+    table = [f"| {s.at_s:.0f} s | {s.memory_mb:.1f} MB | {s.descriptors} | {s.threads} | {s.tasks} |" for s in samples]
     outcomes = ", ".join(f"{count} {name}" for name, count in load.seen.most_common())
-    lines += ["", f"Requests: {load.seen.total()}; {outcomes}. Streamed events read: {load.chunks}."]
-    lines += [f"Log: {rows[0]} rows of {rows[1]} requests. At rest: {at_rest} descriptors. Exit code {code}."]
-    wrong = [f"{name}: {load.seen[name]}" for name in ("hung", "JUST STOPPED") if load.seen[name]]
-    wrong += [f"memory grew by {growth:.1f} MB"] if growth > MEMORY_GROWTH_MB_MAX else []
-    wrong += [f"{len(load.ids - known)} requests have no row"] if load.ids - known else []
-    wrong += [f"still active: {left}"] if left else []
-    wrong += [f"{at_rest} descriptors at rest"] if at_rest > DESCRIPTORS_AT_REST_MAX else []
-    wrong += [f"exit code {code}"] if code else []
-    return lines, wrong
+    statuses = gateway.rows("SELECT status, COUNT(*) FROM requests GROUP BY status")
+    told = rest.metrics
+    return [
+        "| at | memory | descriptors | threads | tasks |", "|---|---:|---:|---:|---:|", *table, "",
+        f"- {load.chunks} streamed chunks read by {AT_ONCE} clients at once; {load.seen['left']} clients left in "
+        "mid-stream.",
+        f"- {load.seen.total()} requests: {outcomes}.",
+        f"- Log: {sum(statuses.values())} rows ({', '.join(f'{n} {status}' for status, n in statuses.items())}) of "
+        f"{len(load.ids)} requests.",
+        f"- At rest: {rest.descriptors} descriptors, {rest.threads} threads, {told['freeway_tasks']:.0f} tasks, "
+        f"{told['freeway_running_requests']:.0f} running requests, "
+        f"{told['freeway_active_attempts']:.0f} active attempts. Exit code {rest.exit_code}.",
+    ]  # fmt: skip
+
+
+def judge(samples: list[Sample], load: Load, rest: Rest, gateway: Gateway) -> list[str]:
+    """What is not as it should be."""
+    quarter = len(samples) // 4
+    memory = [median(s.memory_mb for s in samples[n * quarter : (n + 1) * quarter]) for n in (1, 2, 3)]
+    by_request = gateway.rows("SELECT request_id, MAX(attempt) FROM requests GROUP BY request_id")
+    attempts = gateway.rows("SELECT 'all', COUNT(*) FROM requests WHERE platform IS NOT NULL")["all"]
+    cancelled = gateway.rows("SELECT 'all', COUNT(*) FROM requests WHERE status = 'cancelled'")["all"]
+    told = rest.metrics
+    counted = sum(value for name, value in told.items() if name.startswith("freeway_requests_total"))
+    counted_cancelled = told['freeway_requests_total{status="cancelled"}']
+    checks = {
+        f"{load.seen['hung']} requests hung": not load.seen["hung"],
+        f"{load.seen['JUST STOPPED']} streams just stopped": not load.seen["JUST STOPPED"],
+        f"memory by quarters: {memory}": memory[-1] - memory[0] <= MEMORY_GROWTH_MB_MAX
+        and memory[-1] - memory[-2] <= MEMORY_CREEP_MB_MAX,
+        f"{len(load.ids - by_request.keys())} requests have no row": load.ids <= by_request.keys(),
+        f"{counted} requests counted, {len(by_request)} logged": counted == len(by_request),
+        f"{told['freeway_attempts_total']} attempts counted, {attempts} logged": told["freeway_attempts_total"]
+        == attempts,
+        f"{counted_cancelled} cancelled counted, {cancelled} logged": counted_cancelled == cancelled,
+        f"{load.seen['left']} left, {cancelled} rows say so": 0.9 * load.seen["left"] <= cancelled
+        or not load.seen["left"],
+        f"{told['freeway_log_dropped_rows_total']} rows dropped": not told["freeway_log_dropped_rows_total"],
+        f"still active: {rest.active}": not rest.active and not told["freeway_active_attempts"],
+        f"{told['freeway_running_requests']} requests still running": not told["freeway_running_requests"],
+        f"{rest.descriptors} descriptors at rest": rest.descriptors <= DESCRIPTORS_AT_REST_MAX,
+        f"{told['freeway_tasks']} tasks at rest, {samples[0].tasks} at first": told["freeway_tasks"]
+        <= samples[0].tasks,
+        f"{rest.threads} threads at rest, {samples[1].threads} under load": rest.threads <= samples[1].threads,
+        f"exit code {rest.exit_code}": rest.exit_code == 0,
+    }
+    return [words for words, holds in checks.items() if not holds]
 
 
 def main() -> int:
@@ -205,7 +231,7 @@ def main() -> int:
         lines, wrong = asyncio.run(soak(seconds, Path(folder)))
     verdict = "Nothing grew, nothing was lost." if not wrong else "WRONG: " + "; ".join(wrong)
     head = [f"# {seconds:.0f} seconds of bad weather, {datetime.now(UTC):%Y-%m-%d}", ""]
-    text = "\n".join([*head, "| at | memory | descriptors |", "|---|---:|---:|", *lines, "", verdict]) + "\n"
+    text = "\n".join([*head, *lines, "", verdict]) + "\n"
     print(text)
     if seconds >= 60:
         (HERE / "SOAK.md").write_text(text)

@@ -287,12 +287,14 @@ class PromptServer(uvicorn.Server):
         await self.lifespan.shutdown()
 
 
-async def run_gateway(settings: dict[str, str], cwd: Path) -> Gateway:
-
+async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None = None) -> Gateway:
+    """`http` stands in for the class of connections."""
     loaded = gateway.load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **settings}, cwd)
     listener = socket.socket(proto=socket.IPPROTO_TCP)  # without it asyncio sets no TCP_NODELAY
     listener.bind(("127.0.0.1", 0))
-    server = PromptServer(gateway.uvicorn_config(gateway.Gateway(loaded)))
+    config = gateway.uvicorn_config(gateway.Gateway(loaded))
+    config.http = http or config.http
+    server = PromptServer(config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     await until(lambda: server.started or serving.done())
     if serving.done():

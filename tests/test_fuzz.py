@@ -67,12 +67,50 @@ def test_a_stream_cut_anywhere_gives_the_same_events(chunks, cuts, crlf):
     assert b"".join(raw for raw, _ in got) == stream[len(b": hello" + end) :]
 
 
-@given(st.lists(st.binary(max_size=60) | st.sampled_from([b"\n\n", b"data: ", b"\r\n", b": c\n"]), max_size=20))
-def test_any_bytes_can_be_decoded_as_a_stream(parts):
+BITS = [
+    b"\n\n",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"data:",
+    b"data: ",
+    b": c",
+    b"x",
+    b"event: a",
+    b"{}",
+    b"\xf0\x9f",
+    b"\xe2\x80\xa8",
+]
+
+
+@settings(max_examples=400)
+@given(st.lists(st.sampled_from(BITS) | st.binary(max_size=3), max_size=30), st.lists(st.integers(0, 200), max_size=12))
+def test_any_bytes_are_the_same_events_however_they_are_cut(bits, cuts):
+    stream = b"".join(bits)
+    at_once, in_pieces = SSEDecoder(), SSEDecoder()
+
+    expected = at_once.feed(stream) + at_once.flush()
+
+    assert [e for piece in pieces(stream, cuts) for e in in_pieces.feed(piece)] + in_pieces.flush() == expected
+
+
+BETWEEN = st.sampled_from(
+    [b"", b"\n", b"\r\n", b": c\n\n", b": c\r\n\r\n", b"event: ping\n\n", b"id: 1\n\n", b"noise\n\n"]
+)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(BETWEEN, OBJECTS, st.sampled_from([b"\n\n", b"\r\n\r\n"])), max_size=8),
+    st.lists(st.integers(0, 5000)),
+)
+def test_what_stands_between_events_and_how_lines_end_changes_nothing(events, cuts):
+    stream = b"".join(between + b"data: " + orjson.dumps(chunk) + end for between, chunk, end in events)
     decoder = SSEDecoder()
-    for part in parts:
-        decoder.feed(part)
-    decoder.flush()
+
+    got = [event for piece in pieces(stream, cuts) for event in decoder.feed(piece)] + decoder.flush()
+
+    assert [orjson.loads(data) for _, data in got] == [chunk for _, chunk, _ in events]
 
 
 @given(st.lists(OBJECTS, max_size=6))

@@ -21,7 +21,7 @@ CORE = {
     "protection": set(),
     "faults": set(),
     "schemas": set(),
-    "rescue": set(),
+    "rescue": {"wire"},
     "calls": {"protection", "rescue", "wire"},
     "messages": {"wire"},
     "chat": {"messages", "wire"},
@@ -51,7 +51,8 @@ TOP = {
     "admin": {"deadlines", "discovery", "exchange", "store", "analytics", "controls", "metrics", "settings"}
     | set(CORE),
     "discovery": {"catalog", "exchange", "protection", "settings", "store"},
-    "gateway": {"exchange", "admin", "discovery"} | set(CORE) | set(SHELL),
+    "connection": {"wire"},
+    "gateway": {"exchange", "admin", "connection", "discovery"} | set(CORE) | set(SHELL),
 }
 ALLOWED = CORE | SHELL | TOP
 

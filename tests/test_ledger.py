@@ -118,6 +118,23 @@ def test_the_day_is_that_of_utc_whatever_the_clock_counts_from():
     assert ledger.wait_s(model, KEY, 1, now + 10) == 0
 
 
+@pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S, 400 * DAY_S, -400 * DAY_S, 3600.0, -3600.0])
+def test_a_clock_that_jumps_and_comes_back_neither_blocks_beyond_a_day_nor_gives_more_than_a_day(jump_s):
+    ledger, model = Ledger(), a_model(rpm=3, rpd=10, tpd=1000)
+    running = ledger.reserve(model, KEY, 900, NOON)
+
+    ledger.utc_offset_s = jump_s
+    assert 0 <= ledger.wait_s(model, KEY, 1000, NOON + 1) <= DAY_S
+    ledger.reserve(model, KEY, 1, NOON + 2)
+    ledger.utc_offset_s = 0.0
+    ledger.reserve(model, KEY, 1, NOON + 3)
+    ledger.settle(running, 0)
+
+    assert ledger.wait_s(model, KEY, 1, NOON + 4) == pytest.approx(56)  # minutes know no clock but their own
+    ledger.reserve(model, KEY, 990, NOON + 64)
+    assert 0 < ledger.wait_s(model, KEY, 100, NOON + 65) <= DAY_S
+
+
 @pytest.mark.parametrize(
     ("limit", "ago_s", "counts"),
     [("rpm", 30, True), ("rpm", 70, False), ("rpd", 3600, True), ("rpd", NOON + 1, False), ("tpd", 3600, True)],

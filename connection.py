@@ -1,0 +1,70 @@
+"""One client's connection before it is a request: how much it may send, and how long it may take.
+
+uvicorn reads a request's head without a limit of size or time, and keeps a connection that never says anything for
+ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from wire import GatewayError, InvalidRequest
+
+HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; checked read by read, so a little more may slip in
+HEAD_S = 20.0  # for a head to arrive, and for what is left of a body whose request has been answered already
+
+
+class Connection(HttpToolsProtocol):
+    """uvicorn's, with limits. What they cost: one look per read, and one timer per connection."""
+
+    def __init__(self, *args: Any, head_s: float = HEAD_S, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_s = head_s
+        self._head_bytes = 0
+        self._last_seen: object = self  # the request at the last look; at first none, and not even a look
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):  # not within a head
+            self._head_bytes = 0
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            words = f"The request's head is larger than {HEAD_BYTES_MAX} bytes."
+            self._refuse(InvalidRequest(words, code="head_too_large", status=431))
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(InvalidRequest(msg, code="invalid_http"))
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer without a request, and hang up."""
+        body = error.body()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        self.transport.close()
+
+    def _look(self) -> None:
+        """Hang up when no request has begun since the last look, nor is one running, nor is it uvicorn's wait between
+        two: then a head, or the rest of a body that nobody reads, has been arriving all the time."""
+        served = self.cycle is not None and not self.cycle.response_complete
+        if served or self.timeout_keep_alive_task is not None:
+            self._last_seen = self
+        elif self._last_seen is self.cycle:
+            self.transport.close()
+            return
+        else:
+            self._last_seen = self.cycle
+        self._timer = self.loop.call_later(self._head_s, self._look)
