@@ -136,7 +136,7 @@ FAMILIES = {
     "freeway_running_requests": "gauge", "freeway_tokens": "counter", "freeway_attempt_duration_seconds": "histogram",
     "freeway_first_token_seconds": "histogram", "freeway_routable_models": "gauge", "freeway_log_queue_rows": "gauge",
     "freeway_log_dropped_rows": "counter", "freeway_log_dropped_lines": "counter",
-    "freeway_malformed_events": "counter",
+    "freeway_malformed_events": "counter", "freeway_tasks": "gauge",
 }  # fmt: skip
 
 
