@@ -298,11 +298,8 @@ class ChunkMender:
         self._calls = StreamedCalls(chat)
         tools = declared_tools(chat.body) if chat.has_tools else {}
         self._gate: TextGate | None = TextGate(tools)  # until it is open
+        self.plain_text: Callable[[Any], str | None] | None = None  # from then on
         self._held: list[Event] = []  # what the gate holds back, as it came
-
-    @property
-    def plain_text(self) -> Callable[[Any], str | None] | None:
-        return plain_text if self._gate is None else None
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
         choices = chunk.get("choices")
@@ -366,14 +363,14 @@ class ChunkMender:
             self._held.append(event)
             pieces = gate.feed(text)
             if gate.open and gate.untouched:
-                self._gate = None
+                self._opened()
                 return self._released()
             if more:  # only the text waits
                 self._held[-1] = piece_of(event.chunk, {"content": delta.pop("content")})
                 event = Event(frame(event.chunk), event.chunk)
             events = self._rewritten(event.chunk, pieces, role=delta.get("role"))
             if gate.open:
-                self._gate = None
+                self._opened()
                 self._held.clear()
             if not more:
                 return events
@@ -385,8 +382,9 @@ class ChunkMender:
 
     def _settle(self, like: JSON) -> list[Event]:
         """No more text will come: what is held back becomes text, thoughts or calls."""
-        gate, self._gate = self._gate, None
+        gate = self._gate
         assert gate is not None
+        self._opened()
         try:
             pieces, calls = gate.finish()
         except Unreadable:
@@ -400,6 +398,9 @@ class ChunkMender:
         for name, arguments in calls:
             events.append(piece_of(like, {"tool_calls": [self._calls.add(name, arguments, like)]}))
         return events
+
+    def _opened(self) -> None:
+        self._gate, self.plain_text = None, plain_text
 
     def _released(self) -> list[Event]:
         events, self._held = self._held, []

@@ -295,7 +295,8 @@ class LiveReply(Reply):
                     raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
                 events = []
             if events or now >= idle_at:
-                self.ended = self._is_ended()
+                if incoming.done or incoming.error or self._at_end:
+                    self.ended = self._is_ended()
                 return events
         return await self._ending()
 
