@@ -16,8 +16,8 @@ from functools import partial
 
 import aiohttp
 import pytest
-from conftest import API_KEY, ROOT, Client, catalog_of, client_of, logged, run_gateway
-from fake_provider import CUT, DONE, Every, body, chunk, chunked, event, raw, sse
+from conftest import API_KEY, ROOT, Client, both_ways, catalog_of, client_of, logged, run_gateway
+from fake_provider import CUT, DONE, ROLE, Every, body, chunk, chunked, event, raw, sse
 
 from connection import HEAD_BYTES_MAX, Connection
 from store import Row, Store
@@ -131,7 +131,6 @@ async def test_a_body_that_goes_on_after_its_refusal_is_not_read_for_ever(impati
 
 OK = b"HTTP/1.1 200 OK\r\n"
 JSON = {"content-type": "application/json"}
-ROLE = chunk(role="assistant", content="")
 ENDLESS = {
     "headers": raw(OK, Every(0, b"x-more: and more\r\n")),
     "one header": raw(OK, b"x-more: ", Every(0, b"x" * 1000)),
@@ -149,7 +148,7 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_provider_that_never_ends_is_given_up(start_gateway, fake, streaming):
     gateway = await start_gateway(["a", "b"], {**STALL, "TRANSIENT_COOLDOWN_MS": "1"})
     for name, endless in ENDLESS.items():
@@ -189,7 +188,7 @@ NOT_HTTP = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_provider_that_speaks_no_http_is_passed_over(start_gateway, fake, streaming):
     gateway = await start_gateway(["a", "b"], {**STALL, "TRANSIENT_COOLDOWN_MS": "1"})
     for name, reply in NOT_HTTP.items():
@@ -221,7 +220,7 @@ async def test_a_stream_that_comes_letter_by_letter_arrives(start_gateway, fake)
 BOMB = gzip.compress(b" " * (200 << 20), compresslevel=1)  # 200 MiB in one
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 @pytest.mark.parametrize("status", [200, 500])
 async def test_an_answer_that_unpacks_without_end_is_given_up(start_gateway, fake, streaming, status):
     gateway = await start_gateway(["a", "b"], {"REQUEST_TIMEOUT_MS": "2000"})
