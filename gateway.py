@@ -135,11 +135,9 @@ class Gateway:
         """Bring catalogue and keys into the database; gives what routing needs out of it."""
         store.sync_models(db, self.files.models)
         vault = self.store.vault
-        for key in self.files.keys:
-            if key.env is None:
-                store.add_key(db, vault, key.platform, key.secret, key.label)
-        from_environment = [(key.platform, key.secret, key.label) for key in self.files.keys if key.env]
-        store.sync_environment_keys(db, vault, from_environment)
+        keys = self.files.keys
+        store.sync_file_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if not key.env])
+        store.sync_environment_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if key.env])
         return self.engine.snapshot(db)
 
     def _restore_ledger(self) -> None:

@@ -476,6 +476,16 @@ def add_key(db: sqlite3.Connection, vault: Vault, platform: str, secret: str, la
     return int(cursor.lastrowid or 0)
 
 
+def sync_file_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
+    """Store (platform, secret, label) once; a key that a variable gave before is the file's from now on."""
+    for platform, secret, label in given:
+        id = add_key(db, vault, platform, secret, label)
+        db.execute(
+            "UPDATE api_keys SET label = ?, enabled = MAX(enabled, gone), gone = 0 WHERE id = ? AND label LIKE 'env:%'",
+            (label, id),
+        )
+
+
 def sync_environment_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
     """Upsert (platform, secret, `env:NAME`); a key whose variable has gone is disabled until it comes back."""
     present = set()

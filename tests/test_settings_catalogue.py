@@ -239,6 +239,33 @@ async def test_a_key_of_the_environment_comes_and_goes_with_its_name(start_gatew
     assert len([row for row in execute(running.db, "SELECT * FROM api_keys") if row["platform"] == "a"]) == 1
 
 
+async def test_a_key_that_moves_from_the_environment_into_the_file_goes_on_serving(start_gateway, fake):
+    platforms = {"a": {"env": ["A_KEY"], "keys": []}, "b": {}}
+    moved = {"a": {"env": ["A_KEY"], "keys": ["sk-from-environment"]}, "b": {}}
+    for given, settings in ((platforms, {"A_KEY": "sk-from-environment"}), (platforms, {}), (moved, {})):
+        running = await start_gateway(given, settings)
+        served = (await running.chat()).text
+        await running.stop()
+
+    assert served == "hello from a"
+    row = stored_keys(running.db)["a-0"]
+    assert (row["enabled"], row["gone"]) == (1, 0)
+
+
+async def test_a_key_that_moves_from_the_environment_to_the_dashboard_goes_on_serving(start_gateway, fake):
+    platforms = {"a": {"env": ["A_KEY"], "keys": []}, "b": {}}
+    running = await start_gateway(platforms, {"A_KEY": "sk-from-environment"})
+    await running.stop()
+    running = await start_gateway(platforms)
+    added = await running.send({"platform": "a", "key": "sk-from-environment"}, path="/api/keys")
+    assert (added.status, added.json["label"], added.json["enabled"]) == (200, "", True)
+    await running.stop()
+
+    running = await start_gateway(platforms)
+
+    assert (await running.chat()).text == "hello from a"
+
+
 async def test_a_disabled_key_is_never_used(start_gateway, fake):
     platforms = {"a": {}, "b": {}}
     running = await start_gateway(platforms)
