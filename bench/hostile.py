@@ -39,7 +39,7 @@ SETTINGS = {
     "MAX_STREAM_STALL_MS": "4000", "FIRST_TOKEN_TIMEOUT_MS": "5000", "REQUEST_TIMEOUT_MS": "5000",
     "TRANSIENT_COOLDOWN_MS": "20", "RATE_LIMIT_COOLDOWN_MS": "20", "KEEPALIVE_INTERVAL_MS": "200",
 }  # fmt: skip
-BIG_STREAM = sse(*[chunk("x" * 65_536)] * 320, STOP)  # 20 MB: more than all socket buffers on the way
+BIG_STREAM = sse(*[chunk("x" * 65_536)] * 640, STOP)  # 40 MB: more than all socket buffers on the way, 20 on Linux
 HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n".encode()
 
 
