@@ -69,8 +69,6 @@ from settings import (
 from store import Store, StoreError
 from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRequest, ModelNotFound, Unauthorized
 
-__all__ = ["Gateway", "SettingsError", "load_settings", "main", "uvicorn_config"]
-
 BACKLOG = 2048  # connections waiting to be accepted; uvicorn's own figure
 PATH_CHARS_MAX = 200  # of an address in the log
 FILES_MAX = 65_536  # open at once, where the system allows it

@@ -27,6 +27,7 @@ from fake_provider import FakeProvider, until
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 import gateway
+from settings import load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 API_KEY = "fw-test-0123456789abcdef"
@@ -290,7 +291,7 @@ class PromptServer(uvicorn.Server):
 
 async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None = None) -> Gateway:
     """`http` stands in for the class of connections."""
-    loaded = gateway.load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **settings}, cwd)
+    loaded = load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **settings}, cwd)
     listener = socket.socket(proto=socket.IPPROTO_TCP)  # without it asyncio sets no TCP_NODELAY
     listener.bind(("127.0.0.1", 0))
     config = gateway.uvicorn_config(gateway.Gateway(loaded))
