@@ -40,7 +40,7 @@ SHELL = {
     "page": set(),
     "settings": {"catalog", "outgoing", "protection", "wire"},
     "providers": {"adapters", "catalog", "deadlines", "faults", "gemini", "protection", "router", "wire"},
-    "store": {"catalog", "protection", "router"},
+    "store": {"catalog", "router"},
     "eventlog": {"store"},
     "controls": {"catalog", "store"},
     "analytics": {"store"},
