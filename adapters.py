@@ -6,7 +6,7 @@ outgoing.py writes the body of a request, calls.py mends the tool calls of an an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -299,8 +299,9 @@ class ChunkMender:
         self._gate: TextGate | None = TextGate(tools)  # until it is open
         self._held: list[Event] = []  # what the gate holds back, as it came
 
-    def plain_text(self, chunk: Any) -> str | None:
-        return plain_text(chunk) if self._gate is None else None
+    @property
+    def plain_text(self) -> Callable[[Any], str | None] | None:
+        return plain_text if self._gate is None else None
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
         choices = chunk.get("choices")

@@ -88,13 +88,15 @@ def boolean(value: object, param: str) -> bool:
 
 def number(value: object, param: str, *, whole: bool = False) -> float | int:
     """A number, also spelled as text; a whole one also spelled 1024.0."""
+    if type(value) is int:
+        return value
     expected = "a whole number" if whole else "a number"
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError:
             raise wrong_type(param, expected) from None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise wrong_type(param, expected)
     if whole:
         if value != int(value):

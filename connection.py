@@ -17,6 +17,41 @@ HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; checked read by
 HEAD_S = 20.0  # for a head to arrive, and for what is left of a body whose request has been answered already
 
 
+class HeadWithBody:
+    """A transport that sends a response's head together with what follows it at once: uvicorn writes the two one after
+    the other, and each write is a call to the system and a packet."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._write = transport.write
+        self._loop = loop
+        self._head = b""
+        self.is_closing = transport.is_closing
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            head, self._head = self._head, b""
+            self._write(head + data)
+        elif data[:9] == b"HTTP/1.1 " and data[9:12] != b"100":
+            self._head = data
+            self._loop.call_soon(self._flush)  # whoever takes time for the body sends the head before it
+        else:
+            self._write(data)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _flush(self) -> None:
+        if self._head:
+            self.write(b"")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
 class Connection(HttpToolsProtocol):
     """uvicorn's, with limits. What they cost: one look per read, and one timer per connection."""
 
@@ -28,7 +63,7 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(HeadWithBody(transport, self.loop))  # type: ignore[arg-type]
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:

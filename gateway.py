@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hmac
 import logging
 import math
@@ -478,6 +479,14 @@ def announce(app: Gateway, port: int) -> None:
     print(end="", flush=True)
 
 
+def spare_the_collector() -> None:
+    """What stands at the start stays; walking through it again and again took a thirtieth of the time under load. A
+    request leaves next to no cycles, so the young may gather for longer: at most some MB of them."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+
+
 def main() -> int:
     """Run until a signal; 0 after an orderly stop, 2 when it cannot start."""
     try:
@@ -497,6 +506,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
     allow_many_files()
+    spare_the_collector()
     logging.getLogger().addHandler(LibraryLog(app.log))
     with contextlib.suppress(OSError):  # nobody may be reading
         announce(app, listener.getsockname()[1])

@@ -446,8 +446,7 @@ class ChunkTranslator:
         self._mender = mender  # of what the models write, whatever wire it comes by
         self._begun = False
 
-    def plain_text(self, chunk: Any) -> str | None:
-        return None
+    plain_text = None  # every frame has to be translated
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
         reader, ended = self._reader, self._tally.finish

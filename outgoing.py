@@ -167,8 +167,8 @@ def clamp_effort(effort: str, known: Sequence[str]) -> str | None:
 
 def outgoing_messages(messages: list[JSON], quirks: Mapping[str, Any]) -> list[JSON]:
     """History as this platform takes it."""
-    dropped = {*REPLAYED_FIELDS, *quirks.get("drop_message_fields", ())}
-    messages = [outgoing_message(message, dropped, quirks) for message in messages]
+    dropped = REPLAYED_FIELDS.union(quirks.get("drop_message_fields", ()))
+    messages = [m if is_plain(m) else outgoing_message(m, dropped, quirks) for m in messages]
     if quirks.get("system_first"):
         messages = system_first(messages)
     if quirks.get("strict_turns"):
@@ -176,7 +176,12 @@ def outgoing_messages(messages: list[JSON], quirks: Mapping[str, Any]) -> list[J
     return messages
 
 
-def outgoing_message(message: JSON, dropped: set[str], quirks: Mapping[str, Any]) -> JSON:
+def is_plain(message: JSON) -> bool:
+    """Nothing but role and text, which every platform takes."""
+    return len(message) == 2 and type(message.get("content")) is str
+
+
+def outgoing_message(message: JSON, dropped: frozenset[str], quirks: Mapping[str, Any]) -> JSON:
     if message["role"] == "assistant" and quirks.get("replay_reasoning_content"):
         message = replayed(message, dropped)
     elif not dropped.isdisjoint(message):
@@ -211,7 +216,7 @@ def cannot_carry(what: str) -> UpstreamError:
     return UpstreamError(Failure.BAD_REQUEST, f"This platform's wire format cannot carry {what}.", status=400)
 
 
-def replayed(message: JSON, dropped: set[str]) -> JSON:
+def replayed(message: JSON, dropped: frozenset[str]) -> JSON:
     """The assistant's turn with its thoughts under the name in which they are wanted back; beside tool calls the field
     is missed even where another platform's model thought nothing that we know of."""
     thoughts = message.get("reasoning_content", message.get("reasoning"))

@@ -8,6 +8,7 @@ lives until the reply is closed. The only aiohttp client.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -66,8 +67,9 @@ class Limits:
 class Translator(Protocol):
     """One stream's chunks, from the adapter's wire to OpenAI's chat form."""
 
-    def plain_text(self, chunk: Any) -> str | None:
-        """The text of a chunk in OpenAI's form that holds nothing else, so that it need not be fed."""
+    @property
+    def plain_text(self) -> Callable[[Any], str | None] | None:
+        """Gives the text of a chunk that holds nothing else and so need not be fed; None while all have to be."""
 
     def feed(self, raw: bytes, chunk: dict[str, Any]) -> list[Event]:
         """The events that this chunk amounts to; its raw frame goes out unchanged where nothing had to change.
@@ -131,17 +133,18 @@ class Incoming:
     def _events(self, frames: list[tuple[bytes, bytes]]) -> tuple[list[Event], bool]:
         events: list[Event] = []
         meaningful = False
-        tally, plain_text = self._tally, self._translator.plain_text
+        tally, translator = self._tally, self._translator
+        plain_text = translator.plain_text
         for raw, payload in frames:
             if payload == b"[DONE]":
                 self.done = True
-                meaningful |= self._take(self._translator.end, events)
+                meaningful |= self._take(translator.end, events)
                 break
             try:
                 chunk = load_lenient(payload)
             except ValueError:
                 chunk = None
-            if (text := plain_text(chunk)) is not None:
+            if plain_text is not None and (text := plain_text(chunk)) is not None:
                 tally.text_chars += len(text)
                 if tally.has_text or not text.isspace():
                     tally.has_text = meaningful = True
@@ -155,9 +158,10 @@ class Incoming:
             if fault := faults.wrapped(chunk, self._route.model.quirks):
                 self.error = failure_inside(fault, chunk, self._route)
                 break
-            meaningful |= self._take(partial(self._translator.feed, raw, chunk), events)
+            meaningful |= self._take(partial(translator.feed, raw, chunk), events)
             if self.error:
                 break
+            plain_text = translator.plain_text  # which may have become possible
         return events, meaningful
 
     def _take(self, translated: Callable[[], list[Event]], events: list[Event]) -> bool:
@@ -220,12 +224,8 @@ class Reply:
     def __init__(self, tally: Tally, *, completion: Completion | None = None, first: list[Event] | None = None) -> None:
         self.tally = tally
         self.completion = completion
+        self.ended = True  # with the last batch: nothing more has to be waited for
         self._first = first
-
-    @property
-    def ended(self) -> bool:
-        """Whether the last batch was the last one, and the end is known without waiting."""
-        return True
 
     async def next_batch(self, idle_s: float) -> list[Event] | None:
         """The next events, those that arrived together; [] when none came for `idle_s`, None at the end.
@@ -260,24 +260,26 @@ class LiveReply(Reply):
         self._at_end = False
         self._end_at = inf  # for what may come behind the finish
         self._clock = asyncio.get_running_loop().time
-
-    @property
-    def ended(self) -> bool:
-        incoming = self._incoming
-        return self._at_end or incoming.error is not None or (incoming.done and self._content.is_eof())
+        self.ended = self._is_ended()
 
     async def next_batch(self, idle_s: float) -> list[Event] | None:
         if self._first:
             return await super().next_batch(idle_s)
-        incoming, tally = self._incoming, self.tally
+        incoming = self._incoming
         now = self._clock()
         idle_at = now + idle_s
         while not (self._at_end or incoming.done or incoming.error):
-            finished = tally.finish is not None
+            finished = self.tally.finish is not None
             if finished and self._end_at == inf:
                 self._end_at = now + min(self._stall_s, AFTER_FINISH_S)
-            until = self._end_at if finished else now + min(self._stall_left_s, idle_at - now)
-            data = await self._read(until) if until > now else None
+            stall_at = now + self._stall_left_s
+            until = self._end_at if finished else stall_at if stall_at < idle_at else idle_at
+            self._limit.set(until)
+            try:
+                data = await self._content.readany() if until > now else None
+            except (asyncio.CancelledError, aiohttp.ClientError, OSError) as error:
+                data = self._unread(error)
+            self._limit.due = inf
             waited_since, now = now, self._clock()
             if data:
                 self._stall_left_s = self._stall_s
@@ -293,8 +295,24 @@ class LiveReply(Reply):
                     raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
                 events = []
             if events or now >= idle_at:
+                self.ended = self._is_ended()
                 return events
         return await self._ending()
+
+    def _is_ended(self) -> bool:
+        incoming = self._incoming
+        return self._at_end or incoming.error is not None or (incoming.done and self._content.is_eof())
+
+    def _unread(self, error: BaseException) -> bytes | None:
+        """What a read comes to that ended with this: None when its time was over, b"" at the end of the stream."""
+        self._limit.due = inf
+        if isinstance(error, asyncio.CancelledError):
+            if self._limit.passed():
+                return None
+            raise error
+        if self.tally.finish is not None:  # the answer is complete; how the connection ends says nothing of it
+            return b""
+        raise UpstreamError(Failure.CONNECTION, f"The connection broke: {type(error).__name__}") from None
 
     async def _ending(self) -> list[Event] | None:
         if error := self._incoming.error or self._incoming.ending():
@@ -304,25 +322,9 @@ class LiveReply(Reply):
             note(chunk, self.tally)
             return [Event(frame(chunk), chunk)]
         if self._incoming.done and not self._content.is_eof():  # lets the connection go back to the pool
-            await self._read(self._clock() + CONNECTION_END_S)
+            with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError), self._limit.within(CONNECTION_END_S):
+                await self._content.readany()
         return None
-
-    async def _read(self, until: float) -> bytes | None:
-        """More bytes; b"" at the end, None when there were none by then."""
-        limit = self._limit
-        limit.set(until)
-        try:
-            return await self._content.readany()
-        except asyncio.CancelledError:
-            if limit.passed():
-                return None
-            raise
-        except (aiohttp.ClientError, OSError) as error:
-            if self.tally.finish is not None:  # the answer is complete; how the connection ends says nothing of it
-                return b""
-            raise UpstreamError(Failure.CONNECTION, f"The connection broke: {type(error).__name__}") from None
-        finally:
-            limit.due = inf
 
     def close(self) -> None:
         self._response.close()  # goes back to the pool where the body has been read to its end

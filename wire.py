@@ -272,7 +272,7 @@ def load_lenient(raw: bytes) -> Any:
             value = json.loads(raw, parse_constant=no_number, parse_float=finite)
         except RecursionError:
             raise ValueError("nested too deeply") from None
-    if nests_too_deeply(value, raw.count(b"{") + raw.count(b"[")):
+    if len(raw) > 2 * DEPTH_MAX and nests_too_deeply(value, raw.count(b"{") + raw.count(b"[")):
         raise ValueError("nested too deeply")
     return value
 
@@ -320,6 +320,18 @@ class SSEDecoder:
         self._tail = b""  # its last bytes, where the blank line may have begun
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
+        if self._held or data[-2:] != b"\n\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
+            return [(block, payload) for block in self._blocks(data) if (payload := event_data(block)) is not None]
+        frames = []
+        for block in data[:-2].split(b"\n\n"):  # whole events, as most reads are
+            if block[:5] == b"data:" and b"\n" not in block:
+                frames.append((block + b"\n\n", block[5:].strip()))
+            elif (payload := event_data(block + b"\n\n")) is not None:
+                frames.append((block + b"\n\n", payload))
+        return frames
+
+    def _blocks(self, data: bytes) -> list[bytes]:
+        """The events that these bytes complete; the rest is held."""
         window = self._tail + data
         if b"\n\n" not in window and b"\n\r\n" not in window:
             self._hold(data)
@@ -338,7 +350,7 @@ class SSEDecoder:
         self._tail = rest[-3:]
         if rest:
             self._hold(rest)
-        return [(block, payload) for block in blocks if (payload := event_data(block)) is not None]
+        return blocks
 
     def flush(self) -> list[tuple[bytes, bytes]]:
         """At the end of the stream: a last event may come without its blank line."""
