@@ -24,30 +24,38 @@ class HeadWithBody:
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
-        self._write = transport.write
         self._loop = loop
         self._head = b""
+        self.write = self._hold
         self.is_closing = transport.is_closing
         self.pause_reading = transport.pause_reading
         self.resume_reading = transport.resume_reading
 
-    def write(self, data: bytes) -> None:
-        if self._head:
-            head, self._head = self._head, b""
-            self._write(head + data)
-        elif data[:9] == b"HTTP/1.1 " and data[9:12] != b"100":
-            self._head = data
-            self._loop.call_soon(self._flush)  # whoever takes time for the body sends the head before it
-        else:
-            self._write(data)
+    def expect_head(self) -> None:
+        """The next write may be a head; those behind it go straight through."""
+        if not self._head:
+            self.write = self._hold
 
     def close(self) -> None:
         self._flush()
         self._transport.close()
 
+    def _hold(self, data: bytes) -> None:
+        if data[:9] == b"HTTP/1.1 " and data[9:12] != b"100":
+            self._head = data
+            self.write = self._join
+            self._loop.call_soon(self._flush)  # whoever takes time for the body sends the head before it
+        else:
+            self._transport.write(data)
+
+    def _join(self, data: bytes) -> None:
+        head, self._head = self._head, b""
+        self.write = self._transport.write
+        self._transport.write(head + data)
+
     def _flush(self) -> None:
         if self._head:
-            self.write(b"")
+            self._join(b"")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
@@ -64,7 +72,8 @@ class Connection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(HeadWithBody(transport, self.loop))  # type: ignore[arg-type]
+        self._outgoing = HeadWithBody(transport, self.loop)
+        super().connection_made(self._outgoing)  # type: ignore[arg-type]
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -73,6 +82,7 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._outgoing.expect_head()
         super().data_received(data)
         if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):  # not within a head
             self._head_bytes = 0

@@ -218,24 +218,32 @@ def mended_escapes(raw: bytes) -> bytes:
     return ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], raw)
 
 
-def nests_too_deeply(value: Any, brackets: int) -> bool:
-    """Whether this is more than could be written again, or walked by a function that calls itself. `brackets` is how
-    many opened in its JSON, which nearly always says it already."""
-    if brackets <= DEPTH_MAX:
-        return False
-    layer = [value]
+def looked_over(value: Any) -> tuple[bool, bool]:
+    """Whether this nests deeper than DEPTH_MAX, which is more than could be written again or walked by a function that
+    calls itself; and whether NUL is in one of its texts."""
+    layer, has_nul = [value], False
     for _ in range(DEPTH_MAX):
-        inner = (item.values() if type(item) is dict else item for item in layer)
-        layer = [item for items in inner for item in items if type(item) is dict or type(item) is list]
-        if not layer:
-            return False
-    return True
+        deeper = []
+        for item in layer:
+            for inner in item.values() if type(item) is dict else item:
+                kind = type(inner)
+                if kind is str:
+                    has_nul = has_nul or "\0" in inner
+                elif kind is dict or kind is list:
+                    deeper.append(inner)
+        if not deeper:
+            return False, has_nul
+        layer = deeper
+    return True, has_nul
+
+
+def nests_too_deeply(value: Any, brackets: int) -> bool:
+    """The first of these; `brackets` is how many open in its JSON, which nearly always says it already."""
+    return brackets > DEPTH_MAX and looked_over(value)[0]
 
 
 def load_object(raw: bytes) -> dict[str, Any]:
     """The client's JSON object, strictly: orjson takes no NaN."""
-    if b"\\u0000" in raw:
-        raw = mended_escapes(raw)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -245,9 +253,10 @@ def load_object(raw: bytes) -> dict[str, Any]:
             raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.", code="invalid_json")
-    if nests_too_deeply(body, raw.count(b"{") + raw.count(b"[")):
+    too_deep, has_nul = looked_over(body)
+    if too_deep:
         raise InvalidRequest(f"The body nests deeper than {DEPTH_MAX} levels.", code="invalid_json")
-    return body
+    return orjson.loads(mended_escapes(raw)) if has_nul else body
 
 
 def no_number(text: str) -> None:
