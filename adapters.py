@@ -1,7 +1,6 @@
 """The OpenAI-shaped wire: a `Chat` out to a platform, its answers back in one form.
 
-An OpenAI-compatible platform is a list of differences, and the list is data: `quirks` in the catalogue. No platform
-is named here. No I/O.
+outgoing.py writes the body of a request, calls.py mends the tool calls of an answer. No platform is named here. No I/O.
 """
 
 from __future__ import annotations

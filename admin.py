@@ -28,7 +28,7 @@ from exchange import Engine, read_body
 from metrics import CONTENT_TYPE
 from protection import Failure, Level, UpstreamError
 from router import UNSEEN
-from settings import SettingsError, provider_key
+from settings import SettingsError, provider_key, spelled
 from wire import GatewayError, InvalidRequest
 
 VERSION = "0.1.0"
@@ -36,7 +36,6 @@ ROWS_DEFAULT, ROWS_MAX = 100, 1000  # of the log in one answer
 BODY_BYTES_MAX = 1024 * 1024  # a whole chain of 10,000 models fits
 LABEL_CHARS_MAX, KEY_CHARS_MAX = 100, 4096
 PRIORITY_MAX = 10**9
-DIGITS_MAX = 18  # of an id or a count: what SQLite can hold
 WINDOW_DEFAULT = "24h"
 KINDS_OF_JSON = {bool: "true or false", int: "a whole number", str: "a string"}
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -437,9 +436,10 @@ def label(text: str) -> str:
 
 def path_id(request: Request) -> int:
     text = request.path_params["id"]
-    if not (text.isascii() and text.isdigit() and len(text) <= DIGITS_MAX):
+    id = spelled(text)
+    if id is None:
         raise unknown("entry", text[:100])
-    return int(text)
+    return id
 
 
 def unknown(what: str, id: object) -> InvalidRequest:
@@ -450,6 +450,7 @@ def whole(text: str | None, name: str, default: int) -> int:
     """A query parameter that counts something."""
     if not text:
         return default
-    if not (text.isascii() and text.isdigit() and len(text) <= DIGITS_MAX and int(text)):
+    number = spelled(text)
+    if not number:
         raise InvalidRequest(f"'{name}' must be a whole number ≥ 1.", param=name, code="invalid_type")
-    return int(text)
+    return number

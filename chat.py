@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from messages import IMAGE_PART_TYPES, TEXT_PART_TYPES, Messages, flat_text, safe_name, wrong_type
+from messages import Messages, safe_name, wrong_type
 from wire import (
     CHARS_PER_TOKEN,
     DONE,
@@ -26,11 +26,6 @@ from wire import (
     load_object,
     parse_model,
 )
-
-__all__ = [
-    "IMAGE_PART_TYPES", "TEXT_PART_TYPES", "ChatDialect", "ChatEncoder", "boolean", "chat_from", "chunk_head",
-    "flat_text", "wrong_type",
-]  # fmt: skip
 
 JSON = dict[str, Any]
 MODEL_CHARS_MAX = 300  # four times the longest in use

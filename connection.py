@@ -1,7 +1,8 @@
-"""One client's connection before it is a request: how much it may send, and how long it may take.
+"""One client's connection: how much it may send before it is a request, how long it may take, and how answers leave.
 
 uvicorn reads a request's head without a limit of size or time, and keeps a connection that never says anything for
-ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair.
+ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair. What it
+writes is written to `HeadWithBody`.
 """
 
 from __future__ import annotations

@@ -51,13 +51,14 @@ def put_key(
 ) -> tuple[dict[str, Any], bool]:
     """Store a key; gives it as shown, and whether it is new.
 
-    Giving a known key again is a wish to use it: its row is switched on, and tried again if it was invalid.
+    Giving a known key again is a wish to use it: its row is switched on, and tried again if it was invalid. One whose
+    variable has gone loses the variable's label too, or the next start would switch it off again.
     """
     known = {id for (id,) in db.execute("SELECT id FROM api_keys WHERE platform = ?", (platform,))}
     id = add_key(db, vault, platform, secret, label or "")
     if id in known:
         db.execute(
-            "UPDATE api_keys SET enabled = 1, gone = 0, label = COALESCE(?, label), "
+            "UPDATE api_keys SET enabled = 1, gone = 0, label = COALESCE(?, CASE gone WHEN 1 THEN '' ELSE label END), "
             "status = CASE status WHEN 'invalid' THEN 'unknown' ELSE status END, "
             "last_error = CASE status WHEN 'invalid' THEN NULL ELSE last_error END WHERE id = ?",
             (label, id),

@@ -70,8 +70,6 @@ from settings import (
 from store import Store, StoreError
 from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRequest, ModelNotFound, Unauthorized
 
-__all__ = ["Gateway", "SettingsError", "load_settings", "main", "uvicorn_config"]
-
 BACKLOG = 2048  # connections waiting to be accepted; uvicorn's own figure
 PATH_CHARS_MAX = 200  # of an address in the log
 FILES_MAX = 65_536  # open at once, where the system allows it
@@ -136,11 +134,9 @@ class Gateway:
         """Bring catalogue and keys into the database; gives what routing needs out of it."""
         store.sync_models(db, self.files.models)
         vault = self.store.vault
-        for key in self.files.keys:
-            if key.env is None:
-                store.add_key(db, vault, key.platform, key.secret, key.label)
-        from_environment = [(key.platform, key.secret, key.label) for key in self.files.keys if key.env]
-        store.sync_environment_keys(db, vault, from_environment)
+        keys = self.files.keys
+        store.sync_file_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if not key.env])
+        store.sync_environment_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if key.env])
         return self.engine.snapshot(db)
 
     def _restore_ledger(self) -> None:

@@ -188,7 +188,7 @@ class Messages:
         function = call.get("function")
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise wrong_type(f"{param}.function", "an object with a name")
-        arguments, name = mended_arguments(function.get("arguments")), safe_name(function["name"])
+        arguments, name = arguments_text(function.get("arguments")), safe_name(function["name"])
         self.chars += len(arguments)
         given = call.get("id")
         call_id = str(given) if given else ""
@@ -266,7 +266,7 @@ def with_images_apart(results: list[JSON]) -> list[JSON]:
     return [*texts, {"role": "user", "content": [told, *images]}] if images else texts
 
 
-def mended_arguments(arguments: object) -> str:
+def arguments_text(arguments: object) -> str:
     """A tool call's arguments as the JSON text of an object: clients send objects, nothing, JSON text encoded twice, or
     what a model left behind when it was cut off, on which servers choke."""
     if arguments is None or arguments == "":

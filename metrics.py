@@ -44,7 +44,7 @@ class Histogram:
         return cumulative
 
 
-class Tally:
+class Totals:
     """What the attempts on one model came to."""
 
     __slots__ = ("first_token", "input_tokens", "kinds", "latency", "output_tokens")
@@ -61,7 +61,7 @@ class Metrics:
     """One gateway's numbers. They begin at zero with the process."""
 
     def __init__(self) -> None:
-        self._models: dict[tuple[str | None, str | None], Tally] = {}
+        self._models: dict[tuple[str | None, str | None], Totals] = {}
         self._requests = {"success": 0, "error": 0, "cancelled": 0}
         self._failovers = 0
         self._exhausted = 0
@@ -73,18 +73,18 @@ class Metrics:
     def attempt(self, row: Row) -> None:
         """Count one attempt, when it has ended."""
         name = row.platform, row.model_id
-        tally = self._models.get(name)
-        if tally is None:
-            tally = self._models[name] = Tally()
+        totals = self._models.get(name)
+        if totals is None:
+            totals = self._models[name] = Totals()
         kind = row.error_kind or row.status
-        tally.kinds[kind] = tally.kinds.get(kind, 0) + 1
+        totals.kinds[kind] = totals.kinds.get(kind, 0) + 1
         if row.input_tokens:
-            tally.input_tokens += row.input_tokens
+            totals.input_tokens += row.input_tokens
         if row.output_tokens:
-            tally.output_tokens += row.output_tokens
+            totals.output_tokens += row.output_tokens
         if row.status == "success":
-            tally.latency.observe(row.latency_ms or 0)
-            tally.first_token.observe(row.ttfb_ms or 0)
+            totals.latency.observe(row.latency_ms or 0)
+            totals.first_token.observe(row.ttfb_ms or 0)
 
     def request(self, status: str, failovers: int) -> None:
         """Count one request, when it has ended; `failovers` is how often it went on to a further route."""
@@ -141,12 +141,12 @@ class Metrics:
         first = HistogramMetricFamily(
             "freeway_first_token_seconds", "Successful calls from start to the first token.", labels=names
         )
-        for (platform, model), tally in self._models.items():
+        for (platform, model), totals in self._models.items():
             labels = [platform or "", model or ""]
-            for kind, count in tally.kinds.items():
+            for kind, count in totals.kinds.items():
                 attempts.add_metric([*labels, kind], count)
-            tokens.add_metric([*labels, "input"], tally.input_tokens)
-            tokens.add_metric([*labels, "output"], tally.output_tokens)
-            for family, histogram in ((latency, tally.latency), (first, tally.first_token)):
+            tokens.add_metric([*labels, "input"], totals.input_tokens)
+            tokens.add_metric([*labels, "output"], totals.output_tokens)
+            for family, histogram in ((latency, totals.latency), (first, totals.first_token)):
                 family.add_metric(labels, histogram.buckets(), histogram.sum_ms / 1000)
         yield from (attempts, tokens, latency, first)

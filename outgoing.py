@@ -13,7 +13,7 @@ from hashlib import blake2b
 from typing import Any
 
 from catalog import Model
-from chat import flat_text
+from messages import flat_text
 from protection import Failure, UpstreamError
 from schemas import without_keys
 from wire import Chat

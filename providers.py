@@ -578,8 +578,8 @@ class Opening:
 
 DEMO_WORDS = (
     "This is Freeway's built-in demo model, not a language model: no provider key is configured yet, so the gateway "
-    "wrote this answer itself. It shows that your client, its key and streaming work. Set a provider's key in the "
-    "environment and restart, and the same request will be answered by a real model."
+    "wrote this answer itself. It shows that your client, its key and streaming work. Add a provider's key on the "
+    "dashboard, and the same request will be answered by a real model."
 )
 
 

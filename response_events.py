@@ -19,7 +19,7 @@ from wire import CHARS_PER_TOKEN, Chat, Completion, Event, Tally, Usage, dump
 JSON = dict[str, Any]
 Emit = Callable[..., None]
 Keep = Callable[[JSON, int], None]  # a finished response and the bytes of it
-MADE_UP_CALL_ID = re.compile(r"call_\d{1,3}")  # by adapters, where a provider gives none: it repeats with every turn
+MADE_UP_CALL_ID = re.compile(r"call_\d{1,3}")  # counted anew in every answer by some providers
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 # The names of a part's events: of the part itself, and of the text in it.
 PART_EVENTS = {

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from chat import IMAGE_PART_TYPES, TEXT_PART_TYPES, wrong_type
+from messages import IMAGE_PART_TYPES, TEXT_PART_TYPES, wrong_type
 from response_events import Offer
 from wire import InvalidRequest, dump
 

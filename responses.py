@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from chat import boolean, chat_from, wrong_type
+from chat import boolean, chat_from
+from messages import wrong_type
 from response_events import Asked, ResponsesEncoder
 from response_items import Tools, Turns, flat, flat_choice, in_own_terms
 from wire import Chat, InvalidRequest, dump, load_object

@@ -1,7 +1,7 @@
 """Who could serve a request, and in which order.
 
-Owns the catalogue as routing sees it (`Catalog`, one immutable snapshot), scores and pools (SPEC 4), the choice of a
-key, the rate ledger and penalties. No I/O; `now` (monotonic seconds), the UTC day and `rng` are arguments.
+Owns the scores (SPEC 4) and the choice of a key, over the snapshot in catalog.py and what ledger.py counts. No I/O;
+`now` (monotonic seconds) and `rng` are arguments.
 
 A request gets a `Plan` from `Router.plan`: its models in order, and what failed so far. `Router.next_route` walks that
 plan: it skips what has been ruled out since, picks a key and reserves capacity. When nothing is left, `plan.blocked`

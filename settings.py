@@ -140,11 +140,16 @@ def read_dotenv(path: Path) -> dict[str, str]:
     return values
 
 
+def spelled(text: str) -> int | None:
+    """The whole number that these digits spell; None for anything else, and for more digits than SQLite can hold."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= DIGITS_MAX else None
+
+
 def whole(name: str, text: str, low: int, high: int) -> int:
-    digits = text.isascii() and text.isdigit() and len(text) <= DIGITS_MAX
-    if not (digits and low <= int(text) <= high):
+    number = spelled(text)
+    if number is None or not low <= number <= high:
         raise SettingsError(f"{name}={text[:QUOTED_CHARS_MAX]!r}: expected a whole number from {low} to {high}")
-    return int(text)
+    return number
 
 
 def choice(name: str, text: str, accepted: Sequence[str]) -> str:

@@ -172,7 +172,6 @@ class Store:
         self._taken = 0  # of them, by the writer
         self._timer: asyncio.TimerHandle | None = None
         self._writing: Future[int] | None = None
-        self.first_start = False
         try:
             self._db: sqlite3.Connection = self._writer.submit(self._open, encryption_key).result()
             self._read_db: sqlite3.Connection = self._reader.submit(connect, path).result()
@@ -206,8 +205,6 @@ class Store:
         sealed = []
         if version:
             sealed = [row[0] for row in db.execute("SELECT value FROM settings WHERE key = 'key_check'")]
-        else:
-            self.first_start = True
         key_file = self._path.with_name(self._path.name + ".key")
         if encryption_key is None:
             encryption_key = read_key_file(key_file, must_exist=bool(sealed))
@@ -479,6 +476,16 @@ def add_key(db: sqlite3.Connection, vault: Vault, platform: str, secret: str, la
     return int(cursor.lastrowid or 0)
 
 
+def sync_file_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
+    """Store (platform, secret, label) once; a key that a variable gave before is the file's from now on."""
+    for platform, secret, label in given:
+        id = add_key(db, vault, platform, secret, label)
+        db.execute(
+            "UPDATE api_keys SET label = ?, enabled = MAX(enabled, gone), gone = 0 WHERE id = ? AND label LIKE 'env:%'",
+            (label, id),
+        )
+
+
 def sync_environment_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
     """Upsert (platform, secret, `env:NAME`); a key whose variable has gone is disabled until it comes back."""
     present = set()
@@ -575,8 +582,8 @@ def list_requests(
     db: sqlite3.Connection, *, limit: int, before_id: int | None, filters: Mapping[str, str]
 ) -> list[dict[str, Any]]:
     """Rows of the log, newest first; `filters` by the names of FILTERS."""
-    conditions, values = ["id < ?"], [before_id if before_id is not None else 2**62]
-    bound: list[Any] = list(values)
+    conditions = ["id < ?"]
+    bound: list[Any] = [before_id if before_id is not None else 2**62]
     for name, value in filters.items():
         conditions.append(f"{FILTERS[name]} = ?")
         bound.append(value)

@@ -30,7 +30,7 @@ import aiohttp
 
 from running import AUTHORIZED, KEY, Gateway  # isort: skip  # it finds the next one's folder
 
-from fake_provider import Every, FakeProvider, answer, body, chunk, chunked, event, raw, sse
+from fake_provider import STOP, Every, FakeProvider, answer, body, chunk, chunked, event, raw, sse
 
 HERE = Path(__file__).resolve().parent
 MB = 1 << 20
@@ -39,8 +39,7 @@ SETTINGS = {
     "MAX_STREAM_STALL_MS": "4000", "FIRST_TOKEN_TIMEOUT_MS": "5000", "REQUEST_TIMEOUT_MS": "5000",
     "TRANSIENT_COOLDOWN_MS": "20", "RATE_LIMIT_COOLDOWN_MS": "20", "KEEPALIVE_INTERVAL_MS": "200",
 }  # fmt: skip
-STOP = chunk(finish="stop")
-BIG_STREAM = sse(*[chunk("x" * 65_536)] * 320, STOP)  # 20 MB: more than all socket buffers on the way
+BIG_STREAM = sse(*[chunk("x" * 65_536)] * 640, STOP)  # 40 MB: more than all socket buffers on the way, 20 on Linux
 HEAD = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {KEY}\r\n".encode()
 
 

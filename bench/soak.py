@@ -27,7 +27,22 @@ import aiohttp
 
 from running import AUTHORIZED, Gateway  # isort: skip  # it finds the next one's folder
 
-from fake_provider import CUT, PAUSE, RESET, Every, FakeProvider, Reply, Request, answer, chunk, error, event, raw, sse
+from fake_provider import (
+    CUT,
+    PAUSE,
+    RESET,
+    ROLE,
+    Every,
+    FakeProvider,
+    Reply,
+    Request,
+    answer,
+    chunk,
+    error,
+    event,
+    raw,
+    sse,
+)
 
 HERE = Path(__file__).resolve().parent
 
@@ -42,7 +57,6 @@ SETTINGS = {
     "REQUEST_TIMEOUT_MS": "800", "TRANSIENT_COOLDOWN_MS": "20", "RATE_LIMIT_COOLDOWN_MS": "20",
     "STATS_REFRESH_MS": "1000", "KEEPALIVE_INTERVAL_MS": "100",
 }  # fmt: skip
-ROLE = chunk(role="assistant", content="")
 BURST = [chunk(f"word {number} ") for number in range(20)]
 PACED = Every(0.005, event(chunk("more ")), times=20)  # long enough for a client to leave in the middle of it
 LONG = sse(ROLE, *BURST, PACED, *BURST, chunk(finish="stop"))

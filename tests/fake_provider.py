@@ -118,6 +118,9 @@ def head(status: int, headers: dict[str, str]) -> bytes:
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
+PROMISED = head(200, {"content-type": "application/json", "content-length": "99"})  # 99 bytes that never come
+
+
 def body(content: bytes | str | dict | list, *, status: int = 200, headers: dict[str, str] | None = None) -> Reply:
     """A whole response; anything but bytes and text is sent as JSON."""
     if not isinstance(content, bytes):
@@ -178,6 +181,10 @@ def chunk(text: str | None = None, *, finish: str | None = None, root: dict | No
     return {**IDENTITY, "object": "chat.completion.chunk", "choices": [choice], **(root or {})}
 
 
+ROLE = chunk(role="assistant", content="")  # how most streams begin
+STOP = chunk(finish="stop")
+
+
 def usage_chunk(prompt_tokens: int = 11, completion_tokens: int = 7) -> dict:
     whole = {**IDENTITY, "object": "chat.completion.chunk", "choices": []}
     return whole | {"usage": usage_of(prompt_tokens, completion_tokens)}
@@ -206,7 +213,7 @@ def answer(text: str = "hello", *, usage: tuple[int, int] = (11, 7)) -> ReplyTo:
     def reply(request: Request) -> Reply:
         if not request.streaming:
             return completion(text, usage=usage)
-        chunks = [chunk(role="assistant", content=""), *map(chunk, pieces_of(text)), chunk(finish="stop")]
+        chunks = [ROLE, *map(chunk, pieces_of(text)), STOP]
         if (request.json.get("stream_options") or {}).get("include_usage"):
             chunks.append(usage_chunk(*usage))
         return sse(*chunks)

@@ -6,6 +6,7 @@ import sqlite3
 import time
 
 import pytest
+from conftest import both_ways
 from fake_provider import answer, error
 from test_scoring import NOW, World
 
@@ -236,7 +237,7 @@ async def test_a_model_never_seen_has_no_rate_and_no_bonus(start_gateway):
     assert entry["score"] == pytest.approx(0.5 + 0.1, abs=1e-3)  # the best rank
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_requests_are_counted_as_they_are_served(start_gateway, fake, streaming):
     gateway = await start_gateway(["a", "b"], {"STATS_REFRESH_MS": "10", "TRANSIENT_COOLDOWN_MS": "1"})
     fake.script("a", answer("x" * 400, usage=(10, 100)), error(404), error(404), answer("fine"))

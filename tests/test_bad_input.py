@@ -5,7 +5,7 @@ import json
 
 import aiohttp
 import pytest
-from conftest import assert_error, case
+from conftest import assert_error, both_ways, case
 
 INVALID = "invalid_request_error"
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -93,7 +93,7 @@ async def test_a_wrong_field_is_refused_by_name(start_gateway, fake):
     assert fake.called == []
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_refusal_looks_the_same_for_a_stream(start_gateway, fake, streaming):
     gateway = await start_gateway()
 
@@ -227,7 +227,7 @@ async def test_a_large_body_within_the_limit_is_served(start_gateway, fake):
 # --- Models and needs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 @pytest.mark.parametrize("name", ["unknown", "a/unknown", "unknown/a-model", "auto-unknown", "auto:unknown"])
 async def test_an_unknown_model_is_refused_by_name(start_gateway, fake, name, streaming):
     gateway = await start_gateway()
@@ -246,7 +246,7 @@ async def test_a_model_without_key_is_known_but_leads_elsewhere(start_gateway, f
     assert (await gateway.chat(model="a-model")).text == "hello from b"
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_an_image_that_no_model_can_see_is_refused(start_gateway, fake, streaming):
     gateway = await start_gateway()
 

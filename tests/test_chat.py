@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import IN_ORDER, case, default_key
+from conftest import IN_ORDER, both_ways, case, default_key
 from fake_provider import answer, chunk, completion, error, sse
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -13,7 +13,6 @@ TOOL = {
     "function": {"name": "weather", "description": "…", "parameters": {"type": "object", "properties": {}}},
 }
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}}
-both_ways = pytest.mark.parametrize("streaming", [False, True])
 
 
 # --- The openai client ------------------------------------------------------------------------------------------

@@ -5,13 +5,12 @@ that they leave behind is compared. One gateway serves a whole table, so each fa
 """
 
 import asyncio
-import json
 
 import pytest
-from conftest import API_KEY
-from fake_provider import PAUSE, Every, chunk, completion, error, event, sse
+from conftest import both_ways
+from fake_provider import PAUSE, ROLE, Every, chunk, completion, error, event, sse
 from test_failover import EITHER, STREAMED, TWO_KEYS, WHOLE, Failure, of_status
-from test_responses_stream import BREAKS, ROLE
+from test_responses_stream import BREAKS
 
 FILTERED = Failure(error(400, code="content_filter"), "content_filter", 400)
 WRAPPED = {"error": {"message": "overloaded", "code": 503}}
@@ -44,8 +43,6 @@ LOGGED += ("error", "input_tokens", "output_tokens", "attempt", "streamed", "ski
 ROUTED = ("X-Routed-Via", "X-Fallback-Attempts", "X-Fallback-Trail")
 MODEL = {"max_output": 4000, "prefer_in": ["smart"]}
 PLATFORMS = {"a": {"protection": "provider-ban", "model": MODEL, **TWO_KEYS}, "b": {}}
-
-
 TIMES = {"THREAD_COOLDOWN_MS": "1"}
 SHORT_TIMES = {"REQUEST_TIMEOUT_MS": "150", "MAX_STREAM_STALL_MS": "150", "FIRST_TOKEN_TIMEOUT_MS": "300"}
 
@@ -55,7 +52,7 @@ def is_silence(fault: Failure) -> bool:
 
 
 @pytest.mark.parametrize("silent", [False, True], ids=["errors", "silence"])
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@both_ways
 async def test_a_fault_costs_the_same_in_every_dialect(start_gateway, fake, streaming, silent):
     gateway = await start_gateway(PLATFORMS, TIMES | (SHORT_TIMES if silent else {}))
     faults = {n: f for n, f in (STREAMED_FAULTS if streaming else WHOLE_FAULTS).items() if is_silence(f) is silent}
@@ -76,7 +73,7 @@ async def test_a_fault_costs_the_same_in_every_dialect(start_gateway, fake, stre
 
 async def traces(gateway, fake, fault: Failure, path: str, request: dict) -> dict:
     """What is left behind by two requests of one session, by a stranger's, and by one that no platform answers."""
-    await clean_slate(gateway)
+    await gateway.recovered()
     fake.clear()
     fake.script("a", fault.reply)
     fake.script("b", completion("fine") if not request["stream"] else sse(ROLE, chunk("fine"), chunk(finish="stop")))
@@ -117,14 +114,3 @@ async def ask(gateway, path: str, request: dict, session: str) -> dict:
 
 def bad(keys: list[dict]) -> list[dict]:
     return [key for key in keys if key["status"] in ("invalid", "rate_limited")]
-
-
-async def clean_slate(gateway) -> None:
-    headers = {"authorization": f"Bearer {API_KEY}"}
-    async with gateway.http.delete(f"{gateway.base_url}/api/protection/cooldowns", headers=headers) as cleared:
-        assert cleared.status == 200
-    for key in bad((await gateway.get("/api/keys")).json):
-        fresh = json.dumps({"status": "unknown"}).encode()
-        path = f"{gateway.base_url}/api/keys/{key['id']}"
-        async with gateway.http.patch(path, data=fresh, headers=headers) as changed:
-            assert changed.status == 200

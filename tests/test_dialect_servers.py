@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import IN_ORDER
+from conftest import IN_ORDER, both_ways
 from wires import WIRES, Said
 
 from gemini import UNSIGNED
@@ -31,7 +31,6 @@ TOOL = {
 }
 MESSAGES = [{"role": "user", "content": "hi"}]
 every_wire = pytest.mark.parametrize("wire", WIRES.values(), ids=WIRES)
-both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 
 
 class Client:

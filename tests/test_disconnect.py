@@ -6,11 +6,10 @@ import os
 import time
 
 import pytest
-from fake_provider import CUT, PAUSE, answer, chunk, chunked, head, raw, silent_url, sse, until
+from conftest import both_ways
+from fake_provider import CUT, PAUSE, PROMISED, ROLE, answer, chunk, chunked, raw, silent_url, sse, until
 
 CLOSE_WITHIN_S = 0.1
-ROLE = chunk(role="assistant", content="")
-PROMISED = head(200, {"content-type": "application/json", "content-length": "99"})
 
 # How far the exchange has got when the client leaves: is it a stream, what has the provider done so far.
 MOMENTS = {
@@ -58,7 +57,7 @@ async def test_a_client_that_leaves_ends_the_providers_work(start_gateway, fake,
     assert (await gateway.protection())["active"] == []
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_client_that_leaves_while_connecting_ends_the_attempt(start_gateway, fake, streaming):
     with silent_url() as url:
         gateway = await start_gateway({"a": {"base_url": url}, "b": {}})

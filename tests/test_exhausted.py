@@ -2,11 +2,9 @@
 
 import asyncio
 
-import pytest
-from conftest import assert_error, client_of, default_key
+from conftest import assert_error, both_ways, client_of, default_key
 from fake_provider import PAUSE, RESET, Wait, answer, chunked, completion, error, raw, sse, until
 
-both_ways = pytest.mark.parametrize("streaming", [False, True])
 INVALID = "invalid_request_error"
 
 

@@ -7,11 +7,13 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
 import pytest
-from conftest import case, stored_keys
+from conftest import both_ways, case, stored_keys
 from fake_provider import (
     CUT,
     PAUSE,
+    PROMISED,
     RESET,
+    ROLE,
     Every,
     Reply,
     Wait,
@@ -21,7 +23,6 @@ from fake_provider import (
     chunked,
     completion,
     error,
-    head,
     not_tls_url,
     raw,
     refusing_url,
@@ -90,7 +91,6 @@ EITHER = {
     "a 400 that says truncated": Failure(error(400, "the response was truncated"), "truncated", 400),
     "context length exceeded": Failure(error(400, code="context_length_exceeded"), "context_length", 400),
 }
-PROMISED = head(200, {"content-type": "application/json", "content-length": "99"})  # 99 bytes that never come
 MIB = 1 << 20
 WHOLE = {
     "no answer": Failure(raw(PAUSE), "timeout", UNSAID, "model"),
@@ -107,7 +107,6 @@ WHOLE = {
     "an answer of white space": Failure(completion(" \n\t"), "empty", 200),
     "an answer with an empty list of tool calls": Failure(completion("", message={"tool_calls": []}), "empty", 200),
 }
-ROLE = chunk(role="assistant", content="")
 STREAMED = {
     "no answer": Failure(raw(PAUSE), "stall", UNSAID, "model"),
     "nothing after the headers": Failure(chunked(PAUSE), "stall", UNSAID, "model"),
@@ -127,7 +126,7 @@ STREAMED = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@both_ways
 @pytest.mark.parametrize("silent", [False, True], ids=["told", "silent"])  # a busy machine must not run into the limits
 async def test_a_failing_provider_is_replaced_before_the_client_sees_anything(start_gateway, fake, streaming, silent):
     gateway = await start_gateway({"a": TWO_KEYS, "b": {}, "c": {}}, SHORT_TIMES if silent else {})
@@ -180,7 +179,7 @@ async def assert_replaced(gateway, fake, failure: Failure, streaming: bool) -> N
     assert fake.called == [*failed, "b", "b" if unusable else "a"]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 @pytest.mark.parametrize("place", ["refused", "unresolvable", "silent", "not TLS"])
 async def test_a_platform_that_cannot_be_reached_is_replaced(start_gateway, fake, place, streaming):
     with refusing_url() as refusing, silent_url() as silent:
@@ -198,7 +197,7 @@ async def test_a_platform_that_cannot_be_reached_is_replaced(start_gateway, fake
     assert set(await gateway.cooled_models()) == {"a-model"}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_failures_in_a_row_lead_down_the_chain_each_with_its_row(start_gateway, fake, streaming):
     gateway = await start_gateway(["a", "b", "c", "d"])
     fake.script("a", error(503))
@@ -319,7 +318,7 @@ async def test_a_rate_limited_key_is_marked_so_until_it_works_again(start_gatewa
 # --- Skipping within the request --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_context_length_exceeded_skips_every_model_whose_window_is_not_larger(start_gateway, fake, streaming):
     windows = {"a": 8_000, "b": 8_000, "c": 4_000, "d": 32_000}
     gateway = await start_gateway({name: {"model": {"context_window": size}} for name, size in windows.items()})
@@ -331,7 +330,7 @@ async def test_context_length_exceeded_skips_every_model_whose_window_is_not_lar
     assert await gateway.cooled_models() == await gateway.cooled_keys() == {}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 @pytest.mark.parametrize("code", ["content_filter", "content_policy_violation"])
 async def test_a_content_filter_reaches_the_client_at_once(start_gateway, fake, code, streaming):
     gateway = await start_gateway(["a", "b"])
@@ -347,7 +346,7 @@ async def test_a_content_filter_reaches_the_client_at_once(start_gateway, fake, 
     assert await gateway.cooled_models() == await gateway.cooled_keys() == {}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_content_filter_can_be_set_to_fail_over(start_gateway, fake, streaming):
     gateway = await start_gateway({"a": TWO_KEYS, "b": {}}, {"CONTENT_FILTER": "failover"})
     fake.script("a", error(400, code="content_filter"))

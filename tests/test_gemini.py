@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import IN_ORDER, case, default_key
+from conftest import IN_ORDER, both_ways, case, default_key
 from fake_provider import body, chunked, event
 from wires import SIGNATURE, Gemini, Said, call_parts, gemini_frame
 
@@ -12,7 +12,6 @@ from schemas import gemini_schema
 
 WIRE = Gemini()
 PNG = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
-both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 
 
 def tool(name: str = "weather", parameters: dict | None = None) -> dict:

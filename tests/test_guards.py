@@ -8,11 +8,12 @@ import contextlib
 from dataclasses import dataclass
 
 import pytest
-from fake_provider import CUT, PAUSE, RESET, Reply, Wait, answer, chunk, completion, error, raw, sse, until
+from conftest import both_ways
+from fake_provider import CUT, PAUSE, RESET, ROLE, Reply, Wait, answer, chunk, completion, error, raw, sse, until
 
 A1, A2, B = "a/one", "a/two", "b/b-model"
 SMART = {"prefer_in": ["smart"]}
-ROLE, HALF = chunk(role="assistant", content=""), chunk("half an ans")
+HALF = chunk("half an ans")
 NO_THREAD_COOLDOWN = {"THREAD_COOLDOWN_MS": "1", "TRANSIENT_COOLDOWN_MS": "1"}
 
 
@@ -39,7 +40,7 @@ async def active(gateway) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("level", "second"), [("provider-ban", B), ("model-skip", A2), ("off", A1)])
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_two_conversations_share_only_what_the_level_lets_them(start_gateway, fake, level, second, streaming):
     gateway = await start_gateway(two_models(level))
     await gateway.ask("first", streaming=streaming, model="auto-smart")
@@ -144,7 +145,7 @@ async def hold(gateway, fake, *, streaming: bool = True, model: str = "auto-smar
     return Held(task, finish)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_platform_that_serves_a_conversation_is_left_alone_by_all_others(start_gateway, fake, streaming):
     gateway = await start_gateway(two_models("provider-ban"), NO_THREAD_COOLDOWN)
     held = await hold(gateway, fake, streaming=streaming)

@@ -6,7 +6,7 @@ The servers of wires.py refuse what the real ones refuse, so an answer is the pr
 import json
 
 import pytest
-from conftest import IN_ORDER, case
+from conftest import IN_ORDER, both_ways, case
 from fake_provider import answer, completion, error
 from wires import SIGNATURE, STRICT_WIRES, Said, insist
 
@@ -29,7 +29,6 @@ TOOLS = [
 TOOLS[1]["cache_control"] = {"type": "ephemeral"}  # some clients mark the last tool
 every_start = pytest.mark.parametrize("first", STRICT_WIRES.values(), ids=STRICT_WIRES)
 every_end = pytest.mark.parametrize("then", STRICT_WIRES.values(), ids=lambda wire: f"to {wire.name}")
-both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 
 
 async def asked(gateway, streaming: bool, **fields) -> dict:

@@ -16,8 +16,8 @@ from functools import partial
 
 import aiohttp
 import pytest
-from conftest import API_KEY, ROOT, Client, catalog_of, client_of, logged, run_gateway
-from fake_provider import CUT, DONE, Every, body, chunk, chunked, event, raw, sse
+from conftest import API_KEY, ROOT, Client, both_ways, catalog_of, client_of, logged, run_gateway
+from fake_provider import CUT, DONE, ROLE, Every, body, chunk, chunked, event, raw, sse
 
 from connection import HEAD_BYTES_MAX, Connection
 from store import Row, Store
@@ -76,14 +76,12 @@ async def test_a_head_that_comes_letter_by_letter_is_not_waited_for(impatient, f
 
 
 async def test_a_connection_that_says_nothing_is_closed_and_one_that_is_served_is_not(impatient, fake):
-    go_on = asyncio.Event()
     fake.script("a", sse(chunk("be"), Every(0.02, b": c\n\n", times=15), chunk("gun"), chunk(finish="stop")))
 
     async with connected(impatient) as (reader, _):
         served = asyncio.create_task(impatient.stream())
         assert await reader.read() == b""
         assert not served.done()
-        go_on.set()
         (await served).assert_whole("begun")
 
 
@@ -92,8 +90,9 @@ async def test_a_connection_that_says_nothing_is_closed_and_one_that_is_served_i
     [b"GET /" + b"x" * 400_000, HEAD + b"\r\nx-long: " + b"x" * 400_000, HEAD + b"\r\nx: y" * 80_000],
     ids=["a long address", "a long header", "many headers"],
 )
-async def test_a_head_without_end_is_refused_at_its_limit(impatient, fake, flood):
-    async with connected(impatient) as (reader, writer):
+async def test_a_head_without_end_is_refused_at_its_limit(start_gateway, fake, flood):
+    gateway = await start_gateway()
+    async with connected(gateway) as (reader, writer):
         answer = asyncio.create_task(reader.read())
         with contextlib.suppress(ConnectionError):
             for at in range(0, len(flood), HEAD_BYTES_MAX // 2):
@@ -106,11 +105,11 @@ async def test_a_head_without_end_is_refused_at_its_limit(impatient, fake, flood
     assert head.startswith(b"HTTP/1.1 431 ")
     assert json.loads(content)["error"]["code"] == "head_too_large"
     assert fake.called == []
-    assert (await impatient.chat()).status == 200
+    assert (await gateway.chat()).status == 200
 
 
-async def test_what_is_not_http_is_refused_in_our_own_words(impatient):
-    async with connected(impatient) as (reader, writer):
+async def test_what_is_not_http_is_refused_in_our_own_words(start_gateway):
+    async with connected(await start_gateway()) as (reader, writer):
         writer.write(b"hello\r\n\r\n")
         head, _, content = (await reader.read()).partition(b"\r\n\r\n")
 
@@ -131,7 +130,6 @@ async def test_a_body_that_goes_on_after_its_refusal_is_not_read_for_ever(impati
 
 OK = b"HTTP/1.1 200 OK\r\n"
 JSON = {"content-type": "application/json"}
-ROLE = chunk(role="assistant", content="")
 ENDLESS = {
     "headers": raw(OK, Every(0, b"x-more: and more\r\n")),
     "one header": raw(OK, b"x-more: ", Every(0, b"x" * 1000)),
@@ -149,7 +147,7 @@ ENDLESS = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_provider_that_never_ends_is_given_up(start_gateway, fake, streaming):
     gateway = await start_gateway(["a", "b"], {**STALL, "TRANSIENT_COOLDOWN_MS": "1"})
     for name, endless in ENDLESS.items():
@@ -189,7 +187,7 @@ NOT_HTTP = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_provider_that_speaks_no_http_is_passed_over(start_gateway, fake, streaming):
     gateway = await start_gateway(["a", "b"], {**STALL, "TRANSIENT_COOLDOWN_MS": "1"})
     for name, reply in NOT_HTTP.items():
@@ -221,7 +219,7 @@ async def test_a_stream_that_comes_letter_by_letter_arrives(start_gateway, fake)
 BOMB = gzip.compress(b" " * (200 << 20), compresslevel=1)  # 200 MiB in one
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 @pytest.mark.parametrize("status", [200, 500])
 async def test_an_answer_that_unpacks_without_end_is_given_up(start_gateway, fake, streaming, status):
     gateway = await start_gateway(["a", "b"], {"REQUEST_TIMEOUT_MS": "2000"})

@@ -5,10 +5,10 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from conftest import both_ways
 from fake_provider import Wait, answer, completion, error, raw, until
 
 KEYS = ["sk-a-secret-0001", "sk-a-secret-0002", "sk-a-secret-0003"]
-both_ways = pytest.mark.parametrize("streaming", [False, True])
 
 
 @pytest.fixture(autouse=True)

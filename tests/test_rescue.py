@@ -4,7 +4,7 @@ import json
 import time
 
 import pytest
-from conftest import case
+from conftest import both_ways, case
 from fake_provider import body, chunk, completion, sse
 
 import rescue
@@ -142,7 +142,7 @@ NO_CALLS = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_what_only_looks_like_a_call_stays_text(start_gateway, fake, streaming):
     gateway = await start_gateway()
     for name, text in NO_CALLS.items():
@@ -157,7 +157,7 @@ async def test_what_only_looks_like_a_call_stays_text(start_gateway, fake, strea
                 assert got.chunks[: len(pieces)] == [chunk(piece) for piece in pieces]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_without_tools_text_is_text(start_gateway, fake, streaming):
     gateway = await start_gateway()
     for name, (text, _) in DIALECTS.items():
@@ -174,7 +174,7 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 @pytest.mark.parametrize("text", UNREADABLE.values(), ids=UNREADABLE)
 async def test_a_call_that_cannot_be_read_is_a_lost_turn(start_gateway, fake, text, streaming):
     gateway = await start_gateway()
@@ -187,7 +187,7 @@ async def test_a_call_that_cannot_be_read_is_a_lost_turn(start_gateway, fake, te
     assert await gateway.cooled_models() == {}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_call_that_the_server_could_not_read_is_read_here(start_gateway, fake, streaming):
     gateway = await start_gateway()
     failed = {"message": "Failed to call a function", "code": "tool_use_failed"}

@@ -4,7 +4,7 @@ import json
 
 import openai
 import pytest
-from conftest import IN_ORDER
+from conftest import IN_ORDER, both_ways
 from fake_provider import CUT, answer, body, chunk, completion, error, raw, sse
 from pydantic import BaseModel
 from strict_models import assert_response
@@ -341,7 +341,7 @@ def test_a_calls_name_may_come_after_its_first_piece():
 # --- What is refused ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_refused_request_reaches_no_provider(start_gateway, fake, streaming):
     gateway = await start_gateway()
 
@@ -448,7 +448,7 @@ async def test_what_is_not_there_is_a_404(start_gateway, path):
 # --- The loop is chat's; tests/test_dialect_faults.py compares them fault by fault -------------------------------
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@both_ways
 async def test_a_provider_that_dies_before_its_first_token_is_never_seen(start_gateway, fake, streaming):
     gateway = await start_gateway()
     fake.script("a", sse(chunk(role="assistant", content=""), CUT) if streaming else raw(CUT))

@@ -4,13 +4,11 @@ import json
 
 import pytest
 from conftest import IN_ORDER, Stream
-from fake_provider import CUT, PAUSE, RESET, Every, answer, chunk, event, sse, usage_chunk
+from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Every, answer, chunk, event, sse, usage_chunk
 from openai.types.responses import Response
 from pydantic import BaseModel
 from strict_models import assert_event
 
-ROLE = chunk(role="assistant", content="")
-STOP = chunk(finish="stop")
 CALLS = chunk(finish="tool_calls")
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
 PATCH = {"type": "custom", "name": "patch"}

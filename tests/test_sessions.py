@@ -9,9 +9,9 @@ import time
 from dataclasses import dataclass
 
 import pytest
-from fake_provider import CUT, PAUSE, RESET, Reply, answer, chunk, completion, error, sse, usage_chunk
+from conftest import both_ways
+from fake_provider import CUT, PAUSE, RESET, ROLE, Reply, answer, chunk, completion, error, sse, usage_chunk
 
-both_ways = pytest.mark.parametrize("streaming", [False, True])
 A1, A2, B = "a/one", "a/two", "b/b-model"
 SMART = {"prefer_in": ["smart"]}
 # Guards between sessions are not at stake here: they and all cooldowns end before the next request (see `ask`).
@@ -77,7 +77,7 @@ class Failing:
     mid: bool = False
 
 
-ROLE, HALF = chunk(role="assistant", content=""), chunk("half an ans")
+HALF = chunk("half an ans")
 TEXT = "the output was truncated"
 FAILINGS = {
     "5xx": Failing(error(503), False),

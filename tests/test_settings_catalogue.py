@@ -12,6 +12,7 @@ from conftest import case, catalog_of, client_of, default_key, stored_keys
 from fake_provider import until
 
 import gateway
+from settings import SettingsError, load_settings
 
 KEY = {"GATEWAY_API_KEY": "fw-test-0123456789abcdef"}
 
@@ -59,8 +60,8 @@ MALFORMED = [
 def test_a_malformed_setting_is_named_with_its_value_in_one_line(tmp_path):
     for name, value in MALFORMED:
         with case((name, value[:20])):
-            with pytest.raises(gateway.SettingsError) as refused:
-                gateway.Gateway(gateway.load_settings([], {**KEY, name: value}, tmp_path))
+            with pytest.raises(SettingsError) as refused:
+                gateway.Gateway(load_settings([], {**KEY, name: value}, tmp_path))
 
             message = str(refused.value)
             assert name in message
@@ -70,8 +71,8 @@ def test_a_malformed_setting_is_named_with_its_value_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("value", ["00" * 31, "00" * 33, "zz" * 32, "secret"])
 def test_a_malformed_encryption_key_is_never_shown(tmp_path, value):
-    with pytest.raises(gateway.SettingsError) as refused:
-        gateway.load_settings([], {**KEY, "ENCRYPTION_KEY": value}, tmp_path)
+    with pytest.raises(SettingsError) as refused:
+        load_settings([], {**KEY, "ENCRYPTION_KEY": value}, tmp_path)
 
     assert "ENCRYPTION_KEY" in str(refused.value)
     assert "64" in str(refused.value)
@@ -79,7 +80,7 @@ def test_a_malformed_encryption_key_is_never_shown(tmp_path, value):
 
 
 def test_settings_have_the_defaults_of_the_table(tmp_path):
-    settings = gateway.load_settings([], KEY, tmp_path)
+    settings = load_settings([], KEY, tmp_path)
 
     assert (settings.host, settings.port) == ("127.0.0.1", 8000)
     assert (settings.transient_cooldown_ms, settings.rate_limit_cooldown_ms) == (15_000, 120_000)
@@ -96,7 +97,7 @@ def test_flags_beat_the_environment_which_beats_the_env_file(tmp_path):
     )
     environment = {**KEY, "GATEWAY_PORT": "2222", "GATEWAY_HOST": "localhost"}
 
-    settings = gateway.load_settings(["--port", "3333"], environment, tmp_path)
+    settings = load_settings(["--port", "3333"], environment, tmp_path)
 
     assert (settings.port, settings.host) == (3333, "localhost")
     assert (settings.log_level, settings.sticky_ttl_ms) == ("debug", 77)
@@ -138,8 +139,8 @@ def test_a_bad_catalogue_stops_the_start_with_its_place_in_one_line(tmp_path, co
     file = tmp_path / "mine.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
 
-    with pytest.raises(gateway.SettingsError) as refused:
-        gateway.Gateway(gateway.load_settings([], {**KEY, "GATEWAY_CATALOG": str(file)}, tmp_path))
+    with pytest.raises(SettingsError) as refused:
+        gateway.Gateway(load_settings([], {**KEY, "GATEWAY_CATALOG": str(file)}, tmp_path))
 
     assert any(place in str(refused.value) for place in ("mine.json", "platform a", "model "))
     assert "\n" not in str(refused.value)
@@ -148,8 +149,8 @@ def test_a_bad_catalogue_stops_the_start_with_its_place_in_one_line(tmp_path, co
 
 
 def test_a_missing_catalogue_is_named_in_one_line(tmp_path):
-    with pytest.raises(gateway.SettingsError, match=r"gone\.json"):
-        gateway.Gateway(gateway.load_settings([], {**KEY, "GATEWAY_CATALOG": str(tmp_path / "gone.json")}, tmp_path))
+    with pytest.raises(SettingsError, match=r"gone\.json"):
+        gateway.Gateway(load_settings([], {**KEY, "GATEWAY_CATALOG": str(tmp_path / "gone.json")}, tmp_path))
 
 
 async def test_an_unknown_field_is_ignored_with_a_warning(start_process, fake):
@@ -237,6 +238,33 @@ async def test_a_key_of_the_environment_comes_and_goes_with_its_name(start_gatew
     running = await start_gateway(platforms, {"A_KEY": "sk-from-environment"})
     assert (await running.chat()).text == "hello from a"
     assert len([row for row in execute(running.db, "SELECT * FROM api_keys") if row["platform"] == "a"]) == 1
+
+
+async def test_a_key_that_moves_from_the_environment_into_the_file_goes_on_serving(start_gateway, fake):
+    platforms = {"a": {"env": ["A_KEY"], "keys": []}, "b": {}}
+    moved = {"a": {"env": ["A_KEY"], "keys": ["sk-from-environment"]}, "b": {}}
+    for given, settings in ((platforms, {"A_KEY": "sk-from-environment"}), (platforms, {}), (moved, {})):
+        running = await start_gateway(given, settings)
+        served = (await running.chat()).text
+        await running.stop()
+
+    assert served == "hello from a"
+    row = stored_keys(running.db)["a-0"]
+    assert (row["enabled"], row["gone"]) == (1, 0)
+
+
+async def test_a_key_that_moves_from_the_environment_to_the_dashboard_goes_on_serving(start_gateway, fake):
+    platforms = {"a": {"env": ["A_KEY"], "keys": []}, "b": {}}
+    running = await start_gateway(platforms, {"A_KEY": "sk-from-environment"})
+    await running.stop()
+    running = await start_gateway(platforms)
+    added = await running.send({"platform": "a", "key": "sk-from-environment"}, path="/api/keys")
+    assert (added.status, added.json["label"], added.json["enabled"]) == (200, "", True)
+    await running.stop()
+
+    running = await start_gateway(platforms)
+
+    assert (await running.chat()).text == "hello from a"
 
 
 async def test_a_disabled_key_is_never_used(start_gateway, fake):

@@ -6,15 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import Stream
-from fake_provider import PAUSE, Every, Wait, answer, chunk, chunked, event, raw, sse, until
+from fake_provider import PAUSE, ROLE, STOP, Every, Wait, answer, chunk, chunked, event, raw, sse, until
 
 from catalog import KEYLESS
 from protection import Failure
 from providers import no_answer
 from router import Route
 
-ROLE = chunk(role="assistant", content="")
-STOP = chunk(finish="stop")
 HEARTBEAT = b": keep-alive"
 STALL_MS = 80
 SHORT_STALL = {"MAX_STREAM_STALL_MS": str(STALL_MS)}

@@ -8,7 +8,9 @@ from conftest import Stream
 from fake_provider import (
     CUT,
     PAUSE,
+    PROMISED,
     RESET,
+    ROLE,
     Every,
     Reply,
     Request,
@@ -18,7 +20,6 @@ from fake_provider import (
     chunked,
     completion,
     error,
-    head,
     raw,
     sse,
 )
@@ -26,8 +27,6 @@ from fake_provider import (
 REQUESTS = 200
 AT_ONCE = 30
 SEED = 20_261_124
-ROLE = chunk(role="assistant", content="")
-PROMISED = head(200, {"content-type": "application/json", "content-length": "99"})
 SETTINGS = {
     # Long enough for thirty requests at once on a busy machine, where gateway and providers share one loop.
     "MAX_STREAM_STALL_MS": "900",

@@ -11,6 +11,8 @@ from fake_provider import (
     DONE,
     PAUSE,
     RESET,
+    ROLE,
+    STOP,
     Wait,
     answer,
     chunk,
@@ -22,8 +24,6 @@ from fake_provider import (
     usage_of,
 )
 
-ROLE = chunk(role="assistant", content="")
-STOP = chunk(finish="stop")
 USAGE_WANTED = {"stream_options": {"include_usage": True}}
 
 
