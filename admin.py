@@ -27,7 +27,7 @@ from discovery import discover
 from exchange import Engine, read_body
 from metrics import CONTENT_TYPE
 from protection import Failure, Level, UpstreamError
-from router import UNSEEN
+from scores import UNSEEN
 from settings import SettingsError, provider_key, spelled
 from wire import GatewayError, InvalidRequest
 
@@ -325,7 +325,7 @@ class Admin:
 
     def _chain_entry(self, model: Model, pool: str, score: float | None, now: float) -> dict[str, Any]:
         router, protection = self._engine.router, self._engine.protection
-        stats = router.stats.get(model.id, UNSEEN)
+        stats = router.scores.stats.get(model.id, UNSEEN)
         return {
             "model_db_id": model.id,
             "platform": model.platform.id,

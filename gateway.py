@@ -58,6 +58,7 @@ from protection import Protection, parse_levels
 from providers import Limits, Providers
 from responses import ResponsesDialect
 from router import Router as ModelRouter
+from scores import Stats, chances
 from settings import (
     LOOPBACK_HOSTS,
     CatalogFiles,
@@ -187,17 +188,24 @@ class Gateway:
     async def _refresh(self) -> None:
         """Keep the statistics that routing learns from fresh, off the request's path."""
         days = self.settings.analytics_window_days
+
+        def learned(db: store.Connection) -> dict[tuple[str, str], Stats]:
+            by_name = store.model_stats(db, days)
+            for stats in by_name.values():
+                chances(stats)
+            return by_name
+
         while True:
             await self.store.flush()
             try:
-                by_name = await self.store.read(lambda db: store.model_stats(db, days))
+                by_name = await self.store.read(learned)
             except store.DatabaseError as error:
                 self.log.write("warning", "statistics", message=str(error))
             else:
                 models = self.engine.router.catalog.models
-                self.engine.router.stats = {
-                    m.id: by_name[m.platform.id, m.model_id] for m in models if (m.platform.id, m.model_id) in by_name
-                }
+                self.engine.router.scores.learn(
+                    {m.id: by_name[m.platform.id, m.model_id] for m in models if (m.platform.id, m.model_id) in by_name}
+                )
             await asyncio.sleep(self.settings.stats_refresh_ms / 1000)
 
     async def _sweep(self) -> None:

@@ -122,6 +122,9 @@ class Penalties:
     def __init__(self) -> None:
         self._points: dict[int, tuple[float, float]] = {}  # model: (points, when they last fell by themselves)
 
+    def __len__(self) -> int:
+        return len(self._points)
+
     def points(self, model: int, now: float) -> float:
         if not self._points or model not in self._points:
             return 0.0

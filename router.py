@@ -18,96 +18,14 @@ from typing import Any
 from catalog import KEYLESS, Catalog, Key, KeyStatus, Model, Pool, is_demo
 from ledger import Ledger, Penalties, Reservation
 from protection import NO_STANDING, RULES, Cooldowns, Cooling, Failure, Standing, UpstreamError
+from scores import Scores
 from wire import Chat, GatewayError, InvalidRequest, Mode, NoProviders
 
 WAITING = {f for f, rule in RULES.items() if rule.cooling in (Cooling.KEY, Cooling.INVALID)}
 REFUSAL_STATUSES = {400, 422}  # with these a provider calls the request itself bad
 TOO_LONG_OR_FILTERED = {Failure.CONTEXT_LENGTH, Failure.CONTENT_FILTER}
-REFUSALS_MAX = 3  # platforms in a row that call a request bad are believed (SPEC 5.3)
-
-
-@dataclass(frozen=True, slots=True)
-class Stats:
-    """What the log says of one model over the analytics window. Rates and times are of successes only."""
-
-    successes: float = 0.0  # recency-weighted
-    total: float = 0.0  # recency-weighted
-    raw_successes: int = 0
-    raw_total: int = 0
-    tok_per_sec: float = 0.0
-    avg_ttfb_ms: float | None = None
-
-
-UNSEEN = Stats()
-
-
-def ttfb_score(avg_ms: float) -> float:
-    """The reward for a quick first token: a line through (500, .25), (1000, .15), (2000, 0), (10000, -.5)."""
-    if avg_ms < 500:
-        return 0.25
-    if avg_ms <= 1000:
-        return 0.25 - 0.10 * (avg_ms - 500) / 500
-    if avg_ms <= 2000:
-        return 0.15 - 0.15 * (avg_ms - 1000) / 1000
-    if avg_ms <= 10_000:
-        return -0.5 * (avg_ms - 2000) / 8000
-    return -0.5
-
-
-def speed_score(tok_s: float, tok_s_max: float) -> float:
-    score = 0.3 * tok_s / tok_s_max if tok_s_max else 0.0
-    return score - 0.35 * (1 - tok_s / 10) if tok_s < 10 else score
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    speed: float
-    ttfb: float
-    intelligence: float
-
-
-WEIGHTS = {
-    Mode.BALANCED: Weights(speed=1.0, ttfb=1.0, intelligence=0.1),
-    Mode.SMART: Weights(speed=0.2, ttfb=0.2, intelligence=0.6),
-    Mode.FAST: Weights(speed=2.0, ttfb=2.0, intelligence=0.0),
-}
-UNSEEN_SPEED, UNSEEN_TTFB = 0.3, 0.25 * 0.75  # hope, so that new models are tried
 PENALTY_WEIGHT = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Yardstick:
-    """What scores are relative to: the fastest, the best and the worst of the models compared."""
-
-    tok_s_max: float
-    rank_best: float
-    rank_worst: float
-
-    @classmethod
-    def of(cls, models: Sequence[Model], stats: Mapping[int, Stats]) -> Yardstick:
-        ranks = [m.intelligence_rank for m in models]
-        return cls(max((stats.get(m.id, UNSEEN).tok_per_sec for m in models), default=0.0), min(ranks), max(ranks))
-
-    def intelligence(self, rank: float) -> float:
-        width = self.rank_worst - self.rank_best
-        return (self.rank_worst - rank) / width if width else 1.0
-
-
-def merit(model: Model, stats: Stats, weights: Weights, yardstick: Yardstick, *, hope: bool = True) -> float:
-    """The part of a score that is not chance: speed, time to first token, intelligence (SPEC 4.2)."""
-    if stats.raw_successes:
-        speed = speed_score(stats.tok_per_sec, yardstick.tok_s_max)
-        ttfb = ttfb_score(stats.avg_ttfb_ms) if stats.avg_ttfb_ms is not None else 0.0
-    else:
-        seen = stats.raw_total > 0 or not hope
-        speed, ttfb = (0.0, 0.0) if seen else (UNSEEN_SPEED, UNSEEN_TTFB)
-    intelligence = yardstick.intelligence(model.intelligence_rank)
-    return weights.speed * speed + weights.ttfb * ttfb + weights.intelligence * intelligence
-
-
-def belief(stats: Stats) -> tuple[float, float]:
-    """The parameters of the Beta distribution over a model's success rate."""
-    return 2 + max(0.1, stats.successes), 2 + max(0.1, stats.total - stats.successes)
+REFUSALS_MAX = 3  # platforms in a row that call a request bad are believed (SPEC 5.3)
 
 
 @dataclass(slots=True)
@@ -209,7 +127,7 @@ class Router:
     def __init__(self, transient: Cooldowns[int], key_cooldowns: Cooldowns[tuple[int, int]]) -> None:
         self.ledger = Ledger()
         self.penalties = Penalties()
-        self.stats: Mapping[int, Stats] = {}
+        self.scores = Scores()
         self.key_status: dict[int, KeyStatus] = {}
         self._transient = transient
         self._key_cooldowns = key_cooldowns
@@ -222,6 +140,7 @@ class Router:
         """Route by this snapshot from now on."""
         self.catalog = catalog
         self.key_status = dict(key_status)
+        self.scores.learn(self.scores.stats)
         self._index()
 
     def set_key_status(self, key: int, status: KeyStatus) -> bool:
@@ -347,29 +266,29 @@ class Router:
         """Best first by Thompson sampling: each score draws anew from what is believed of the model."""
         if len(models) < 2:
             return models
-        weights, yardstick = WEIGHTS[mode], Yardstick.of(models, self.stats)
-        scores: dict[int, float] = {}
-        for model in models:
-            stats = self.stats.get(model.id, UNSEEN)
-            score = rng.betavariate(*belief(stats)) + merit(model, stats, weights, yardstick)
-            scores[model.id] = score - PENALTY_WEIGHT * self.penalties.points(model.id, now)
+        scores = self._penalised(self.scores.drawn(models, mode, rng), models, now)
         pool_of = self.catalog.pools
         if mode is Mode.FAST:
-            return sorted(models, key=lambda m: (pool_of.get(m.id) is not Pool.FAST, -scores[m.id]))
-        return sorted(models, key=lambda m: -scores[m.id])
+            ranks = [
+                (pool_of.get(m.id) is not Pool.FAST, -s, n) for n, (m, s) in enumerate(zip(models, scores, strict=True))
+            ]
+        else:
+            ranks = [(False, -score, n) for n, score in enumerate(scores)]
+        return [models[n] for _, _, n in sorted(ranks)]
+
+    def _penalised(self, scores: list[float], models: Sequence[Model], now: float) -> list[float]:
+        if not len(self.penalties):
+            return scores
+        return [
+            score - PENALTY_WEIGHT * self.penalties.points(model.id, now)
+            for model, score in zip(models, scores, strict=True)
+        ]
 
     def displayed_scores(self, now: float) -> dict[int, float]:
-        """Balanced scores with the expectation in place of the sample, and no bonus for the unseen (SPEC 10.3)."""
+        """What the operator sees of each model of the chain (SPEC 10.3)."""
         models = self.catalog.chain
-        if not models:
-            return {}
-        yardstick, scores = Yardstick.of(models, self.stats), {}
-        for model in models:
-            stats = self.stats.get(model.id, UNSEEN)
-            alpha, beta = belief(stats)
-            score = alpha / (alpha + beta) + merit(model, stats, WEIGHTS[Mode.BALANCED], yardstick, hope=False)
-            scores[model.id] = score - PENALTY_WEIGHT * self.penalties.points(model.id, now)
-        return scores
+        scores = self._penalised(self.scores.expected(models), models, now)
+        return {model.id: score for model, score in zip(models, scores, strict=True)}
 
 
 def fitting(chat: Chat, models: list[Model]) -> list[Model]:

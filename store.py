@@ -28,7 +28,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from catalog import Catalog, Key, KeyStatus, Model, Platform
-from router import Stats
+from scores import Stats
 
 SCHEMA = Path(__file__).with_name("schema.sql")
 MIGRATIONS: Sequence[str] = ()  # the n-th brings a file from user_version n to n + 1; a fresh file starts at the last

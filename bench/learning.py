@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from catalog import Catalog, Key, KeyStatus, Model, Platform
 from chat import ChatDialect
 from protection import NO_STANDING, Cooldowns
-from router import Router, Stats
+from router import Router
+from scores import Stats
 from store import Row, Store, insert_rows, model_stats
 from wire import Chat
 
@@ -95,9 +96,9 @@ class World:
 
         by_name = self.store.write_now(work)
         models = self.router.catalog.models
-        self.router.stats = {
-            m.id: by_name[m.platform.id, m.model_id] for m in models if (m.platform.id, m.model_id) in by_name
-        }
+        self.router.scores.learn(
+            {m.id: by_name[m.platform.id, m.model_id] for m in models if (m.platform.id, m.model_id) in by_name}
+        )
 
     def request(self, rates: Mapping[str, float], chat: Chat) -> Served:
         """One request through the plan, as the attempt loop takes it: a failed model rests, the next is asked."""

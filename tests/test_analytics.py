@@ -10,7 +10,7 @@ from conftest import both_ways
 from fake_provider import answer, error
 from test_scoring import NOW, World
 
-from router import Stats
+from scores import Stats
 from store import Row, Store, insert_rows, model_stats
 
 DAY_S, MINUTE_S = 86_400.0, 60.0
@@ -167,7 +167,7 @@ def test_a_displayed_score_follows_the_weighted_rate_and_not_the_flat_one(store)
     recent = [row(60, "error") for _ in range(15)]
     stats = learned_of_one(store, old + recent)
     router = World({}, {}).router
-    router.stats = {1: stats, 2: Stats(100.0, 115.0, 100, 115, 50.0, 100.0)}  # the same, unweighted
+    router.scores.learn({1: stats, 2: Stats(100.0, 115.0, 100, 115, 50.0, 100.0)})  # the same, unweighted
 
     scores = router.displayed_scores(NOW)
 

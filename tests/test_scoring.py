@@ -9,7 +9,8 @@ from catalog import Catalog, Key, KeyStatus, Model, Platform, Pool, pools
 from chat import ChatDialect
 from ledger import Penalties
 from protection import NO_STANDING, Cooldowns, Standing
-from router import Router, Stats, Weights, Yardstick, belief, merit, speed_score, ttfb_score
+from router import Router
+from scores import Stats, Weights, Yardstick, belief, merit, quantiles, speed_score, ttfb_score
 from wire import Chat, Mode
 
 NOW = 1000.0
@@ -138,6 +139,31 @@ def test_intelligence_is_linear_between_the_best_and_the_worst_candidate(rank, s
     assert Yardstick.of(models, {}).intelligence(rank) == pytest.approx(score)
 
 
+SHAPES = [(2.1, 2.1), (2.1, 30.0), (500.0, 3.0), (5000.0, 2000.0), (2.1, 4000.0), (40.0, 40.0)]
+
+
+@pytest.mark.parametrize(("alpha", "beta"), SHAPES)
+def test_draws_from_a_table_of_quantiles_are_those_of_the_beta_distribution(alpha, beta):
+    table, rng = quantiles(alpha, beta), Random(7)
+    by_the_book = sorted(rng.betavariate(alpha, beta) for _ in range(20_000))
+    deviation = (alpha * beta / ((alpha + beta) ** 2 * (alpha + beta + 1))) ** 0.5
+
+    assert list(table) == sorted(table)
+    assert table[0] >= 0
+    assert table[-1] <= 1
+    for percent in (2, 10, 25, 50, 75, 90, 98):
+        place = percent / 100 * (len(table) - 1)
+        low, high = table[int(place)], table[min(int(place) + 1, len(table) - 1)]
+        drawn = low + (place - int(place)) * (high - low)
+        assert drawn == pytest.approx(by_the_book[200 * percent], abs=0.1 * deviation)
+
+
+def test_a_table_of_quantiles_is_exact_where_the_distribution_is_simple():
+    table = quantiles(2.0, 2.0)  # x is exceeded by all but 3x² - 2x³
+    for step, x in enumerate(table[1:-1], start=1):
+        assert 3 * x**2 - 2 * x**3 == pytest.approx(step / (len(table) - 1), abs=1e-4)
+
+
 def test_intelligence_is_1_when_all_are_equal():
     assert Yardstick.of(models_of({}, {}), {}).intelligence(10) == 1.0
 
@@ -192,7 +218,7 @@ CLEARLY = {
 @pytest.mark.parametrize("mode", ["balanced", "smart", "fast"])
 def test_each_mode_weighs_in_its_own_way(facts, stats, modes, mode):
     world = World(*facts)
-    world.router.stats = dict(enumerate(stats, start=1))
+    world.router.scores.learn(dict(enumerate(stats, start=1)))
 
     assert world.first(f"auto-{mode}") == ({1} if mode in modes.split() else {2})
 
@@ -211,14 +237,14 @@ def test_the_same_draws_give_the_same_order():
 
 def test_priority_follows_the_chain_whatever_the_statistics_say():
     world = World({"priority": 3}, {"priority": 1}, {"priority": 2})
-    world.router.stats = {1: seen(1000, 0), 2: seen(0, 1000), 3: seen(10, 10)}
+    world.router.scores.learn({1: seen(1000, 0), 2: seen(0, 1000), 3: seen(10, 10)})
 
     assert world.order("auto-priority") == [2, 3, 1]
 
 
 def test_fast_puts_the_fast_pool_before_all_others():
     world = World({"speed_rank": 20}, {"speed_rank": 1}, {"speed_rank": 3}, {"speed_rank": 19})
-    world.router.stats = {1: seen(1000, 0, tok_s=500.0), 2: seen(1, 99), 3: seen(1, 99), 4: seen(1000, 0)}
+    world.router.scores.learn({1: seen(1000, 0, tok_s=500.0), 2: seen(1, 99), 3: seen(1, 99), 4: seen(1000, 0)})
 
     assert {frozenset(order[:2]) for order in world.orders("auto-fast")} == {frozenset({2, 3})}
 
@@ -267,7 +293,7 @@ LIKED = {"exclude_from": ["balanced"], "prefer_in": ["smart"]}
 
 def test_balanced_leaves_out_what_is_marked_even_with_the_best_statistics():
     world = World({**LIKED, "intelligence_rank": 1}, {}, {})
-    world.router.stats = {1: seen(1000, 0, tok_s=500.0, ttfb_ms=50.0), 2: seen(0, 1000), 3: seen(0, 1000)}
+    world.router.scores.learn({1: seen(1000, 0, tok_s=500.0, ttfb_ms=50.0), 2: seen(0, 1000), 3: seen(0, 1000)})
 
     assert all(1 not in order for order in world.orders("auto-balanced"))
     assert all(1 in order for mode in ("smart", "fast", "priority") for order in world.orders(f"auto-{mode}"))
@@ -287,14 +313,14 @@ def test_what_is_left_out_does_not_follow_a_pinned_model_either():
 
 def test_smart_puts_what_is_marked_first_in_the_order_of_the_catalogue():
     world = World({}, {**LIKED, "intelligence_rank": 99, "priority": 9}, {}, {**LIKED, "priority": 1})
-    world.router.stats = {1: seen(1000, 0), 2: seen(0, 1000), 3: seen(1000, 0), 4: seen(10, 0)}
+    world.router.scores.learn({1: seen(1000, 0), 2: seen(0, 1000), 3: seen(1000, 0), 4: seen(10, 0)})
 
     assert {tuple(order[:2]) for order in world.orders("auto-smart")} == {(2, 4)}
 
 
 def test_smart_prefers_only_models_with_a_key_that_does_not_rest():
     world = World(LIKED, LIKED, {})
-    world.router.stats = {1: seen(0, 1000), 2: seen(0, 1000), 3: seen(1000, 0)}
+    world.router.scores.learn({1: seen(0, 1000), 2: seen(0, 1000), 3: seen(1000, 0)})
     assert world.order("auto-smart") == [1, 2, 3]
 
     world.rest_key(1, 60.0)
@@ -306,7 +332,7 @@ def test_smart_prefers_only_models_with_a_key_that_does_not_rest():
 @pytest.mark.parametrize("limit", ["rpm", "rpd", "tpm", "tpd"])
 def test_smart_prefers_only_models_with_capacity(limit):
     world = World({**LIKED, limit: 1 if limit.startswith("r") else 1500}, {})
-    world.router.stats = {1: seen(0, 1000), 2: seen(1000, 0)}
+    world.router.scores.learn({1: seen(0, 1000), 2: seen(1000, 0)})
     plan = world.router.plan(a_chat("auto-smart"), NO_STANDING, NOW, Random(0))
     assert world.router.next_route(plan, NOW).model.id == 1
 
@@ -324,7 +350,7 @@ def test_smart_never_prefers_what_has_no_key_at_all():
 def test_a_mark_acts_in_the_mode_it_names_and_in_no_other(mode):
     facts = [{"priority": 9, "prefer_in": [mode]}, *({"priority": n} for n in (1, 2, 3)), {"exclude_from": [mode]}]
     world = World(*facts)
-    world.router.stats = {1: seen(0, 1000), **{n: seen(1000, 0) for n in (2, 3, 4, 5)}}
+    world.router.scores.learn({1: seen(0, 1000), **{n: seen(1000, 0) for n in (2, 3, 4, 5)}})
 
     for other in Mode:
         orders = world.orders(f"auto-{other}")
@@ -338,7 +364,7 @@ def test_a_mark_acts_in_the_mode_it_names_and_in_no_other(mode):
 @pytest.mark.parametrize("mode", ["smart", "fast"])
 def test_a_sessions_model_goes_first_whatever_its_score_and_the_marks(mode):
     world = World({"speed_rank": 1}, {"prefer_in": ["smart", "fast"]}, {"speed_rank": 99})
-    world.router.stats = {1: seen(1000, 0), 2: seen(1000, 0), 3: seen(0, 1000)}
+    world.router.scores.learn({1: seen(1000, 0), 2: seen(1000, 0), 3: seen(0, 1000)})
 
     assert world.first(f"auto-{mode}", Standing(preferred_model=3)) == {3}
 
@@ -372,7 +398,7 @@ def test_a_skipped_model_is_never_tried_again_preferred_or_not():
 
 def test_what_is_held_back_comes_last_and_is_never_left_out():
     world = World({}, {}, {})
-    world.router.stats = {1: seen(1000, 0), 2: seen(0, 1000), 3: seen(0, 1000)}
+    world.router.scores.learn({1: seen(1000, 0), 2: seen(0, 1000), 3: seen(0, 1000)})
 
     assert {order[2] for order in world.orders("auto-smart", Standing(others_models={1}))} == {1}
     assert {len(order) for order in world.orders("auto-smart", Standing(busy_platforms={"p1", "p2", "p3"}))} == {3}
@@ -427,7 +453,7 @@ def test_penalties_rise_when_keys_run_dry_and_fall_with_time_and_success(events,
 @pytest.mark.parametrize(("points", "first"), [(0, 1), (4, 1), (6, 2), (10, 2)])
 def test_each_point_of_penalty_costs_a_twentieth(mode, points, first):
     world = World({}, {})
-    world.router.stats = {1: seen(MANY, 0), 2: seen(0.75 * MANY, 0.25 * MANY)}
+    world.router.scores.learn({1: seen(MANY, 0), 2: seen(0.75 * MANY, 0.25 * MANY)})
     world.router.penalties.add(1, NOW, step=points)
 
     assert world.first(f"auto-{mode}") == {first}
@@ -438,7 +464,7 @@ def test_each_point_of_penalty_costs_a_twentieth(mode, points, first):
 
 def test_displayed_scores_are_the_balanced_formula_with_the_expectation_and_no_bonus():
     world = World({"intelligence_rank": 3}, {"intelligence_rank": 8}, {"intelligence_rank": 13}, LIKED)
-    world.router.stats = {1: seen(30, 10, tok_s=100.0, ttfb_ms=750.0), 2: seen(0, 6)}
+    world.router.scores.learn({1: seen(30, 10, tok_s=100.0, ttfb_ms=750.0), 2: seen(0, 6)})
     world.router.penalties.add(2, NOW)
 
     scores = world.router.displayed_scores(NOW)
