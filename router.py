@@ -1,7 +1,7 @@
 """Who could serve a request, and in which order.
 
-Owns the scores (SPEC 4) and the choice of a key, over the snapshot in catalog.py and what ledger.py counts. No I/O;
-`now` (monotonic seconds) and `rng` are arguments.
+Owns the plan and the choice of a key (SPEC 4), over the snapshot in catalog.py, what scores.py thinks of its models and
+what ledger.py counts. No I/O; `now` (monotonic seconds) and `rng` are arguments.
 
 A request gets a `Plan` from `Router.plan`: its models in order, and what failed so far. `Router.next_route` walks that
 plan: it skips what has been ruled out since, picks a key and reserves capacity. When nothing is left, `plan.blocked`
@@ -134,7 +134,8 @@ class Router:
         self._turn: dict[int, int] = {}  # model: where its round-robin goes on
         self.catalog = Catalog((), (), ())
         self._usable_keys: dict[str, list[Key]] = {}
-        self._pools: dict[Mode, list[Model]] = {}
+        self._candidates: dict[Mode, list[Model]] = {}
+        self._others: list[Model] = []  # that follow a pinned model
 
     def load(self, catalog: Catalog, key_status: Mapping[int, KeyStatus]) -> None:
         """Route by this snapshot from now on."""
@@ -160,10 +161,11 @@ class Router:
             keys = self.catalog.keys.get(platform.id, [])
             valid = [key for key in keys if self.key_status.get(key.id) is not KeyStatus.INVALID]
             self._usable_keys[platform.id] = valid or ([KEYLESS] if platform.keyless else [])
-        self._pools = {
+        self._candidates = {
             mode: [m for m in self.catalog.auto_chain if mode not in m.exclude_from and self.has_key(m)]
             for mode in Mode
         }
+        self._others = [m for m in self._candidates[Mode.BALANCED] if not is_demo(m.platform)]
 
     def has_key(self, model: Model) -> bool:
         return bool(self._usable_keys.get(model.platform.id))
@@ -180,25 +182,21 @@ class Router:
         """
         preferred = (standing.preferred_model, standing.preferred_key)
         plan = Plan([], chat.tokens, preferred=preferred, banned=set(standing.banned))
-        pool = self._pools[chat.mode]
+        chain = self._candidates[chat.mode]
 
         def ordered(models: list[Model]) -> list[Model]:
             return self._ordered(models, chat.mode, standing, plan, now, rng)
 
         if chat.pinned is None:
-            candidates = fit(chat, pool)
-            plan.order = ordered(candidates)
+            plan.order = ordered(fit(chat, chain))
         else:
             asked = [m for m in self.catalog.resolve(chat.pinned) if self.has_key(m)]
-            others = [] if strict else pool
-            if not (candidates := fitting(chat, asked)):
-                candidates = fit(chat, asked + [m for m in others if not is_demo(m.platform)])
-                plan.order = ordered(candidates)
+            others = [] if strict else self._others
+            if first := fitting(chat, asked):
+                plan.order = first
+                plan.more = lambda: ordered(fitting(chat, [m for m in others if m not in asked]))
             else:
-                plan.order = candidates
-                plan.more = lambda: ordered(
-                    fitting(chat, [m for m in others if m not in asked and not is_demo(m.platform)])
-                )
+                plan.order = ordered(fit(chat, asked + others))
         if plan.banned or len(self._transient):
             plan.cooling = [m.label for m in plan.complete() if not plan.allows(m) or self._transient.left(m.id, now)]
         return plan

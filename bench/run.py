@@ -3,7 +3,9 @@
     make bench                                   five interleaved runs, written to bench/RESULTS.md
     python bench/run.py --reps 1 --scale 0.3     a look
 
-Harness and floor are in bench/harness; everything stays on 127.0.0.1 and needs two cores, a C compiler and taskset.
+Beside it a gateway that has been used for long (bench/crowd.py): 200 models, 500 keys, 10,000 conversations, a million
+rows of log. Harness and floor are in bench/harness; everything stays on 127.0.0.1 and needs two cores, a C compiler and
+taskset.
 """
 
 from __future__ import annotations
@@ -20,12 +22,19 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from crowd import KEYS, MODELS, ROWS, SESSIONS, catalog, fill  # noqa: E402
+
 OUT = HERE / "out"
+FILLED = OUT / "crowd.db"
 KEY = "fw-bench-0123456789abcdef"
-FREEWAY_PORT, FLOOR_PORT = 18095, 18092
+FREEWAY_PORT, CROWD_PORT, FLOOR_PORT = 18095, 18096, 18092
+PEERS = ("floor", "freeway", "crowd")
 MODEL = "mock-model"
+PROVIDER = "http://127.0.0.1:18080/v1"
 CATALOG = {
-    "platforms": [{"id": "mock", "adapter": "openai", "base_url": "http://127.0.0.1:18080/v1", "protection": "off"}],
+    "platforms": [{"id": "mock", "adapter": "openai", "base_url": PROVIDER, "protection": "off"}],
     "models": [{"platform": "mock", "model_id": MODEL, "context_window": 1_000_000}],
     "keys": [{"platform": "mock", "key": "sk-mock-0123456789", "label": "bench"}],
 }
@@ -57,17 +66,27 @@ def peers() -> list[dict[str, Any]]:
         f"{sys.executable} {HERE.parent / 'gateway.py'} --port {{port}} --db {{dir}}/gateway.db "
         "--catalog {dir}/catalog.json"
     )
+    freeway = {
+        "name": "freeway",
+        "cmd": gateway,
+        "port": FREEWAY_PORT,
+        "key": KEY,
+        "model": MODEL,
+        "env": {"GATEWAY_API_KEY": KEY},
+        "files": {"catalog.json": CATALOG},
+    }
+    crowd = {
+        **freeway,
+        "name": "crowd",
+        "port": CROWD_PORT,
+        "files": {"catalog.json": catalog(PROVIDER, MODEL)},
+        "prepare": f"cp {FILLED} gateway.db; rm -f gateway.db-*",
+        "warm": f"{sys.executable} {HERE / 'crowd.py'} sessions http://127.0.0.1:{CROWD_PORT} {KEY}",
+    }
     return [
         {"name": "floor", "cmd": floor, "port": FLOOR_PORT, "env": {"UPSTREAM": "{mock}"}},
-        {
-            "name": "freeway",
-            "cmd": gateway,
-            "port": FREEWAY_PORT,
-            "key": KEY,
-            "model": MODEL,
-            "env": {"GATEWAY_API_KEY": KEY},
-            "files": {"catalog.json": CATALOG},
-        },
+        freeway,
+        crowd,
     ]
 
 
@@ -91,19 +110,26 @@ def tables(runs: list[dict[str, Any]], reps: int) -> str:
         "runs of floor and gateway on the same core; everything on (routing, protection, log rows, error checks). "
         "Times are CPU of the gateway's process and only comparable within a run: read the ratio.",
         "",
-        "| CPU per | floor | freeway | ratio | aim |",
-        "|---|---:|---:|---:|---:|",
+        "| CPU per | floor | freeway | ratio | aim | in a crowd | ratio |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for what, path, unit, aim in RATIOS:
-        floor, freeway = middle(runs, "floor", path), middle(runs, "freeway", path)
+        floor, freeway, crowd = (middle(runs, peer, path) for peer in PEERS)
         if floor and freeway:
-            goal = f"≤ {aim}" if aim else ""
-            lines.append(f"| {what} | {floor:.1f} {unit} | {freeway:.1f} {unit} | **{freeway / floor:.2f}** | {goal} |")
-    lines += ["", "| | floor | freeway |", "|---|---:|---:|"]
+            cells = [what, f"{floor:.1f} {unit}", f"{freeway:.1f} {unit}", f"**{freeway / floor:.2f}**"]
+            cells += [f"≤ {aim}" if aim else "", f"{crowd:.1f} {unit}", f"{crowd / floor:.2f}"] if crowd else []
+            lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "| | floor | freeway | in a crowd |", "|---|---:|---:|---:|"]
     for what, path, unit in ABSOLUTES:
-        floor, freeway = middle(runs, "floor", path), middle(runs, "freeway", path)
-        if floor is not None and freeway is not None:
-            lines.append(f"| {what} | {floor:.2f} {unit} | {freeway:.2f} {unit} |")
+        found = [middle(runs, peer, path) for peer in PEERS]
+        if any(value is not None for value in found):
+            cells = ["" if value is None else f"{value:.2f} {unit}" for value in found]
+            lines.append(f"| {what} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"In a crowd: the same with {MODELS} models, {KEYS} keys, {SESSIONS:,} conversations and {ROWS:,} rows in the log, "
+        "whose statistics are worked out anew every minute.",
+    ]
     errors = sum(dig(run, f"{phase}.errors") or 0 for run in runs for phase in run if isinstance(run[phase], dict))
     failed = [f"{run['peer']}: {run['error']}" for run in runs if "error" in run]
     lines += ["", f"Errors in all phases: {errors:.0f}.", *failed]
@@ -118,11 +144,13 @@ def main() -> int:
     parser.add_argument("--no-soak", action="store_true", help="skip the run up to 20,000 requests")
     options = parser.parse_args()
     OUT.mkdir(exist_ok=True)
+    FILLED.unlink(missing_ok=True)
+    fill(FILLED, MODEL)
     (OUT / "peers.json").write_text(json.dumps(peers()))
     results = OUT / "results.json"
     command = [
         sys.executable, HERE / "harness" / "compare.py", "--peers-file", OUT / "peers.json", "--out", results,
-        "--only", "floor,freeway", "--reps", options.reps, "--scale", options.scale,
+        "--only", ",".join(PEERS), "--reps", options.reps, "--scale", options.scale,
     ]  # fmt: skip
     command += ["--phases", options.phases] if options.phases else []
     command += ["--no-soak"] if options.no_soak else []
@@ -131,6 +159,7 @@ def main() -> int:
     print(report)
     if options.reps >= 3 and not options.phases:
         (HERE / "RESULTS.md").write_text(report)
+    FILLED.unlink()
     return 0
 
 
