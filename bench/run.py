@@ -127,8 +127,8 @@ def tables(runs: list[dict[str, Any]], reps: int) -> str:
             lines.append(f"| {what} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"In a crowd: the same with {MODELS} models, {KEYS} keys, {SESSIONS:,} conversations and {ROWS:,} rows in the log, "
-        "whose statistics are worked out anew every minute.",
+        f"In a crowd: the same with {MODELS} models, {KEYS} keys, {SESSIONS:,} conversations and {ROWS:,} rows in the "
+        "log, whose statistics are worked out anew every minute.",
     ]
     errors = sum(dig(run, f"{phase}.errors") or 0 for run in runs for phase in run if isinstance(run[phase], dict))
     failed = [f"{run['peer']}: {run['error']}" for run in runs if "error" in run]
