@@ -2,11 +2,12 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import time
 
 import pytest
-from fake_provider import CUT, PAUSE, answer, chunk, chunked, head, raw, silent_url, sse, until
+from fake_provider import CUT, PAUSE, Every, answer, chunk, chunked, event, head, raw, silent_url, sse, until
 
 CLOSE_WITHIN_S = 0.1
 ROLE = chunk(role="assistant", content="")
@@ -106,6 +107,26 @@ async def test_a_client_that_sends_only_half_its_body_reaches_no_provider(start_
 
     assert fake.called == ["a"]
     assert (await gateway.row())["status"] == "success"
+
+
+async def test_a_client_that_leaves_with_a_second_request_in_the_pipe_ends_the_first_one_all_the_same(
+    start_gateway, fake
+):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", sse(ROLE, chunk("half an ans"), Every(0.01, event(chunk("!")))))
+    port = int(gateway.base_url.rsplit(":", 1)[1])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    body = json.dumps(gateway.request("I will not wait", stream=True)).encode()
+    lines = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nauthorization: Bearer {gateway.api_key}"
+    writer.write(2 * (f"{lines}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body))
+    await reader.readuntil(b"half an ans")
+
+    left_at = time.monotonic()
+    writer.transport.abort()
+
+    assert await fake.closed(0) - left_at < CLOSE_WITHIN_S
+    assert [row["status"] for row in await gateway.rows(1)] == ["cancelled"]
+    assert fake.called == ["a"]
 
 
 async def test_a_client_that_has_its_answer_and_leaves_is_a_success(start_gateway, fake):
