@@ -161,7 +161,10 @@ class Engine:
             except asyncio.CancelledError:
                 last = stopping(exchange, encoder)
             exchange.blocked_since = time.monotonic()
-            await send(last)  # the last await: from here on receive() would report a disconnect of our own making
+            try:
+                await send(last)  # the last await: from here on receive() would report a disconnect of our own making
+            except asyncio.CancelledError:  # its client takes nothing any more; for the provider all has been settled
+                return
         except ClientGone:
             exchange.status = "cancelled"
         finally:
@@ -180,8 +183,8 @@ class Engine:
                 length = (b"content-length", str(len(body)).encode())
                 await send(response_start(200, [*JSON_HEADERS, length, *route_headers(exchange)]))
             else:
-                exchange.tally = reply.tally
                 await send(response_start(200, [*STREAM_HEADERS, *route_headers(exchange)]))
+                exchange.tally = reply.tally
                 body = await self._relay(exchange, running, reply, encoder, send)
         finally:
             self._settle(exchange, running)
@@ -355,7 +358,7 @@ class Engine:
         if not key or (status is KeyStatus.HEALTHY and self.router.key_status.get(key) is KeyStatus.INVALID):
             return
         if self.router.set_key_status(key, status):
-            self.store.write_later(lambda db: store.set_key_status(db, key, status, error))
+            self.store.write_later(key, lambda db: store.set_key_status(db, key, status, error))
 
     def _exhausted(self, exchange: Exchange, plan: Plan, chat: Chat) -> GatewayError:
         """The client's error when nothing is left; counted, and told to the operator (SPEC 5.4)."""
