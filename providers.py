@@ -8,6 +8,7 @@ lives until the reply is closed. The only aiohttp client.
 from __future__ import annotations
 
 import asyncio
+import errno
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from math import inf
 from typing import Any, Protocol, Self
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 
 import faults
 from adapters import (
@@ -43,6 +45,7 @@ ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
 AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
+OUR_OWN = (errno.EMFILE, errno.ENFILE)  # no file is left for another connection, whosever it would be
 CHECK_S = 10.0  # for a list of models
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 KEEPALIVE_S = 15.0  # idle provider connections; many servers close theirs after 20 s and more
@@ -51,6 +54,11 @@ CHECK = Chat(
     include_usage=False, has_images=False, has_tools=False, tokens=0, prompt_tokens=0, max_tokens=None,
     first_user_text="",
 )  # fmt: skip  # shapes a request that is never sent
+
+
+# What a read raises when the connection has ended before its body. RuntimeError is aiohttp's (3.14) way to say that it
+# has been closed already.
+BROKEN = (aiohttp.ClientError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -317,7 +325,7 @@ class LiveReply(Reply):
             if limit.passed():
                 return None
             raise
-        except (aiohttp.ClientError, OSError) as error:
+        except BROKEN as error:
             if self.tally.finish is not None:  # the answer is complete; how the connection ends says nothing of it
                 return b""
             raise UpstreamError(Failure.CONNECTION, f"The connection broke: {type(error).__name__}") from None
@@ -342,6 +350,16 @@ def cut_short(tally: Tally, chat: Chat, model: Model) -> bool:
     return tally.finish == "length" and bool(limits) and all(tally.output_tokens() * 2 < limit for limit in limits)
 
 
+class Handler(ResponseHandler):
+    """aiohttp's, which (in 3.14) hangs up on a body that is no HTTP and leaves its reader waiting."""
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        super().set_exception(exc, *cause)
+        body = self._payload
+        if body is not None and not body.is_eof() and body.exception() is None and not body._buffer:
+            body.set_exception(aiohttp.ClientPayloadError(f"{type(exc).__name__}: {exc}"))
+
+
 class Providers:
     """All platforms behind one HTTP session. Open it in the lifespan: `async with Providers(limits) as providers`."""
 
@@ -350,8 +368,10 @@ class Providers:
         self._adapters: dict[str, Adapter] = {"openai": OpenAIAdapter(), "google": GeminiAdapter(time.time)}
 
     async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=300)
+        connector._factory = partial(Handler, loop=asyncio.get_running_loop())  # type: ignore[assignment]
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=300),
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, connect=self._limits.connect_s),
         )
@@ -448,12 +468,21 @@ def no_answer(error: Exception, route: Route, deadline: float | None) -> Upstrea
             return UpstreamError(Failure.TIMEOUT, "The provider did not answer in time.", status=504)
         return UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
     words = faults.redact(f"{type(error).__name__}: {error}", route.key.secret)
-    return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}")
+    ours = isinstance(error, OSError) and error.errno in OUR_OWN
+    return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}", ours=ours)
+
+
+async def more(content: aiohttp.StreamReader) -> bytes:
+    """The next bytes of a body; b"" at its end."""
+    try:
+        return await content.readany()
+    except RuntimeError as error:
+        raise aiohttp.ClientPayloadError(str(error)) from None
 
 
 async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
     pieces, size = [begun], len(begun)
-    while data := await content.readany():
+    while data := await more(content):
         pieces.append(data)
         size += len(data)
         if size > bytes_max:
@@ -464,7 +493,7 @@ async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int 
 async def error_body(response: aiohttp.ClientResponse) -> object:
     """What came with a status other than 2xx: JSON, words, or nothing worth reading."""
     raw = b""
-    while len(raw) < ERROR_BYTES_MAX and (data := await response.content.readany()):
+    while len(raw) < ERROR_BYTES_MAX and (data := await more(response.content)):
         raw += data
     try:
         return load_lenient(raw)
@@ -564,7 +593,7 @@ class Opening:
         if now >= self._deadline:  # a provider that never pauses would never let the timer run
             raise TimeoutError
         self._limit.set(min(now + self._limits.stall_s, self._deadline))
-        return await content.readany()
+        return await more(content)
 
     @staticmethod
     def _cut(tally: Tally, chat: Chat, route: Route) -> UpstreamError | None:
