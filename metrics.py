@@ -78,6 +78,8 @@ class Metrics:
             tally = self._models[name] = Tally()
         kind = row.error_kind or row.status
         tally.kinds[kind] = tally.kinds.get(kind, 0) + 1
+        if row.status == "cancelled":  # counts in nothing else (SPEC 8.6)
+            return
         if row.input_tokens:
             tally.input_tokens += row.input_tokens
         if row.output_tokens:
