@@ -351,10 +351,13 @@ def cut_short(tally: Tally, chat: Chat, model: Model) -> bool:
 
 
 class Handler(ResponseHandler):
-    """aiohttp's, which (in 3.14) hangs up on a body that is no HTTP and leaves its reader waiting."""
+    """aiohttp's (3.14) with two corrections: what is given up is closed at once, and whoever reads is told."""
+
+    def close(self) -> None:
+        self.abort()  # else TLS waits 30 s for the provider's goodbye, and what is not sent yet for its reading
 
     def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-        super().set_exception(exc, *cause)
+        super().set_exception(exc, *cause)  # of a body that is no HTTP its reader is not told
         body = self._payload
         if body is not None and not body.is_eof() and body.exception() is None and not body._buffer:
             body.set_exception(aiohttp.ClientPayloadError(f"{type(exc).__name__}: {exc}"))

@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import time
 
 import pytest
 from fake_provider import CUT, PAUSE, Every, answer, chunk, chunked, event, head, raw, silent_url, sse, until
 
 CLOSE_WITHIN_S = 0.1
+ESTABLISHED, SYN_SENT = "01", "02"  # states of /proc/net/tcp
 ROLE = chunk(role="assistant", content="")
 PROMISED = head(200, {"content-type": "application/json", "content-length": "99"})
 
@@ -24,13 +26,13 @@ MOMENTS = {
 }
 
 
-async def leave_when(gateway, condition, *, streaming: bool) -> float:
+async def leave_when(gateway, condition, *, streaming: bool, **fields: object) -> float:
     """Send a request and close its connection when the condition holds; returns when that was."""
     response = None
 
     async def exchange() -> None:
         nonlocal response
-        response = await gateway.post(gateway.request("I will not wait", stream=streaming))
+        response = await gateway.post(gateway.request("I will not wait", stream=streaming, **fields))
         await response.read()
 
     task = asyncio.create_task(exchange())
@@ -64,22 +66,37 @@ async def test_a_client_that_leaves_while_connecting_ends_the_attempt(start_gate
     with silent_url() as url:
         gateway = await start_gateway({"a": {"base_url": url}, "b": {}})
         port = int(url.split(":")[2].split("/")[0])
-        before = connecting_to(port)
+        before = len(connections_to(port, SYN_SENT))
 
-        left_at = await leave_when(gateway, lambda: connecting_to(port) > before, streaming=streaming)
+        left_at = await leave_when(gateway, lambda: len(connections_to(port, SYN_SENT)) > before, streaming=streaming)
 
-        await until(lambda: connecting_to(port) == before)
+        await until(lambda: len(connections_to(port, SYN_SENT)) == before)
         assert time.monotonic() - left_at < CLOSE_WITHIN_S
         assert (await gateway.row())["status"] == "cancelled"
         assert fake.called == []
         assert await gateway.cooled_models() == {}
 
 
-def connecting_to(port: int) -> int:
-    """Connections of this machine to that port which are still waiting for an answer (SYN_SENT)."""
+async def test_a_client_that_leaves_while_the_provider_does_not_even_read_ends_the_attempt(start_gateway, fake):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # the system answers for it, and its buffers fill
+        port = deaf.getsockname()[1]
+        gateway = await start_gateway({"a": {"base_url": f"http://127.0.0.1:{port}/v1"}})
+
+        def stuck() -> bool:
+            return any(unsent for unsent in connections_to(port, ESTABLISHED))
+
+        left_at = await leave_when(gateway, stuck, streaming=True, padding="x" * (16 << 20))
+
+        await until(lambda: not connections_to(port, ESTABLISHED))
+        assert time.monotonic() - left_at < CLOSE_WITHIN_S
+        assert (await gateway.row())["status"] == "cancelled"
+
+
+def connections_to(port: int, state: str) -> list[int]:
+    """This machine's connections to that port which are in that state: how many bytes each has not sent yet."""
     with open("/proc/net/tcp") as table:
         fields = [line.split() for line in table.readlines()[1:]]
-    return sum(1 for field in fields if field[2].endswith(f":{port:04X}") and field[3] == "02")
+    return [int(field[4][:8], 16) for field in fields if field[2].endswith(f":{port:04X}") and field[3] == state]
 
 
 async def test_a_client_that_leaves_after_a_failover_cancels_only_the_last_attempt(start_gateway, fake):
