@@ -61,7 +61,9 @@ class Connection(HttpToolsProtocol):
         """Answer without a request, and hang up."""
         body = error.body()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[error.status] + head + body)
+        served = self._served
+        if served is None or served.response_complete or not served.response_started:  # not amid another's answer
+            self.transport.write(STATUS_LINE[error.status] + head + body)
         self.transport.close()
 
     def _look(self) -> None:

@@ -126,16 +126,19 @@ async def test_a_client_that_sends_only_half_its_body_reaches_no_provider(start_
     assert (await gateway.row())["status"] == "success"
 
 
+def as_bytes(gateway, request: dict) -> bytes:
+    body = json.dumps(request).encode()
+    lines = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {gateway.api_key}"
+    return f"{lines}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+
+
 async def test_a_client_that_leaves_with_a_second_request_in_the_pipe_ends_the_first_one_all_the_same(
     start_gateway, fake
 ):
     gateway = await start_gateway(["a", "b"])
     fake.script("a", sse(ROLE, chunk("half an ans"), Every(0.01, event(chunk("!")))))
-    port = int(gateway.base_url.rsplit(":", 1)[1])
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = json.dumps(gateway.request("I will not wait", stream=True)).encode()
-    lines = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:{port}\r\nauthorization: Bearer {gateway.api_key}"
-    writer.write(2 * (f"{lines}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body))
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.base_url.rsplit(":", 1)[1]))
+    writer.write(2 * as_bytes(gateway, gateway.request("I will not wait", stream=True)))
     await reader.readuntil(b"half an ans")
 
     left_at = time.monotonic()
@@ -144,6 +147,20 @@ async def test_a_client_that_leaves_with_a_second_request_in_the_pipe_ends_the_f
     assert await fake.closed(0) - left_at < CLOSE_WITHIN_S
     assert [row["status"] for row in await gateway.rows(1)] == ["cancelled"]
     assert fake.called == ["a"]
+
+
+async def test_what_is_no_request_behind_one_that_is_served_ends_it_and_adds_nothing_to_its_answer(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    fake.script("a", sse(chunk("half an ans"), PAUSE))
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.base_url.rsplit(":", 1)[1]))
+    writer.write(as_bytes(gateway, gateway.request(stream=True)))
+    await reader.readuntil(b"half an ans")
+
+    writer.write(b"\0\0 no request\r\n\r\n")
+
+    assert b"HTTP/1.1" not in await reader.read()
+    assert (await gateway.row())["status"] == "cancelled"
+    writer.close()
 
 
 async def test_a_client_that_has_its_answer_and_leaves_is_a_success(start_gateway, fake):
