@@ -74,6 +74,8 @@ class OpenAIAdapter:
         return None if chat.has_tools or "response_format" in chat.body else plain_answer(body)
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
+        if body.get("choices", body) in ([], None):
+            raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
         if not well_formed_answer(body):
             return None
         return Completion(dump(body) if mend_completion(body, chat) else raw, body)

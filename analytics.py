@@ -22,9 +22,14 @@ WINDOWS: Mapping[str, tuple[int, int]] = {
     "90d": (90 * DAY_S, 3 * DAY_S),
 }
 COUNTS = ("successes", "errors", "cancelled", "input_tokens", "output_tokens")
-COUNTED = """
+# Cancelled attempts are told, and count in nothing else (SPEC 8.6).
+TOKENS = ", ".join(
+    f"COALESCE(SUM(CASE WHEN status <> 'cancelled' THEN {name} END), 0) AS {name}"
+    for name in ("input_tokens", "output_tokens")
+)
+COUNTED = f"""
     SUM(status = 'success') AS successes, SUM(status = 'error') AS errors, SUM(status = 'cancelled') AS cancelled,
-    COALESCE(SUM(input_tokens), 0) AS input_tokens, COALESCE(SUM(output_tokens), 0) AS output_tokens"""
+    {TOKENS}"""
 # In SQLite the other columns beside MAX() are those of its row.
 LAST_ATTEMPTS = """(
     SELECT MAX(id), status, created_at FROM requests WHERE created_at >= :since GROUP BY request_id
@@ -55,11 +60,7 @@ def totals(db: sqlite3.Connection, bound: Mapping[str, Any]) -> dict[str, Any]:
         f"COALESCE(SUM(status = 'cancelled'), 0) FROM {LAST_ATTEMPTS}",
         bound,
     ).fetchone()
-    tokens = db.execute(
-        "SELECT COALESCE(SUM(input_tokens), 0), COALESCE(SUM(output_tokens), 0) FROM requests "
-        "WHERE created_at >= :since",
-        bound,
-    ).fetchone()
+    tokens = db.execute(f"SELECT {TOKENS} FROM requests WHERE created_at >= :since", bound).fetchone()
     latency = percentiles(db, ALL, "latency_ms", bound).get((1,), NONE)
     ttfb = percentiles(db, ALL, "ttfb_ms", bound).get((1,), NONE)
     return {
@@ -129,7 +130,7 @@ def series(
     tokens = dict(
         db.execute(
             f"SELECT {BUCKET} AS place, COALESCE(SUM(output_tokens), 0) FROM requests "
-            "WHERE created_at >= :since GROUP BY place",
+            "WHERE created_at >= :since AND status <> 'cancelled' GROUP BY place",
             bound,
         ).fetchall()
     )

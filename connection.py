@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from wire import GatewayError, InvalidRequest
 
@@ -70,6 +70,7 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._last_seen: object = self  # the request at the last look; at first none, and not even a look
         self._timer: asyncio.TimerHandle | None = None
+        self._served: RequestResponseCycle | None = None  # `cycle` is the last request that came, perhaps behind this
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._outgoing = HeadWithBody(transport, self.loop)
@@ -79,7 +80,14 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._served is not None and not self._served.response_complete:  # uvicorn tells the last one only
+            self._served.disconnected = True
+            self._served.message_event.set()
         super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         self._outgoing.expect_head()
@@ -99,7 +107,9 @@ class Connection(HttpToolsProtocol):
         """Answer without a request, and hang up."""
         body = error.body()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        self.transport.write(STATUS_LINE[error.status] + head + body)
+        served = self._served
+        if served is None or served.response_complete or not served.response_started:  # not amid another's answer
+            self.transport.write(STATUS_LINE[error.status] + head + body)
         self.transport.close()
 
     def _look(self) -> None:

@@ -101,5 +101,5 @@ class Limit:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.due = inf
-        if kind is asyncio.CancelledError and self.passed():
+        if self._expired and self.passed() and kind is asyncio.CancelledError:
             raise TimeoutError from error

@@ -52,6 +52,15 @@ class ClientGone(Exception):
     """The client closed its connection. A normal exit."""
 
 
+class Stopping(GatewayError):
+    """The server no longer waits for this request."""
+
+    words = "The gateway is stopping. Send the request again."
+
+    def __init__(self) -> None:
+        super().__init__(self.words, status=503, type="routing_error", code="gateway_stopping")
+
+
 @dataclass(eq=False, slots=True)
 class Exchange:
     """One request from its first byte to its last."""
@@ -161,7 +170,10 @@ class Engine:
             except asyncio.CancelledError:
                 last = stopping(exchange, encoder)
             exchange.blocked_since = time.monotonic()
-            await send(last)  # the last await: from here on receive() would report a disconnect of our own making
+            try:
+                await send(last)  # the last await: from here on receive() would report a disconnect of our own making
+            except asyncio.CancelledError:  # its client takes nothing any more; for the provider all has been settled
+                return
         except ClientGone:
             exchange.status = "cancelled"
         finally:
@@ -180,8 +192,8 @@ class Engine:
                 length = (b"content-length", str(len(body)).encode())
                 await send(response_start(200, [*JSON_HEADERS, length, *route_headers(exchange)]))
             else:
-                exchange.tally = reply.tally
                 await send(response_start(200, [*STREAM_HEADERS, *route_headers(exchange)]))
+                exchange.tally = reply.tally
                 body = await self._relay(exchange, running, reply, encoder, send)
         finally:
             self._settle(exchange, running)
@@ -355,7 +367,7 @@ class Engine:
         if not key or (status is KeyStatus.HEALTHY and self.router.key_status.get(key) is KeyStatus.INVALID):
             return
         if self.router.set_key_status(key, status):
-            self.store.write_later(lambda db: store.set_key_status(db, key, status, error))
+            self.store.write_later(key, lambda db: store.set_key_status(db, key, status, error))
 
     def _exhausted(self, exchange: Exchange, plan: Plan, chat: Chat) -> GatewayError:
         """The client's error when nothing is left; counted, and told to the operator (SPEC 5.4)."""
@@ -417,10 +429,9 @@ def stopping(exchange: Exchange, encoder: Encoder) -> dict[str, Any]:
     """The last message of an exchange that has been cancelled from outside: even then no stream just stops."""
     if exchange.blocked_since is not None:  # because its client takes nothing: then nothing can be said either
         raise ClientGone
-    message = "The gateway is stopping. Send the request again."
     if exchange.tally is None:
-        raise GatewayError(message, status=503, type="routing_error", code="gateway_stopping")
-    return {"type": "http.response.body", "body": encoder.fail(message, "stream_error", 503, exchange.tally)}
+        raise Stopping
+    return {"type": "http.response.body", "body": encoder.fail(Stopping.words, "stream_error", 503, exchange.tally)}
 
 
 def skipped_text(plan: Plan | None) -> str | None:
@@ -448,6 +459,8 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: in
                 more = message.get("more_body", False)
     except TimeoutError:
         raise InvalidRequest("The body did not arrive in time.", code="request_timeout", status=408) from None
+    except asyncio.CancelledError:
+        raise Stopping from None
     raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
     encoding = headers.get(b"content-encoding", b"").strip().lower()
     return raw if encoding in (b"", b"identity") else unpacked(raw, encoding, bytes_max)

@@ -78,6 +78,8 @@ class Metrics:
             totals = self._models[name] = Totals()
         kind = row.error_kind or row.status
         totals.kinds[kind] = totals.kinds.get(kind, 0) + 1
+        if row.status == "cancelled":  # counts in nothing else (SPEC 8.6)
+            return
         if row.input_tokens:
             totals.input_tokens += row.input_tokens
         if row.output_tokens:

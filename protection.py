@@ -97,6 +97,7 @@ RULES: Mapping[Failure, Rule] = {
     Failure.EMPTY: Rule(Scope.MODEL, Cooling.NONE, Kind.RETRYABLE),
     Failure.WRAPPED: Rule(Scope.MODEL, Cooling.NONE, Kind.RETRYABLE),
 }
+OURS = Rule(Scope.MODEL, Cooling.NONE, None)  # whatever it is called
 GATEWAY_STATUSES = frozenset({500, 502, 503, 504})  # these the protection calls 5xx, whatever carried them
 
 
@@ -109,7 +110,7 @@ class UpstreamError(Exception):
     """One attempt failed. Ours alone: a client never sees it as such.
 
     `status` is the HTTP status, or the one found inside a 200, or 504 for our own time limits; None when there was
-    none. `code` and `message` are the provider's words with secrets removed.
+    none. `code` and `message` are the provider's words with secrets removed. `ours`: it says nothing of the provider.
     """
 
     def __init__(
@@ -120,6 +121,7 @@ class UpstreamError(Exception):
         status: int | None = None,
         code: str | None = None,
         retry_after_s: float | None = None,
+        ours: bool = False,
     ) -> None:
         super().__init__(message)
         self.failure = failure
@@ -127,10 +129,11 @@ class UpstreamError(Exception):
         self.status = status
         self.code = writable(code[:CODE_CHARS_MAX]) if code else code
         self.retry_after_s = retry_after_s
+        self.ours = ours
 
     @property
     def rule(self) -> Rule:
-        return RULES[self.failure]
+        return OURS if self.ours else RULES[self.failure]
 
     @property
     def kind(self) -> Kind | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from math import inf
 from typing import Any, Protocol, Self
 
 import aiohttp
+from aiohttp.client_proto import ResponseHandler
 
 import faults
 from adapters import (
@@ -44,6 +46,7 @@ ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
 AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
+OUR_OWN = (errno.EMFILE, errno.ENFILE)  # no file is left for another connection, whosever it would be
 CHECK_S = 10.0  # for a list of models
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 KEEPALIVE_S = 15.0  # idle provider connections; many servers close theirs after 20 s and more
@@ -52,6 +55,11 @@ CHECK = Chat(
     include_usage=False, has_images=False, has_tools=False, tokens=0, prompt_tokens=0, max_tokens=None,
     first_user_text="",
 )  # fmt: skip  # shapes a request that is never sent
+
+
+# What a read raises when the connection has ended before its body. RuntimeError is aiohttp's (3.14) way to say that it
+# has been closed already.
+BROKEN = (aiohttp.ClientError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +285,7 @@ class LiveReply(Reply):
             self._limit.set(until)
             try:
                 data = await self._content.readany() if until > now else None
-            except (asyncio.CancelledError, aiohttp.ClientError, OSError) as error:
+            except (asyncio.CancelledError, *BROKEN) as error:
                 data = self._unread(error)
             self._limit.due = inf
             waited_since, now = now, self._clock()
@@ -323,7 +331,7 @@ class LiveReply(Reply):
             note(chunk, self.tally)
             return [Event(frame(chunk), chunk)]
         if self._incoming.done and not self._content.is_eof():  # lets the connection go back to the pool
-            with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError), self._limit.within(CONNECTION_END_S):
+            with contextlib.suppress(TimeoutError, *BROKEN), self._limit.within(CONNECTION_END_S):
                 await self._content.readany()
         return None
 
@@ -345,6 +353,19 @@ def cut_short(tally: Tally, chat: Chat, model: Model) -> bool:
     return tally.finish == "length" and bool(limits) and all(tally.output_tokens() * 2 < limit for limit in limits)
 
 
+class Handler(ResponseHandler):
+    """aiohttp's (3.14) with two corrections: what is given up is closed at once, and whoever reads is told."""
+
+    def close(self) -> None:
+        self.abort()  # else TLS waits 30 s for the provider's goodbye, and what is not sent yet for its reading
+
+    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
+        super().set_exception(exc, *cause)  # of a body that is no HTTP its reader is not told
+        body = self._payload
+        if body is not None and not body.is_eof() and body.exception() is None and not body._buffer:
+            body.set_exception(aiohttp.ClientPayloadError(f"{type(exc).__name__}: {exc}"))
+
+
 class Providers:
     """All platforms behind one HTTP session. Open it in the lifespan: `async with Providers(limits) as providers`."""
 
@@ -353,8 +374,10 @@ class Providers:
         self._adapters: dict[str, Adapter] = {"openai": OpenAIAdapter(), "google": GeminiAdapter(time.time)}
 
     async def __aenter__(self) -> Self:
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=300)
+        connector._factory = partial(Handler, loop=asyncio.get_running_loop())  # type: ignore[assignment]
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=300),
+            connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, connect=self._limits.connect_s),
         )
@@ -451,12 +474,21 @@ def no_answer(error: Exception, route: Route, deadline: float | None) -> Upstrea
             return UpstreamError(Failure.TIMEOUT, "The provider did not answer in time.", status=504)
         return UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
     words = faults.redact(f"{type(error).__name__}: {error}", route.key.secret)
-    return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}")
+    ours = isinstance(error, OSError) and error.errno in OUR_OWN
+    return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}", ours=ours)
+
+
+async def more(content: aiohttp.StreamReader) -> bytes:
+    """The next bytes of a body; b"" at its end."""
+    try:
+        return await content.readany()
+    except RuntimeError as error:
+        raise aiohttp.ClientPayloadError(str(error)) from None
 
 
 async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
     pieces, size = [begun], len(begun)
-    while data := await content.readany():
+    while data := await more(content):
         pieces.append(data)
         size += len(data)
         if size > bytes_max:
@@ -467,7 +499,7 @@ async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int 
 async def error_body(response: aiohttp.ClientResponse) -> object:
     """What came with a status other than 2xx: JSON, words, or nothing worth reading."""
     raw = b""
-    while len(raw) < ERROR_BYTES_MAX and (data := await response.content.readany()):
+    while len(raw) < ERROR_BYTES_MAX and (data := await more(response.content)):
         raw += data
     try:
         return load_lenient(raw)
@@ -567,7 +599,7 @@ class Opening:
         if now >= self._deadline:  # a provider that never pauses would never let the timer run
             raise TimeoutError
         self._limit.set(min(now + self._limits.stall_s, self._deadline))
-        return await content.readany()
+        return await more(content)
 
     @staticmethod
     def _cut(tally: Tally, chat: Chat, route: Route) -> UpstreamError | None:

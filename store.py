@@ -14,9 +14,9 @@ import secrets
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -172,6 +172,7 @@ class Store:
         self._taken = 0  # of them, by the writer
         self._timer: asyncio.TimerHandle | None = None
         self._writing: Future[int] | None = None
+        self._owed: dict[Hashable, Callable[[sqlite3.Connection], object]] = {}  # the writer's; see write_later
         try:
             self._db: sqlite3.Connection = self._writer.submit(self._open, encryption_key).result()
             self._read_db: sqlite3.Connection = self._reader.submit(connect, path).result()
@@ -227,17 +228,36 @@ class Store:
         """`write` for the start, before there is an event loop."""
         return self._writer.submit(self._transaction, work).result()
 
-    def write_later(self, work: Callable[[sqlite3.Connection], object]) -> None:
-        """`write` without waiting; a failure is counted, not raised."""
-        self._writer.submit(self._transaction, work).add_done_callback(self._count_failure)
+    def write_later(self, name: Hashable, work: Callable[[sqlite3.Connection], object]) -> None:
+        """`write` without waiting. While the database takes nothing the work is owed, and done before whatever is
+        written next, be it the log; work of the same name takes its place."""
+        self._writer.submit(self._owe, name, work)
 
-    def _count_failure(self, future: Future[Any]) -> None:
-        if not future.cancelled() and future.exception() is not None:
-            self.dropped += 1
+    def _owe(self, name: Hashable, work: Callable[[sqlite3.Connection], object]) -> None:
+        in_time = not self._owed
+        self._owed.pop(name, None)
+        self._owed[name] = work
+        if in_time:
+            with suppress(sqlite3.Error):
+                self._transaction(lambda db: None)
 
     def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        with transaction(self._db):
-            return work(self._db)
+        with transaction(self._db) as db:
+            for owed in self._owed.values():
+                with suppress(*UNSTORABLE):  # like a row, it must not hold up the rest
+                    owed(db)
+            done = work(db)
+        self._owed.clear()
+        return done
+
+    def _write_rows(self, rows: Sequence[Row]) -> int:
+        """Gives how many had to be left out because SQLite cannot hold what is in them: such a row must not keep the
+        others waiting for ever."""
+        try:
+            self._transaction(lambda db: insert_rows(db, rows))
+            return 0
+        except UNSTORABLE:
+            return self._transaction(lambda db: insert_each(db, rows))
 
     # The request log.
 
@@ -279,7 +299,7 @@ class Store:
         self._taken = len(rows)
         self._rows.clear()
         loop = asyncio.get_running_loop()
-        self._writing = self._writer.submit(write_rows, self._db, rows)
+        self._writing = self._writer.submit(self._write_rows, rows)
         self._writing.add_done_callback(lambda done: loop.call_soon_threadsafe(self._written, done, rows))
 
     def _written(self, done: Future[int], rows: list[Row]) -> None:
@@ -327,10 +347,10 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 @contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[None]:
+def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
     db.execute("BEGIN IMMEDIATE")
     try:
-        yield
+        yield db
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:  # SQLite has rolled back by itself when the disk is full
@@ -395,21 +415,14 @@ def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
             done += size
 
 
-def write_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> int:
-    """Write them in one transaction. Gives how many had to be left out because SQLite cannot hold what is in them:
-    such a row must not keep the others waiting for ever."""
-    try:
-        with transaction(db):
-            insert_rows(db, rows)
-        return 0
-    except UNSTORABLE:
-        lost = 0
-    with transaction(db):
-        for row in rows:
-            try:
-                insert_rows(db, [row])
-            except UNSTORABLE:
-                lost += 1
+def insert_each(db: sqlite3.Connection, rows: Sequence[Row]) -> int:
+    """All that SQLite can hold; gives how many it cannot."""
+    lost = 0
+    for row in rows:
+        try:
+            insert_rows(db, [row])
+        except UNSTORABLE:
+            lost += 1
     return lost
 
 

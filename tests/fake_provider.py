@@ -59,6 +59,7 @@ class Act:
 PAUSE = Act()  # write nothing more, keep the connection open until the other side closes it
 CUT = Act()  # close the connection in an orderly way (FIN), whatever was promised
 RESET = Act()  # close it with a reset (RST)
+NO_HTTP = Act()  # write what no HTTP parser takes for the next piece of a chunked body
 
 Step = bytes | Wait | Every | Act
 
@@ -389,6 +390,8 @@ async def perform(reply: Reply, request: Request, writer: asyncio.StreamWriter) 
         elif step is PAUSE:
             request.paused = True
             await asyncio.Event().wait()
+        elif step is NO_HTTP:
+            await write(b"no chunk\r\n", request, writer)
         elif step is CUT or step is RESET:
             request.finished = True
             close(writer, reset=step is RESET)

@@ -2,14 +2,31 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import socket
 import time
 
 import pytest
 from conftest import both_ways
-from fake_provider import CUT, PAUSE, PROMISED, ROLE, answer, chunk, chunked, raw, silent_url, sse, until
+from fake_provider import (
+    CUT,
+    PAUSE,
+    PROMISED,
+    ROLE,
+    Every,
+    answer,
+    chunk,
+    chunked,
+    event,
+    raw,
+    silent_url,
+    sse,
+    until,
+)  # fmt: skip
 
 CLOSE_WITHIN_S = 0.1
+ESTABLISHED, SYN_SENT = "01", "02"  # states of /proc/net/tcp
 
 # How far the exchange has got when the client leaves: is it a stream, what has the provider done so far.
 MOMENTS = {
@@ -22,13 +39,13 @@ MOMENTS = {
 }
 
 
-async def leave_when(gateway, condition, *, streaming: bool) -> float:
+async def leave_when(gateway, condition, *, streaming: bool, **fields: object) -> float:
     """Send a request and close its connection when the condition holds; returns when that was."""
     response = None
 
     async def exchange() -> None:
         nonlocal response
-        response = await gateway.post(gateway.request("I will not wait", stream=streaming))
+        response = await gateway.post(gateway.request("I will not wait", stream=streaming, **fields))
         await response.read()
 
     task = asyncio.create_task(exchange())
@@ -62,22 +79,37 @@ async def test_a_client_that_leaves_while_connecting_ends_the_attempt(start_gate
     with silent_url() as url:
         gateway = await start_gateway({"a": {"base_url": url}, "b": {}})
         port = int(url.split(":")[2].split("/")[0])
-        before = connecting_to(port)
+        before = len(connections_to(port, SYN_SENT))
 
-        left_at = await leave_when(gateway, lambda: connecting_to(port) > before, streaming=streaming)
+        left_at = await leave_when(gateway, lambda: len(connections_to(port, SYN_SENT)) > before, streaming=streaming)
 
-        await until(lambda: connecting_to(port) == before)
+        await until(lambda: len(connections_to(port, SYN_SENT)) == before)
         assert time.monotonic() - left_at < CLOSE_WITHIN_S
         assert (await gateway.row())["status"] == "cancelled"
         assert fake.called == []
         assert await gateway.cooled_models() == {}
 
 
-def connecting_to(port: int) -> int:
-    """Connections of this machine to that port which are still waiting for an answer (SYN_SENT)."""
+async def test_a_client_that_leaves_while_the_provider_does_not_even_read_ends_the_attempt(start_gateway, fake):
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # the system answers for it, and its buffers fill
+        port = deaf.getsockname()[1]
+        gateway = await start_gateway({"a": {"base_url": f"http://127.0.0.1:{port}/v1"}})
+
+        def stuck() -> bool:
+            return any(unsent for unsent in connections_to(port, ESTABLISHED))
+
+        left_at = await leave_when(gateway, stuck, streaming=True, padding="x" * (16 << 20))
+
+        await until(lambda: not connections_to(port, ESTABLISHED))
+        assert time.monotonic() - left_at < CLOSE_WITHIN_S
+        assert (await gateway.row())["status"] == "cancelled"
+
+
+def connections_to(port: int, state: str) -> list[int]:
+    """This machine's connections to that port which are in that state: how many bytes each has not sent yet."""
     with open("/proc/net/tcp") as table:
         fields = [line.split() for line in table.readlines()[1:]]
-    return sum(1 for field in fields if field[2].endswith(f":{port:04X}") and field[3] == "02")
+    return [int(field[4][:8], 16) for field in fields if field[2].endswith(f":{port:04X}") and field[3] == state]
 
 
 async def test_a_client_that_leaves_after_a_failover_cancels_only_the_last_attempt(start_gateway, fake):
@@ -105,6 +137,43 @@ async def test_a_client_that_sends_only_half_its_body_reaches_no_provider(start_
 
     assert fake.called == ["a"]
     assert (await gateway.row())["status"] == "success"
+
+
+def as_bytes(gateway, request: dict) -> bytes:
+    body = json.dumps(request).encode()
+    lines = f"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer {gateway.api_key}"
+    return f"{lines}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def test_a_client_that_leaves_with_a_second_request_in_the_pipe_ends_the_first_one_all_the_same(
+    start_gateway, fake
+):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", sse(ROLE, chunk("half an ans"), Every(0.01, event(chunk("!")))))
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.base_url.rsplit(":", 1)[1]))
+    writer.write(2 * as_bytes(gateway, gateway.request("I will not wait", stream=True)))
+    await reader.readuntil(b"half an ans")
+
+    left_at = time.monotonic()
+    writer.transport.abort()
+
+    assert await fake.closed(0) - left_at < CLOSE_WITHIN_S
+    assert [row["status"] for row in await gateway.rows(1)] == ["cancelled"]
+    assert fake.called == ["a"]
+
+
+async def test_what_is_no_request_behind_one_that_is_served_ends_it_and_adds_nothing_to_its_answer(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    fake.script("a", sse(chunk("half an ans"), PAUSE))
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(gateway.base_url.rsplit(":", 1)[1]))
+    writer.write(as_bytes(gateway, gateway.request(stream=True)))
+    await reader.readuntil(b"half an ans")
+
+    writer.write(b"\0\0 no request\r\n\r\n")
+
+    assert b"HTTP/1.1" not in await reader.read()
+    assert (await gateway.row())["status"] == "cancelled"
+    writer.close()
 
 
 async def test_a_client_that_has_its_answer_and_leaves_is_a_success(start_gateway, fake):

@@ -10,6 +10,7 @@ import pytest
 from conftest import both_ways, case, stored_keys
 from fake_provider import (
     CUT,
+    NO_HTTP,
     PAUSE,
     PROMISED,
     RESET,
@@ -23,6 +24,7 @@ from fake_provider import (
     chunked,
     completion,
     error,
+    head,
     not_tls_url,
     raw,
     refusing_url,
@@ -91,6 +93,7 @@ EITHER = {
     "a 400 that says truncated": Failure(error(400, "the response was truncated"), "truncated", 400),
     "context length exceeded": Failure(error(400, code="context_length_exceeded"), "context_length", 400),
 }
+CHUNKED = head(200, {"content-type": "text/event-stream", "transfer-encoding": "chunked"})
 MIB = 1 << 20
 WHOLE = {
     "no answer": Failure(raw(PAUSE), "timeout", UNSAID, "model"),
@@ -98,10 +101,13 @@ WHOLE = {
     "no end of the body": Failure(raw(PROMISED, b'{"id":', PAUSE), "timeout", UNSAID, "model"),
     "cut in the body": Failure(raw(PROMISED, b'{"id":', CUT), "connection", None, "model"),
     "reset in the body": Failure(raw(PROMISED, b'{"id":', RESET), "connection", None, "model"),
+    "a body that stops being HTTP": Failure(raw(CHUNKED, NO_HTTP, PAUSE), "connection", None, "model"),
     "half a JSON object": Failure(body('{"id": "x", "choices": ['), "malformed", 200),
     "JSON nested too deeply": Failure(body('{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}"), "malformed", 200),
     "JSON that is a list": Failure(body([1, 2]), None, 200),
     "JSON without choices": Failure(body({"id": "x"}), None, 200),
+    "no choices": Failure(body({"choices": []}), "empty", 200),
+    "choices of null": Failure(body({"choices": None}), "empty", 200),
     "an empty answer": Failure(completion(""), "empty", 200),
     "an answer of null": Failure(completion(None), "empty", 200),
     "an answer of white space": Failure(completion(" \n\t"), "empty", 200),
@@ -117,6 +123,7 @@ STREAMED = {
     "cut after the headers": Failure(chunked(CUT), "connection", None, "model"),
     "cut after the role": Failure(sse(ROLE, CUT), "connection", None, "model"),
     "reset after the role": Failure(sse(ROLE, RESET), "connection", None, "model"),
+    "no HTTP after the role": Failure(sse(ROLE, NO_HTTP, PAUSE), "connection", None, "model"),
     "ended without an event": Failure(chunked(), "truncated", UNSAID),
     "ended after the role": Failure(sse(ROLE, done=False), "truncated", UNSAID),
     "only [DONE]": Failure(sse(), "empty", 200),

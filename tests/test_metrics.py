@@ -105,6 +105,20 @@ async def test_what_holds_at_the_moment_is_shown(start_gateway, fake):
     assert (await scrape(gateway))["freeway_requests_total", "cancelled"] == 1
 
 
+async def test_tokens_of_a_stream_whose_client_left_count_nowhere(start_gateway, fake):
+    gateway = await start_gateway(["a"])
+    fake.script("a", sse(chunk("half an answer"), PAUSE))
+    async with gateway.post(gateway.request(stream=True)) as response:
+        await response.content.readany()
+        response.close()
+    assert (await gateway.row())["output_tokens"] > 0
+
+    found = await scrape(gateway)
+
+    assert found["freeway_attempts_total", "a", "a-model", "cancelled"] == 1
+    assert found["freeway_tokens_total", "a", "a-model", "output"] == 0
+
+
 async def test_times_are_histograms_of_successes(start_gateway, fake):
     gateway = await start_gateway(["a", "b"])
     fake.script("a", error(400), answer())

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -10,7 +11,7 @@ import time
 
 import aiohttp
 import pytest
-from conftest import API_KEY, Client, Process, client_of, files_of, logged
+from conftest import API_KEY, Client, Process, client_of, files_of, logged, stored_keys
 from fake_provider import Wait, answer, chunk, event, sse, until
 
 GIVEN_KEY = {"GATEWAY_API_KEY": API_KEY}
@@ -306,7 +307,24 @@ async def test_a_database_that_is_locked_delays_no_request_and_loses_no_row(star
             assert (await client.chat()).status == 200
             other.execute("ROLLBACK")
         await client.rows(21)
+        assert {key["status"] for key in stored_keys(tmp_path / "gateway.db").values()} == {"healthy"}
         assert (await client.chat()).status == 200
+
+
+async def test_a_gateway_that_may_open_no_more_files_blames_no_provider_for_it(start_process, fake):
+    elsewhere = {"base_url": fake.url("b").replace("127.0.0.1", "127.0.0.2")}  # no connection of a's will do
+    running = await start_process({"a": {}, "b": elsewhere}, GIVEN_KEY)
+    pid = running.process.pid
+    async with client_of(running) as client:
+        assert (await client.chat(model="a-model")).status == 200  # from now on there is a connection to each side
+        limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))
+
+        got = await client.chat(model="b-model")
+
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+        assert (got.text, got.headers["X-Fallback-Trail"]) == ("hello from a", "b/b-model=connection")
+        assert await client.cooled_models() == {}
 
 
 async def test_old_rows_are_removed_at_start(start_process, fake, tmp_path):

@@ -29,12 +29,12 @@ async def test_analytics_count_requests_by_their_last_attempt_and_time_by_succes
     gateway = await start_gateway(["a", "b"])
     rows = [("r1", 2, "a", "error", 9000, None, 0), ("r1", 2, "b", "success", 1000, 100, 50)]
     rows += [(f"s{n}", 1, "b", "success", n * 10, n, 1) for n in range(1, 20)]
-    rows += [("r2", 1, "a", "error", 7000, None, 0), ("r3", 1, "a", "cancelled", 5, None, 0)]
+    rows += [("r2", 1, "a", "error", 7000, None, 0), ("r3", 1, "a", "cancelled", 5, None, 40)]
     rows += [("old", 25, "a", "success", 123_456, 123_456, 1)]
     write_rows(gateway.db, rows)
     report = await get(gateway, "/api/analytics?window=24h")
     assert report["totals"] == {
-        "requests": 22, "successes": 20, "errors": 1, "cancelled": 1, "input_tokens": 230, "output_tokens": 69,
+        "requests": 22, "successes": 20, "errors": 1, "cancelled": 1, "input_tokens": 220, "output_tokens": 69,
         "p50_ms": 100, "p95_ms": 190, "ttfb_p50_ms": 10, "ttfb_p95_ms": 19,
     }  # fmt: skip
     assert [(e["platform"], e["attempts"], e["successes"], e["errors"]) for e in report["by_platform"]] == [
@@ -43,6 +43,7 @@ async def test_analytics_count_requests_by_their_last_attempt_and_time_by_succes
     ]
     assert report["by_model"][0]["model_id"] == "b-model"
     assert report["by_model"][1]["p50_ms"] is None
+    assert [sum(e["output_tokens"] for e in report[part]) for part in ("by_model", "by_platform", "series")] == [69] * 3
     assert (await get(gateway, "/api/analytics?window=7d"))["totals"]["requests"] == 23
 
 
@@ -120,7 +121,7 @@ async def test_the_log_is_read_page_by_page_newest_first(start_gateway):
 
 async def test_whoever_reads_the_log_finds_also_what_came_while_it_was_being_written(tmp_path):
     store = Store(tmp_path / "log.db", bytes(32))
-    store.write_later(lambda db: time.sleep(0.02))  # the writer is busy
+    store.write_later("busy", lambda db: time.sleep(0.02))  # the writer is busy
     store.log(Row("first", time.time()))
     writing = asyncio.create_task(store.flush())
     await asyncio.sleep(0)

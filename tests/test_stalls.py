@@ -9,6 +9,7 @@ from conftest import Stream
 from fake_provider import PAUSE, ROLE, STOP, Every, Wait, answer, chunk, chunked, event, raw, sse, until
 
 from catalog import KEYLESS
+from deadlines import Deadlines
 from protection import Failure
 from providers import no_answer
 from router import Route
@@ -233,3 +234,20 @@ async def test_a_slow_client_that_leaves_frees_its_provider(start_gateway, fake)
 
     await fake.closed(0)
     assert (await gateway.row())["status"] == "cancelled"
+
+
+async def test_a_limit_that_passes_while_its_wait_fails_by_itself_leaves_no_cancellation_behind():
+    limit = Deadlines().limit()
+
+    async def failing_when_stopped() -> None:
+        try:
+            await asyncio.sleep(9)
+        except asyncio.CancelledError:
+            raise ConnectionError from None
+
+    with pytest.raises(ConnectionError), limit.within(0.001):
+        await failing_when_stopped()
+    assert limit.task.cancelling() == 0
+    with pytest.raises(TimeoutError), limit.within(0.001):
+        await asyncio.sleep(9)
+    limit.close()

@@ -75,3 +75,22 @@ async def test_a_count_of_tokens_that_cannot_be_is_no_count(start_gateway, fake,
     row = await gateway.row()
     assert row["status"] == "success"
     assert 0 < row["output_tokens"] < 10
+
+
+async def test_what_a_locked_database_did_not_take_is_done_before_the_next_write_and_only_the_latest_of_a_name(
+    store, tmp_path
+):
+    made: list[str] = []
+    with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        for name, what in ((1, "first"), (2, "second"), (1, "third")):
+            store.write_later(name, lambda db, what=what: made.append(what))
+        with pytest.raises(sqlite3.OperationalError):
+            await store.write(lambda db: made.append("too early"))
+        assert made == []
+        other.execute("ROLLBACK")
+
+    await store.write(lambda db: made.append("the operator's"))
+    await store.write(lambda db: made.append("the next"))
+
+    assert made == ["second", "third", "the operator's", "the next"]

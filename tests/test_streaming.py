@@ -9,6 +9,7 @@ from conftest import Stream
 from fake_provider import (
     CUT,
     DONE,
+    NO_HTTP,
     PAUSE,
     RESET,
     ROLE,
@@ -289,6 +290,7 @@ BAD_ENDS = {
     "a cut": ([CUT], "connection", True),
     "a cut inside an event": ([event(chunk("more"))[:-20], CUT], "connection", True),
     "a reset": ([RESET], "connection", True),
+    "what is no HTTP": ([NO_HTTP, PAUSE], "connection", True),
     "an end without finish": ([], "truncated", False),
     "an end inside an event": ([event(chunk("more"))[:-20]], "truncated", False),
     "an error": ([{"error": {"message": "secret-backend-7 fell over", "code": 500}}], "server_error", True),
