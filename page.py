@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from functools import lru_cache
 from hashlib import sha256
 from pathlib import Path
 
@@ -40,6 +41,7 @@ class Page:
         return Response(self._body, headers=self._headers)
 
 
+@lru_cache(maxsize=1)
 def policy(html: str) -> str:
     """Nothing from anywhere, but this file's own script and style, and calls to this gateway."""
     rules = {

@@ -10,6 +10,7 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -208,35 +209,56 @@ MODEL_FIELDS = {
 KEY_FIELDS = {"platform": TEXT, "key": TEXT, "label": TEXT}
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What one catalogue file says, entry by entry."""
+
+    platforms: list[dict[str, Any]]
+    models: list[dict[str, Any]]
+    keys: list[dict[str, Any]]
+    warnings: list[str]
+
+
 def load_catalog(settings: Settings) -> CatalogFiles:
     """Read and check the catalogue files. Raises SettingsError naming file and entry."""
+    own = listed(settings.catalog) if settings.catalog is not None else Listed([], [], [], [])
+    warnings = [*built_in().warnings, *own.warnings]
     platforms: dict[str, dict[str, Any]] = {}
     models: dict[tuple[str, str], dict[str, Any]] = {}
     keys: list[GivenKey] = []
-    warnings: list[str] = []
-    named: set[str] = set()  # platforms that the operator's own file speaks of
-    for path in (BUILT_IN_CATALOG, settings.catalog):
-        if path is None:
-            continue
-        content = read_catalog(path)
-        listed = entries(content, "platforms", PLATFORM_FIELDS, ("id",), path, warnings)
-        for entry in listed:
+    for file in (built_in(), own):
+        for entry in file.platforms:
             platforms.setdefault(entry["id"], {}).update(entry)
-        for entry in entries(content, "models", MODEL_FIELDS, ("platform", "model_id"), path, warnings):
+        for entry in file.models:
             models.setdefault((entry["platform"], entry["model_id"]), {}).update(entry)
-        for entry in entries(content, "keys", KEY_FIELDS, ("platform", "key"), path, warnings):
+        for entry in file.keys:
             if entry["platform"] not in platforms:
-                raise SettingsError(f"{path}: a key names the unknown platform {entry['platform']!r}")
-            secret = provider_key(f"{path}: the key for {entry['platform']}", entry["key"])
+                raise SettingsError(f"{settings.catalog}: a key names the unknown platform {entry['platform']!r}")
+            secret = provider_key(f"{settings.catalog}: the key for {entry['platform']}", entry["key"])
             keys.append(GivenKey(entry["platform"], secret, entry.get("label", "")))
-        if path is settings.catalog:
-            named = {*(e["id"] for e in listed), *(model[0] for model in models), *(key.platform for key in keys)}
+    named = {entry["id"] for entry in own.platforms} | {entry["platform"] for entry in (*own.models, *own.keys)}
     asked_for = {id for id, fields in platforms.items() if not fields.get("opt_in") or id in named}
     asked_for |= {id for id in platforms if base_url_variable(id) in settings.environ}
     made = {id: make_platform(platforms[id], settings.environ, warnings) for id in platforms if id in asked_for}
     for platform in made.values():
         keys += keys_from_environment(platform, settings.environ)
     return CatalogFiles(made, [make_model(fields, made, warnings) for fields in models.values()], keys, warnings)
+
+
+@lru_cache(maxsize=1)
+def built_in() -> Listed:
+    return listed(BUILT_IN_CATALOG)
+
+
+def listed(path: Path) -> Listed:
+    content = read_catalog(path)
+    warnings: list[str] = []
+    return Listed(
+        entries(content, "platforms", PLATFORM_FIELDS, ("id",), path, warnings),
+        entries(content, "models", MODEL_FIELDS, ("platform", "model_id"), path, warnings),
+        entries(content, "keys", KEY_FIELDS, ("platform", "key"), path, warnings),
+        warnings,
+    )
 
 
 def read_catalog(path: Path) -> dict[str, Any]:

@@ -23,12 +23,14 @@ from pathlib import Path
 import aiohttp
 import pytest
 import uvicorn
+import uvloop
 from fake_provider import FakeProvider, until
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 import gateway
 from settings import load_settings
 
+asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent
 API_KEY = "fw-test-0123456789abcdef"
 IN_ORDER = "auto-priority"  # the mode without sampling: platforms are tried as the test lists them

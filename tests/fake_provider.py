@@ -403,6 +403,8 @@ async def perform(reply: Reply, request: Request, writer: asyncio.StreamWriter) 
 
 
 async def write(data: bytes, request: Request, writer: asyncio.StreamWriter) -> None:
+    if writer.is_closing():
+        raise ConnectionResetError
     writer.write(data)
     await writer.drain()
     request.written += len(data)

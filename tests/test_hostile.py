@@ -53,6 +53,8 @@ async def impatient(fake, tmp_path):
 async def sent_slowly(writer: asyncio.StreamWriter, data: bytes) -> None:
     with contextlib.suppress(ConnectionError):
         for letter in data:
+            if writer.is_closing():
+                return
             writer.write(bytes([letter]))
             await writer.drain()
             await asyncio.sleep(0.002)
