@@ -15,6 +15,8 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from wire import GatewayError, InvalidRequest
 
 HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; checked read by read, so a little more may slip in
+REFUSED_BYTES_MAX = 1024 * 1024  # that a refused client may go on to send before it is cut off
+LINGER_S = 2.0  # for a refused client to read why
 HEAD_S = 20.0  # for a head to arrive, and for what is left of a body whose request has been answered already
 
 
@@ -35,6 +37,12 @@ class HeadWithBody:
         """The next write may be a head; those behind it go straight through."""
         if not self._head:
             self.write = self._hold
+
+    def finish(self) -> None:
+        """Send what is held, and that nothing follows."""
+        self._flush()
+        if not self._transport.is_closing():
+            self._transport.write_eof()
 
     def close(self) -> None:
         self._flush()
@@ -68,6 +76,7 @@ class Connection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head_s = head_s
         self._head_bytes = 0
+        self._refused = False
         self._last_seen: object = self  # the request at the last look; at first none, and not even a look
         self._timer: asyncio.TimerHandle | None = None
         self._served: RequestResponseCycle | None = None  # `cycle` is the last request that came, perhaps behind this
@@ -90,6 +99,11 @@ class Connection(HttpToolsProtocol):
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:  # what arrives is read and dropped, because a reset would overtake the answer
+            self._head_bytes += len(data)
+            if self._head_bytes > REFUSED_BYTES_MAX:
+                self.transport.close()
+            return
         self._outgoing.expect_head()
         super().data_received(data)
         if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):  # not within a head
@@ -108,9 +122,13 @@ class Connection(HttpToolsProtocol):
         body = error.body()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         served = self._served
-        if served is None or served.response_complete or not served.response_started:  # not amid another's answer
-            self.transport.write(STATUS_LINE[error.status] + head + body)
-        self.transport.close()
+        if served is not None and served.response_started and not served.response_complete:  # amid another's answer
+            self.transport.close()
+            return
+        self._refused = True
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        self._outgoing.finish()
+        self.loop.call_later(LINGER_S, self.transport.close)
 
     def _look(self) -> None:
         """Hang up when no request has begun since the last look, nor is one running, nor is it uvicorn's wait between
