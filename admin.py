@@ -22,9 +22,10 @@ import analytics
 import controls
 import store
 from catalog import Key, KeyStatus, Model, pools
+from client import read_body
 from deadlines import Deadlines
 from discovery import discover
-from exchange import Engine, read_body
+from exchange import Engine
 from metrics import CONTENT_TYPE
 from protection import Failure, Level, UpstreamError
 from scores import UNSEEN

@@ -36,23 +36,13 @@ import store
 from admin import Admin, json_response, resource
 from catalog import is_demo
 from chat import ChatDialect
+from client import ClientGone, Receive, Send, read_body
 from connection import Connection
 from deadlines import Deadlines
 from discovery import keep_discovering
 from eventlog import EventLog
 from eventlog import Handler as LibraryLog
-from exchange import (
-    JSON_HEADERS,
-    ClientGone,
-    Engine,
-    Exchange,
-    Receive,
-    Send,
-    read_body,
-    response_start,
-    route_headers,
-    session_key,
-)
+from exchange import JSON_HEADERS, Engine, Exchange, response_start, route_headers, session_key
 from page import Page
 from protection import Protection, parse_levels
 from providers import Limits, Providers

@@ -38,6 +38,7 @@ CORE = {
 }
 SHELL = {
     "deadlines": set(),
+    "client": {"deadlines", "wire"},
     "page": set(),
     "settings": {"catalog", "outgoing", "protection", "wire"},
     "providers": {"adapters", "catalog", "deadlines", "faults", "gemini", "protection", "router", "wire"},
@@ -48,8 +49,8 @@ SHELL = {
     "metrics": {"store"},
 }
 TOP = {
-    "exchange": set(CORE) | {"deadlines", "eventlog", "metrics", "providers", "settings", "store"},
-    "admin": {"deadlines", "discovery", "exchange", "store", "analytics", "controls", "metrics", "settings"}
+    "exchange": set(CORE) | {"client", "deadlines", "eventlog", "metrics", "providers", "settings", "store"},
+    "admin": {"client", "deadlines", "discovery", "exchange", "store", "analytics", "controls", "metrics", "settings"}
     | set(CORE),
     "discovery": {"catalog", "exchange", "protection", "settings", "store"},
     "connection": {"wire"},
