@@ -45,7 +45,7 @@ from eventlog import Handler as LibraryLog
 from exchange import JSON_HEADERS, Engine, Exchange, response_start, route_headers, session_key
 from page import Page
 from protection import Protection, parse_levels
-from providers import Limits, Providers
+from providers import Providers, Timeouts
 from responses import ResponsesDialect
 from router import Router as ModelRouter
 from scores import Stats, chances
@@ -148,7 +148,7 @@ class Gateway:
         for warning in self.warnings:
             self.log.write("warning", "configuration", message=warning)
         s = self.settings
-        limits = Limits(
+        timeouts = Timeouts(
             connect_s=s.connect_timeout_ms / 1000,
             request_s=s.request_timeout_ms / 1000,
             stall_s=s.max_stream_stall_ms / 1000,
@@ -157,7 +157,7 @@ class Gateway:
         try:
             jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine))
             self.engine.deadlines = Deadlines()
-            async with Providers(limits) as providers, background(self.log, *jobs):
+            async with Providers(timeouts) as providers, background(self.log, *jobs):
                 self.engine.providers = providers
                 await send({"type": "lifespan.startup.complete"})
                 await receive()

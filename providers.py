@@ -38,7 +38,7 @@ from deadlines import Limit
 from gemini import GeminiAdapter
 from protection import Failure, UpstreamError, classify
 from router import Route
-from wire import Chat, Completion, Event, EventTooLarge, Mode, SSEDecoder, Tally, dump, frame, load_lenient
+from wire import Chat, Completion, Event, EventTooLarge, SSEDecoder, Tally, dump, frame, load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
 STREAM_BYTES_MAX = 256 * 1024 * 1024  # of one stream; 128,000 tokens in chunks of 1 KB are half of it
@@ -50,20 +50,13 @@ OUR_OWN = (errno.EMFILE, errno.ENFILE)  # no file is left for another connection
 CHECK_S = 10.0  # for a list of models
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 KEEPALIVE_S = 15.0  # idle provider connections; many servers close theirs after 20 s and more
-CHECK = Chat(
-    {"messages": [{"role": "user", "content": "-"}]}, model="", mode=Mode.BALANCED, pinned=None, stream=False,
-    include_usage=False, has_images=False, has_tools=False, tokens=0, prompt_tokens=0, max_tokens=None,
-    first_user_text="",
-)  # fmt: skip  # shapes a request that is never sent
-
-
 # What a read raises when the connection has ended before its body. RuntimeError is aiohttp's (3.14) way to say that it
 # has been closed already.
 BROKEN = (aiohttp.ClientError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Timeouts:
     """How long to wait for a provider, in seconds."""
 
     connect_s: float
@@ -367,10 +360,10 @@ class Handler(ResponseHandler):
 
 
 class Providers:
-    """All platforms behind one HTTP session. Open it in the lifespan: `async with Providers(limits) as providers`."""
+    """All platforms behind one HTTP session. Open it in the lifespan: `async with Providers(timeouts) as providers`."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, timeouts: Timeouts) -> None:
+        self._timeouts = timeouts
         self._adapters: dict[str, Adapter] = {"openai": OpenAIAdapter(), "google": GeminiAdapter(time.time)}
 
     async def __aenter__(self) -> Self:
@@ -379,7 +372,7 @@ class Providers:
         self._http = aiohttp.ClientSession(
             connector=connector,
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, connect=self._limits.connect_s),
+            timeout=aiohttp.ClientTimeout(total=None, connect=self._timeouts.connect_s),
         )
         return self
 
@@ -397,8 +390,8 @@ class Providers:
         adapter = self._adapters[route.model.platform.adapter]
         request = adapter.request(route.model, route.key, chat)
         whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
-        wait_s = self._limits.request_s if whole else min(self._limits.stall_s, self._limits.first_token_s)
-        deadline = None if whole else asyncio.get_running_loop().time() + self._limits.first_token_s
+        wait_s = self._timeouts.request_s if whole else min(self._timeouts.stall_s, self._timeouts.first_token_s)
+        deadline = None if whole else asyncio.get_running_loop().time() + self._timeouts.first_token_s
         response: aiohttp.ClientResponse | None = None
         reply: Reply | None = None
         try:
@@ -414,7 +407,7 @@ class Providers:
                 elif deadline is None:
                     reply = whole_reply(await read_body(response.content, b""), adapter, chat, route)
                 else:
-                    opening = Opening(self._limits, limit, deadline)
+                    opening = Opening(self._timeouts, limit, deadline)
                     reply = await opening.reply(response, adapter, chat, route)
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             raise no_answer(error, route, deadline) from None
@@ -430,22 +423,17 @@ class Providers:
         """
         if is_demo(model.platform):
             return True
-        route = Route(model, key, None)
-        request = self._adapters[model.platform.adapter].request(model, key, CHECK)  # for its headers only
-        path = model.quirks.get("check_path", "/models")
-        url = base_url(model.platform, key)[0] + (path or "/models")
+        route, path = Route(model, key, None), model.quirks.get("check_path", "/models")
+        url, secret = base_url(model.platform, key)
+        headers = self._adapters[model.platform.adapter].headers(secret, model.quirks)
         try:
-            async with (
-                asyncio.timeout(min(CHECK_S, self._limits.request_s)),
-                self._http.get(url, headers=request.headers, allow_redirects=False) as response,
-            ):
-                if not 200 <= response.status < 300:
-                    raise refusal(response, await error_body(response), route)
-                raw = await read_body(response.content, b"")
-                if not raw.lstrip().startswith(b"["):  # some give a bare list
-                    checked_answer(loaded(raw), route)
+            response, raw = await self._get(url + (path or "/models"), headers)
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             raise no_answer(error, route, None) from None
+        if not 200 <= response.status < 300:
+            raise refusal(response, said_instead(raw), route)
+        if not raw.lstrip().startswith(b"["):  # some give a bare list
+            checked_answer(loaded(raw), route)
         return bool(path)
 
     async def list_models(self, platform: Platform, key: Key) -> object:
@@ -453,16 +441,19 @@ class Providers:
         url, secret = base_url(platform, key)
         headers = self._adapters[platform.adapter].headers(secret, platform.quirks)
         try:
-            async with (
-                asyncio.timeout(min(CHECK_S, self._limits.request_s)),
-                self._http.get(f"{url}/models", headers=headers, allow_redirects=False) as response,
-            ):
-                raw = await read_body(response.content, b"")
+            response, raw = await self._get(f"{url}/models", headers)
         except (aiohttp.ClientError, OSError, UnicodeError) as error:
             raise UpstreamError(Failure.CONNECTION, type(error).__name__) from None
         if not 200 <= response.status < 300:
             raise UpstreamError(Failure.WRAPPED, f"HTTP {response.status}", status=response.status)
         return load_lenient(raw)
+
+    async def _get(self, url: str, headers: dict[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
+        async with (
+            asyncio.timeout(min(CHECK_S, self._timeouts.request_s)),
+            self._http.get(url, headers=headers, allow_redirects=False) as response,
+        ):
+            return response, await read_body(response.content, b"")
 
 
 def no_answer(error: Exception, route: Route, deadline: float | None) -> UpstreamError:
@@ -497,10 +488,15 @@ async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int 
 
 
 async def error_body(response: aiohttp.ClientResponse) -> object:
-    """What came with a status other than 2xx: JSON, words, or nothing worth reading."""
+    """What came with a status other than 2xx."""
     raw = b""
     while len(raw) < ERROR_BYTES_MAX and (data := await more(response.content)):
         raw += data
+    return said_instead(raw)
+
+
+def said_instead(raw: bytes) -> object:
+    """An error's body: JSON, words, or nothing worth reading."""
     try:
         return load_lenient(raw)
     except ValueError:
@@ -561,8 +557,8 @@ def checked_answer(body: Any, route: Route) -> dict[str, Any]:
 class Opening:
     """The time between a stream's headers and its first meaningful event, in which it can still be swapped."""
 
-    def __init__(self, limits: Limits, limit: Limit, first_token_deadline: float) -> None:
-        self._limits = limits
+    def __init__(self, timeouts: Timeouts, limit: Limit, first_token_deadline: float) -> None:
+        self._timeouts = timeouts
         self._limit = limit
         self._deadline = first_token_deadline
         self._clock = asyncio.get_running_loop().time
@@ -592,13 +588,13 @@ class Opening:
                 raise UpstreamError(Failure.EMPTY, "The provider sent 1 MiB without a word of an answer.", status=200)
 
     def _live(self, tally: Tally, held: list[Event], incoming: Incoming, response: aiohttp.ClientResponse) -> LiveReply:
-        return LiveReply(tally, held, incoming, response, self._limit, self._limits.stall_s)
+        return LiveReply(tally, held, incoming, response, self._limit, self._timeouts.stall_s)
 
     async def _read(self, content: aiohttp.StreamReader) -> bytes:
         now = self._clock()
         if now >= self._deadline:  # a provider that never pauses would never let the timer run
             raise TimeoutError
-        self._limit.set(min(now + self._limits.stall_s, self._deadline))
+        self._limit.set(min(now + self._timeouts.stall_s, self._deadline))
         return await more(content)
 
     @staticmethod
