@@ -86,7 +86,7 @@ class OpenAIAdapter:
 
 PLAIN_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"})
 PLAIN_CHOICE = frozenset({"index", "delta", "finish_reason", "logprobs"})
-PLAIN_DELTA = frozenset({"content", "role"})
+PLAIN_DELTA = frozenset({"content", "role", "refusal"})
 PLAIN_WHOLE_CHOICE = frozenset({"index", "message", "finish_reason", "logprobs"})
 PLAIN_MESSAGE = frozenset({"content", "role", "refusal", "annotations"})
 TEXT_OR_NONE = (str, type(None))  # as tuples, because a union is made anew each time it is written
@@ -95,7 +95,7 @@ ARGUMENTS = (str, dict, type(None))
 
 
 def plain_text(chunk: Any) -> str | None:
-    """The text of a chunk that holds nothing else: most of every stream. None when it needs a closer look.
+    """The text of a chunk that holds nothing else, perhaps none: most of every stream. None when it needs a look.
 
     What passes here has no error, no usage and nothing to mend, so that it costs one look instead of four.
     """
@@ -108,10 +108,10 @@ def plain_text(chunk: Any) -> str | None:
     if type(choice) is not dict or not PLAIN_CHOICE.issuperset(choice) or choice.get("finish_reason") is not None:
         return None
     delta = choice.get("delta")
-    if type(delta) is not dict or not PLAIN_DELTA.issuperset(delta):
+    if type(delta) is not dict or not PLAIN_DELTA.issuperset(delta) or (len(delta) > 1 and delta.get("refusal")):
         return None
     text = delta.get("content")
-    return text if type(text) is str and text else None
+    return text if type(text) is str else None
 
 
 def plain_answer(body: Any) -> str | None:
@@ -299,7 +299,7 @@ class ChunkMender:
         self._calls = StreamedCalls(chat)
         tools = declared_tools(chat.body) if chat.has_tools else {}
         self._gate: TextGate | None = TextGate(tools)  # until it is open
-        self.plain_text: Callable[[Any], str | None] | None = None  # from then on
+        self.plain_text: Callable[[Any], str | None] | None = None if tools else self._first_text
         self._held: list[Event] = []  # what the gate holds back, as it came
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
@@ -399,6 +399,15 @@ class ChunkMender:
         for name, arguments in calls:
             events.append(piece_of(like, {"tool_calls": [self._calls.add(name, arguments, like)]}))
         return events
+
+    def _first_text(self, chunk: Any) -> str | None:
+        """Where no tools are declared, only an answer that begins with a tag is not what it seems."""
+        text = plain_text(chunk)
+        if text:
+            if self._held or text[0] == "<" or text[0].isspace():
+                return None
+            self._opened()
+        return text
 
     def _opened(self) -> None:
         self._gate, self.plain_text = None, plain_text

@@ -147,7 +147,7 @@ class Incoming:
                 chunk = None
             if plain_text is not None and (text := plain_text(chunk)) is not None:
                 tally.text_chars += len(text)
-                if tally.has_text or not text.isspace():
+                if text and (tally.has_text or not text.isspace()):
                     tally.has_text = meaningful = True
                 if not tally.head:
                     tally.head = chunk
@@ -409,7 +409,7 @@ class Providers:
                 else:
                     opening = Opening(self._timeouts, limit, deadline)
                     reply = await opening.reply(response, adapter, chat, route)
-        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+        except (*BROKEN, UnicodeError) as error:
             raise no_answer(error, route, deadline) from None
         finally:
             if response is not None and not isinstance(reply, LiveReply):
@@ -469,17 +469,9 @@ def no_answer(error: Exception, route: Route, deadline: float | None) -> Upstrea
     return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}", ours=ours)
 
 
-async def more(content: aiohttp.StreamReader) -> bytes:
-    """The next bytes of a body; b"" at its end."""
-    try:
-        return await content.readany()
-    except RuntimeError as error:
-        raise aiohttp.ClientPayloadError(str(error)) from None
-
-
 async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
     pieces, size = [begun], len(begun)
-    while data := await more(content):
+    while data := await content.readany():
         pieces.append(data)
         size += len(data)
         if size > bytes_max:
@@ -490,7 +482,7 @@ async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int 
 async def error_body(response: aiohttp.ClientResponse) -> object:
     """What came with a status other than 2xx."""
     raw = b""
-    while len(raw) < ERROR_BYTES_MAX and (data := await more(response.content)):
+    while len(raw) < ERROR_BYTES_MAX and (data := await response.content.readany()):
         raw += data
     return said_instead(raw)
 
@@ -595,7 +587,7 @@ class Opening:
         if now >= self._deadline:  # a provider that never pauses would never let the timer run
             raise TimeoutError
         self._limit.set(min(now + self._timeouts.stall_s, self._deadline))
-        return await more(content)
+        return await content.readany()
 
     @staticmethod
     def _cut(tally: Tally, chat: Chat, route: Route) -> UpstreamError | None:

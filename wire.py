@@ -329,7 +329,7 @@ class SSEDecoder:
         self._tail = b""  # its last bytes, where the blank line may have begun
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        if self._held or data[-2:] != b"\n\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
+        if self._held or data[-2:] != b"\n\n" or data[-3:-2] == b"\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
             return [(block, payload) for block in self._blocks(data) if (payload := event_data(block)) is not None]
         frames = []
         for block in data[:-2].split(b"\n\n"):  # whole events, as most reads are
