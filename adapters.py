@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import orjson
+
 from calls import StreamedCalls, called, lost_turn, mend_whole_calls
 from catalog import Key, Model, Platform
 from outgoing import outgoing
 from protection import Failure, UpstreamError
 from rescue import TextGate, Unreadable, declared_tools, found_json, split_thoughts, whole
-from wire import Chat, Completion, Event, Tally, dump, frame
+from wire import Chat, Completion, Event, Tally, dump, frame, load_inner
 
 JSON = dict[str, Any]
 USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
@@ -89,6 +91,9 @@ PLAIN_CHOICE = frozenset({"index", "delta", "finish_reason", "logprobs"})
 PLAIN_DELTA = frozenset({"content", "role", "refusal"})
 PLAIN_WHOLE_CHOICE = frozenset({"index", "message", "finish_reason", "logprobs"})
 PLAIN_MESSAGE = frozenset({"content", "role", "refusal", "annotations"})
+LESSONS_MAX = 5  # in one stream; where each chunk has its own surroundings they would cost more than they save
+CONTENT_NAME = b'"content"'
+JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
 TEXT_OR_NONE = (str, type(None))  # as tuples, because a union is made anew each time it is written
 CONTENT = (str, list, type(None))
 ARGUMENTS = (str, dict, type(None))
@@ -112,6 +117,37 @@ def plain_text(chunk: Any) -> str | None:
         return None
     text = delta.get("content")
     return text if type(text) is str else None
+
+
+class Surroundings:
+    """What stands around the text in one stream's chunks: byte for byte the same in nearly all of them, and then only
+    the text has to be read."""
+
+    __slots__ = ("_after", "_before", "_lessons")
+
+    def __init__(self) -> None:
+        self._before = self._after = b""
+        self._lessons = 0
+
+    def text(self, payload: bytes) -> str | None:
+        """The text between them; None for a chunk that has others, or more than a text there."""
+        before, after = self._before, self._after
+        if not after or not payload.startswith(before) or not payload.endswith(after):
+            return None
+        try:
+            text = orjson.loads(payload[len(before) : len(payload) - len(after)])
+        except orjson.JSONDecodeError:
+            return None
+        return text if type(text) is str else None
+
+    def learn(self, payload: bytes, text: str) -> None:
+        """From a chunk that is known to hold this text and nothing else."""
+        self._lessons += 1
+        if self._lessons == 1 or self._lessons > LESSONS_MAX or payload.count(CONTENT_NAME) != 1:
+            return  # the first chunk often says more than the others
+        found = JSON_TEXT.search(payload, payload.index(CONTENT_NAME) + len(CONTENT_NAME))
+        if found is not None and load_inner(found[0].decode(errors="replace")) == text:
+            self._before, self._after = payload[: found.start()], payload[found.end() :]
 
 
 def plain_answer(body: Any) -> str | None:

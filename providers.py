@@ -24,6 +24,7 @@ import faults
 from adapters import (
     OpenAIAdapter,
     Request,
+    Surroundings,
     as_chunks,
     base_url,
     failed_generation,
@@ -108,6 +109,7 @@ class Incoming:
         self.error: UpstreamError | None = None  # found behind the events that `feed` returned
         self.bytes_seen = 0
         self._decoder = SSEDecoder()
+        self._surroundings = Surroundings()
         self._translator = translator
         self._tally = tally
         self._route = route
@@ -135,17 +137,20 @@ class Incoming:
         events: list[Event] = []
         meaningful = False
         tally, translator = self._tally, self._translator
-        plain_text = translator.plain_text
+        plain_text, surroundings = translator.plain_text, self._surroundings
         for raw, payload in frames:
             if payload == b"[DONE]":
                 self.done = True
                 meaningful |= self._take(translator.end, events)
                 break
-            try:
-                chunk = load_lenient(payload)
-            except ValueError:
-                chunk = None
-            if plain_text is not None and (text := plain_text(chunk)) is not None:
+            text = surroundings.text(payload) if plain_text is not None else None
+            if text is not None:
+                chunk: Any = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+            else:
+                chunk = decoded(payload)
+                if plain_text is not None and (text := plain_text(chunk)):
+                    surroundings.learn(payload, text)
+            if text is not None:
                 tally.text_chars += len(text)
                 if text and (tally.has_text or not text.isspace()):
                     tally.has_text = meaningful = True
@@ -192,6 +197,14 @@ class Incoming:
 
 def event_too_large() -> UpstreamError:
     return UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
+
+
+def decoded(payload: bytes) -> Any:
+    """An event's JSON; None for what is none."""
+    try:
+        return load_lenient(payload)
+    except ValueError:
+        return None
 
 
 def failure_inside(fault: faults.Fault, body: object, route: Route) -> UpstreamError:

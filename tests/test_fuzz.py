@@ -124,6 +124,44 @@ def test_any_events_end_in_an_answer_or_in_a_named_failure(chunks):
     assert error is None or (isinstance(error, UpstreamError) and error.failure in Failure)
 
 
+def text_chunk(text: str, **more: object) -> bytes:
+    head = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
+    return orjson.dumps({**head, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}], **more})
+
+
+TEXTS = st.text(max_size=12) | st.sampled_from(['"', "\\", '","x":"', '"content"', "<think>", "{}", "\u2028", "🙂", ""])
+ODD_CHUNKS = st.sampled_from(
+    [
+        b"{", b'{"id":"c1"}', text_chunk("other", id="c2"), text_chunk("and", usage={"completion_tokens": 1}),
+        text_chunk("more", error=None), text_chunk("x", choices=[]),
+        text_chunk("half").replace(b'"half"', b'"\\ud83d"'),
+        text_chunk("no").replace(b'"no"', b"null"), text_chunk("list").replace(b'"list"', b'["a"]'),
+        text_chunk("two").replace(b'"two"', b'"a","role":"assistant"'),
+    ]
+)  # fmt: skip
+NO_TOOLS = chat_from({"messages": [{"role": "user", "content": "hi"}]})
+
+
+@given(st.lists(TEXTS.map(text_chunk) | ODD_CHUNKS, max_size=15))
+def test_a_chunk_read_by_its_surroundings_means_what_it_means_read_whole(payloads):
+    def read(stream: list[bytes]) -> tuple[list[bytes], list[object], Tally]:
+        tally, events = Tally(), []
+        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, Keyless, is_sse=True)
+        for payload in stream:
+            events += incoming.feed(b"data: " + payload + b"\n\n")[0]
+        tally.head = {}
+        deltas = [event.chunk["choices"][0]["delta"] for event in events if event.chunk.get("choices")]
+        return [event.raw for event in events], deltas, tally
+
+    spaced = [payload.replace(b'"created":1', b'"created":%d' % number) for number, payload in enumerate(payloads)]
+    raws, deltas, tally = read(payloads)
+    raws_whole, deltas_whole, tally_whole = read(spaced)  # none of which stands in the surroundings of another
+
+    assert deltas == deltas_whole
+    assert tally == tally_whole
+    assert len(raws) == len(raws_whole)
+
+
 @given(OBJECTS)
 def test_any_body_is_an_answer_or_none(body):
     try:
