@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, TypeVar
 
-SESSIONS_MAX = 10_000  # SPEC 7.1; about 5 MB
+SESSIONS_MAX = 10_000  # SPEC 7.1; about 4 MB
 COOLDOWNS_MAX = 10_000  # far above models x keys of any laptop's catalogue; a bound, not a budget
 MESSAGE_CHARS_MAX = 500  # of a provider's words in a log row or an error body
 CODE_CHARS_MAX = 100
@@ -306,8 +306,8 @@ class Session:
     last_used: float
     model: int | None = None
     key: int | None = None
-    bans: set[str] = field(default_factory=set)
-    avoid: set[int] = field(default_factory=set)  # for the next request only
+    bans: frozenset[str] = frozenset()
+    avoid: frozenset[int] = frozenset()  # for the next request only
 
 
 class Sessions:
@@ -332,11 +332,11 @@ class Sessions:
 
     def ban(self, key: str, platform: str, now: float) -> None:
         if session := self._touch(key, now):
-            session.bans.add(platform)
+            session.bans |= {platform}
 
     def avoid_next(self, key: str, model: int, now: float) -> None:
         if session := self._touch(key, now):
-            session.avoid.add(model)
+            session.avoid |= {model}
 
     def clear_model(self, key: str, model: int, now: float) -> None:
         """Forget the preference for this model and its key; bans stay."""
@@ -460,12 +460,12 @@ class Protection:
         if not session:
             return Standing(busy_platforms=busy) if busy else NO_STANDING
         own = self.sessions.get(session, now) or Session(now)
-        avoided, own.avoid = own.avoid, set()
+        avoided, own.avoid = own.avoid, frozenset()
         since = now - self._thread_cooldown_s
         return Standing(
             preferred_model=None if own.model in avoided else own.model,
             preferred_key=own.key,
-            banned=frozenset(own.bans),
+            banned=own.bans,
             avoided_models=avoided,
             others_models=self._model_uses.by_others(session, since),
             others_platforms=self._platform_uses.by_others(session, since),
