@@ -46,7 +46,7 @@ class Plan:
 
     order: list[Model]  # as far as it has been worked out
     tokens: int
-    more: Callable[[], list[Model]] | None = None  # works out the rest, which most requests never need
+    more: Callable[[Plan], list[Model]] | None = None  # works out the rest, which most requests never need
     preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
     banned: set[str] = field(default_factory=set)
     skipped: dict[int, Model] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Plan:
         """The whole order."""
         if self.more is not None:
             more, self.more = self.more, None
-            self.order = self.order + more()
+            self.order = self.order + more(self)
         return self.order
 
     def models(self) -> Iterator[Model]:
@@ -184,19 +184,19 @@ class Router:
         plan = Plan([], chat.tokens, preferred=preferred, banned=set(standing.banned))
         chain = self._candidates[chat.mode]
 
-        def ordered(models: list[Model]) -> list[Model]:
+        def ordered(models: list[Model], plan: Plan) -> list[Model]:  # given: one that held it would be a cycle
             return self._ordered(models, chat.mode, standing, plan, now, rng)
 
         if chat.pinned is None:
-            plan.order = ordered(fit(chat, chain))
+            plan.order = ordered(fit(chat, chain), plan)
         else:
             asked = [m for m in self.catalog.resolve(chat.pinned) if self.has_key(m)]
             others = [] if strict else self._others
             if first := fitting(chat, asked):
                 plan.order = first
-                plan.more = lambda: ordered(fitting(chat, [m for m in others if m not in asked]))
+                plan.more = lambda plan: ordered(fitting(chat, [m for m in others if m not in asked]), plan)
             else:
-                plan.order = ordered(fit(chat, asked + others))
+                plan.order = ordered(fit(chat, asked + others), plan)
         if plan.banned or len(self._transient):
             plan.cooling = [m.label for m in plan.complete() if not plan.allows(m) or self._transient.left(m.id, now)]
         return plan

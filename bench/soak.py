@@ -120,7 +120,7 @@ class Load:
 
     async def request(self, temper: str) -> None:
         mode = self.rng.choice(["auto-priority", "auto", "auto-smart", "auto-fast"])
-        content = f"conversation {self.rng.randrange(5000)}"
+        content = f"conversation {self.rng.randrange(1000)}"
         body = {"model": mode, "messages": [{"role": "user", "content": content}], "stream": temper != "whole"}
         async with self.http.post(f"{self.gateway.base_url}/v1/chat/completions", json=body, headers=AUTHORIZED) as got:
             self.ids.add(got.headers["x-request-id"])
