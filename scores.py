@@ -113,7 +113,7 @@ def chances(stats: Stats) -> tuple[float, ...]:
     return quantiles(round(alpha, 2), round(beta, 2))
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)  # of 4 KB each
 def quantiles(alpha: float, beta: float) -> tuple[float, ...]:
     """Beta(alpha, beta) as the values that 0/STEPS, 1/STEPS … of all draws do not exceed. A look into this table costs
     a tenth of a draw by the book, and there is one for every candidate of every request."""
