@@ -190,13 +190,17 @@ class Incoming:
                     Failure.MALFORMED, "The provider's answer is neither JSON nor a stream.", status=200
                 )
             return UpstreamError(Failure.TRUNCATED, "The provider's stream ended before the answer did.")
-        if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
-            return UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
+        if tally.empty:
+            return empty_answer()
         return None
 
 
 def event_too_large() -> UpstreamError:
     return UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
+
+
+def empty_answer() -> UpstreamError:
+    return UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
 
 
 def decoded(payload: bytes) -> Any:
@@ -524,8 +528,8 @@ def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route) -> Reply
     else:
         completion = whole_completion(raw, body, adapter, chat, route)
         note_completion(completion.body, tally)
-        if not (tally.has_text or tally.has_tool_calls or tally.finish in ("length", "content_filter")):
-            raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
+        if tally.empty:
+            raise empty_answer()
     if not chat.stream:
         return Reply(tally, completion=completion)
     return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in as_chunks(completion.body)])

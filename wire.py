@@ -176,6 +176,11 @@ class Tally:
     has_tool_calls: bool = False
     malformed: int = 0  # events that were not JSON and were skipped
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was said, and nothing but itself kept the model from saying it (SPEC 5.2)."""
+        return not (self.has_text or self.has_tool_calls or self.finish in ("length", "content_filter"))
+
     def note_usage(self, usage: object) -> None:
         if (read := Usage.read(usage)) is not None and isinstance(usage, dict):
             self.usage, self.usage_object = read, usage

@@ -25,13 +25,13 @@ from fake_provider import (
 )
 
 REQUESTS = 200
-AT_ONCE = 30
+AT_ONCE = 50
 SEED = 20_261_124
 SETTINGS = {
-    # Long enough for thirty requests at once on a busy machine, where gateway and providers share one loop.
-    "MAX_STREAM_STALL_MS": "900",
-    "FIRST_TOKEN_TIMEOUT_MS": "1200",
-    "REQUEST_TIMEOUT_MS": "1200",
+    # Long enough for fifty requests at once on a busy machine, where gateway and providers share one loop.
+    "MAX_STREAM_STALL_MS": "500",
+    "FIRST_TOKEN_TIMEOUT_MS": "900",
+    "REQUEST_TIMEOUT_MS": "900",
     "TRANSIENT_COOLDOWN_MS": "1",  # so that no platform rests: they fail until the last request
     "RATE_LIMIT_COOLDOWN_MS": "1",
 }
@@ -126,7 +126,7 @@ async def test_two_hundred_requests_through_a_storm_are_all_answered(start_gatew
 
     rows = await gateway.rows(attempted)
     failures = Counter(row["platform"] for row in rows if row["status"] == "error")
-    assert all(failures[name] >= len(weather.failed) for name, weather in weathers.items())
+    assert failures == {name: len(weather.failed) for name, weather in weathers.items()}
     assert sum(failures.values()) > 150  # it was a storm
     assert Counter(row["status"] for row in rows)["success"] == REQUESTS
     assert all(row["error_kind"] for row in rows if row["status"] == "error")
