@@ -140,13 +140,16 @@ class Surroundings:
             return None
         return text if type(text) is str else None
 
-    def learn(self, payload: bytes, text: str) -> None:
-        """From a chunk that is known to hold this text and nothing else."""
+    def learn(self, payload: bytes, chunk: JSON) -> None:
+        """From a chunk that is plain text; one that also says its role is no lesson, for that would be forgotten."""
+        delta = chunk["choices"][0]["delta"]
+        if len(delta) > 1:
+            return
         self._lessons += 1
         if self._lessons == 1 or self._lessons > LESSONS_MAX or payload.count(CONTENT_NAME) != 1:
             return  # the first chunk often says more than the others
         found = JSON_TEXT.search(payload, payload.index(CONTENT_NAME) + len(CONTENT_NAME))
-        if found is not None and load_inner(found[0].decode(errors="replace")) == text:
+        if found is not None and load_inner(found[0].decode(errors="replace")) == delta["content"]:
             self._before, self._after = payload[: found.start()], payload[found.end() :]
 
 

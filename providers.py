@@ -149,7 +149,7 @@ class Incoming:
             else:
                 chunk = decoded(payload)
                 if plain_text is not None and (text := plain_text(chunk)):
-                    surroundings.learn(payload, text)
+                    surroundings.learn(payload, chunk)
             if text is not None:
                 tally.text_chars += len(text)
                 if text and (tally.has_text or not text.isspace()):
