@@ -30,12 +30,19 @@ FINISH_REASONS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One HTTP call to a provider."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Endpoint:
+    """Where a platform is called, and with which headers; what is found out for it is kept by its identity."""
 
     url: str
     headers: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to a provider."""
+
+    endpoint: Endpoint
     body: bytes
 
 
@@ -56,18 +63,17 @@ def bearer_headers(secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
 
 
 @lru_cache(maxsize=ENDPOINTS_MAX)
-def endpoint(model: Model, key: Key) -> tuple[str, dict[str, str]]:
-    """Where and with which headers this model is asked with this key. A new snapshot has new models."""
+def endpoint(model: Model, key: Key) -> Endpoint:
+    """Where this model is asked with this key. A new snapshot has new models."""
     url, secret = base_url(model.platform, key)
-    return f"{url}/chat/completions", bearer_headers(secret, model.quirks)
+    return Endpoint(f"{url}/chat/completions", bearer_headers(secret, model.quirks))
 
 
 class OpenAIAdapter:
     """POST {base_url}/chat/completions."""
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request:
-        url, headers = endpoint(model, key)
-        return Request(url, headers, dump(outgoing(model, chat)))
+        return Request(endpoint(model, key), dump(outgoing(model, chat)))
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         return bearer_headers(secret, quirks)

@@ -59,6 +59,7 @@ from settings import (
     load_settings,
 )
 from store import Store, StoreError
+from upstream import Upstream
 from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRequest, ModelNotFound, Unauthorized
 
 BACKLOG = 2048  # connections waiting to be accepted; uvicorn's own figure
@@ -149,7 +150,6 @@ class Gateway:
             self.log.write("warning", "configuration", message=warning)
         s = self.settings
         timeouts = Timeouts(
-            connect_s=s.connect_timeout_ms / 1000,
             request_s=s.request_timeout_ms / 1000,
             stall_s=s.max_stream_stall_ms / 1000,
             first_token_s=s.first_token_timeout_ms / 1000,
@@ -157,8 +157,8 @@ class Gateway:
         try:
             jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine))
             self.engine.deadlines = Deadlines()
-            async with Providers(timeouts) as providers, background(self.log, *jobs):
-                self.engine.providers = providers
+            async with Upstream(s.connect_timeout_ms / 1000) as upstream, background(self.log, *jobs):
+                self.engine.providers = Providers(timeouts, upstream)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
                 await self._drain()

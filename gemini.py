@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
-from adapters import USER_AGENT, ChunkMender, Request, base_url, mend_completion
+from adapters import ENDPOINTS_MAX, USER_AGENT, ChunkMender, Endpoint, Request, base_url, mend_completion
 from catalog import Key, Model
 from outgoing import cannot_carry, clamp_effort
 from protection import Failure, UpstreamError
@@ -74,6 +75,21 @@ def canonical(name: str, args: object) -> str:
     return f"{name}\0{blake2b(json.dumps(args, sort_keys=True).encode(), digest_size=16).hexdigest()}"
 
 
+def api_key_headers(secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
+    if secret:
+        headers["x-goog-api-key"] = secret
+    return {**headers, **quirks.get("headers", {})}
+
+
+@lru_cache(maxsize=ENDPOINTS_MAX)
+def endpoint(model: Model, key: Key, stream: bool) -> Endpoint:
+    url, secret = base_url(model.platform, key)
+    action = "streamGenerateContent?alt=sse" if stream else "generateContent"
+    url = f"{url}/models/{model.model_id.removeprefix('models/')}:{action}"
+    return Endpoint(url, api_key_headers(secret, model.quirks))
+
+
 class GeminiAdapter:
     """POST {base_url}/models/{model_id}:generateContent."""
 
@@ -82,17 +98,11 @@ class GeminiAdapter:
         self._signatures = Signatures()
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request:
-        url, secret = base_url(model.platform, key)
-        action = "streamGenerateContent?alt=sse" if chat.stream else "generateContent"
         body = Asking(model, chat, self._signatures, self._clock()).body()
-        headers = self.headers(secret, model.quirks)
-        return Request(f"{url}/models/{model.model_id.removeprefix('models/')}:{action}", headers, dump(body))
+        return Request(endpoint(model, key, chat.stream), dump(body))
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
-        if secret:
-            headers["x-goog-api-key"] = secret
-        return {**headers, **quirks.get("headers", {})}
+        return api_key_headers(secret, quirks)
 
     def plain_answer(self, body: object, chat: Chat) -> str | None:
         return None  # an answer in this form has to be translated

@@ -1,8 +1,8 @@
-"""How to ask: one HTTP session to all platforms, and what comes back turned into a committed `Reply` or a failure.
+"""How to ask: a call to a platform, and what comes back turned into a committed `Reply` or a failure.
 
 `Providers.open` returns when the answer is committed: whole, or with its first meaningful event decoded. Everything
 that goes wrong, before or after, leaves here as an `UpstreamError` that protection.classify has named. The connection
-lives until the reply is closed. The only aiohttp client.
+lives until the reply is closed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf
-from typing import Any, Protocol, Self
-
-import aiohttp
-from aiohttp.client_proto import ResponseHandler
+from typing import Any, Protocol
 
 import faults
 from adapters import (
+    Endpoint,
     OpenAIAdapter,
     Request,
     Surroundings,
@@ -39,6 +37,7 @@ from deadlines import Limit
 from gemini import GeminiAdapter
 from protection import Failure, UpstreamError, classify
 from router import Route
+from upstream import BROKEN, Body, ConnectTimeout, Response, Upstream
 from wire import Chat, Completion, Event, EventTooLarge, SSEDecoder, Tally, dump, frame, load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
@@ -50,17 +49,12 @@ CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the s
 OUR_OWN = (errno.EMFILE, errno.ENFILE)  # no file is left for another connection, whosever it would be
 CHECK_S = 10.0  # for a list of models
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
-KEEPALIVE_S = 15.0  # idle provider connections; many servers close theirs after 20 s and more
-# What a read raises when the connection has ended before its body. RuntimeError is aiohttp's (3.14) way to say that it
-# has been closed already.
-BROKEN = (aiohttp.ClientError, OSError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Timeouts:
     """How long to wait for a provider, in seconds."""
 
-    connect_s: float
     request_s: float
     stall_s: float
     first_token_s: float
@@ -265,7 +259,7 @@ class LiveReply(Reply):
         tally: Tally,
         first: list[Event],
         incoming: Incoming,
-        response: aiohttp.ClientResponse,
+        response: Response,
         limit: Limit,
         stall_s: float,
     ) -> None:
@@ -363,38 +357,13 @@ def cut_short(tally: Tally, chat: Chat, model: Model) -> bool:
     return tally.finish == "length" and bool(limits) and all(tally.output_tokens() * 2 < limit for limit in limits)
 
 
-class Handler(ResponseHandler):
-    """aiohttp's (3.14) with two corrections: what is given up is closed at once, and whoever reads is told."""
-
-    def close(self) -> None:
-        self.abort()  # else TLS waits 30 s for the provider's goodbye, and what is not sent yet for its reading
-
-    def set_exception(self, exc: BaseException, *cause: BaseException) -> None:
-        super().set_exception(exc, *cause)  # of a body that is no HTTP its reader is not told
-        body = self._payload
-        if body is not None and not body.is_eof() and body.exception() is None and not body._buffer:
-            body.set_exception(aiohttp.ClientPayloadError(f"{type(exc).__name__}: {exc}"))
-
-
 class Providers:
-    """All platforms behind one HTTP session. Open it in the lifespan: `async with Providers(timeouts) as providers`."""
+    """All platforms over one pool of connections."""
 
-    def __init__(self, timeouts: Timeouts) -> None:
+    def __init__(self, timeouts: Timeouts, upstream: Upstream) -> None:
         self._timeouts = timeouts
+        self._upstream = upstream
         self._adapters: dict[str, Adapter] = {"openai": OpenAIAdapter(), "google": GeminiAdapter(time.time)}
-
-    async def __aenter__(self) -> Self:
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=300)
-        connector._factory = partial(Handler, loop=asyncio.get_running_loop())  # type: ignore[assignment]
-        self._http = aiohttp.ClientSession(
-            connector=connector,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, connect=self._timeouts.connect_s),
-        )
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._http.close()
 
     async def open(self, route: Route, chat: Chat, limit: Limit) -> Reply:
         """Call the route's provider; gives its committed answer, which the caller closes. `limit` is the caller's own,
@@ -409,13 +378,11 @@ class Providers:
         whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
         wait_s = self._timeouts.request_s if whole else min(self._timeouts.stall_s, self._timeouts.first_token_s)
         deadline = None if whole else asyncio.get_running_loop().time() + self._timeouts.first_token_s
-        response: aiohttp.ClientResponse | None = None
+        response: Response | None = None
         reply: Reply | None = None
         try:
             with limit.within(wait_s):
-                response = await self._http.post(
-                    request.url, data=request.body, headers=request.headers, allow_redirects=False
-                )
+                response = await self._upstream.call("POST", request.endpoint, request.body)
                 if not 200 <= response.status < 300:
                     refused = await error_body(response)
                     if (rescued := failed_generation(refused, chat)) is None:
@@ -426,7 +393,7 @@ class Providers:
                 else:
                     opening = Opening(self._timeouts, limit, deadline)
                     reply = await opening.reply(response, adapter, chat, route)
-        except (*BROKEN, UnicodeError) as error:
+        except BROKEN as error:
             raise no_answer(error, route, deadline) from None
         finally:
             if response is not None and not isinstance(reply, LiveReply):
@@ -444,8 +411,8 @@ class Providers:
         url, secret = base_url(model.platform, key)
         headers = self._adapters[model.platform.adapter].headers(secret, model.quirks)
         try:
-            response, raw = await self._get(url + (path or "/models"), headers)
-        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+            response, raw = await self._get(Endpoint(url + (path or "/models"), headers))
+        except BROKEN as error:
             raise no_answer(error, route, None) from None
         if not 200 <= response.status < 300:
             raise refusal(response, said_instead(raw), route)
@@ -458,24 +425,25 @@ class Providers:
         url, secret = base_url(platform, key)
         headers = self._adapters[platform.adapter].headers(secret, platform.quirks)
         try:
-            response, raw = await self._get(f"{url}/models", headers)
-        except (aiohttp.ClientError, OSError, UnicodeError) as error:
+            response, raw = await self._get(Endpoint(f"{url}/models", headers))
+        except BROKEN as error:
             raise UpstreamError(Failure.CONNECTION, type(error).__name__) from None
         if not 200 <= response.status < 300:
             raise UpstreamError(Failure.WRAPPED, f"HTTP {response.status}", status=response.status)
         return load_lenient(raw)
 
-    async def _get(self, url: str, headers: dict[str, str]) -> tuple[aiohttp.ClientResponse, bytes]:
-        async with (
-            asyncio.timeout(min(CHECK_S, self._timeouts.request_s)),
-            self._http.get(url, headers=headers, allow_redirects=False) as response,
-        ):
-            return response, await read_body(response.content, b"")
+    async def _get(self, endpoint: Endpoint) -> tuple[Response, bytes]:
+        async with asyncio.timeout(min(CHECK_S, self._timeouts.request_s)):
+            response = await self._upstream.call("GET", endpoint)
+            try:
+                return response, await read_body(response.content, b"")
+            finally:
+                response.close()
 
 
 def no_answer(error: Exception, route: Route, deadline: float | None) -> UpstreamError:
     """Name what went wrong before an answer was committed; `deadline` is a stream's for its first token."""
-    if isinstance(error, aiohttp.ServerTimeoutError):
+    if isinstance(error, ConnectTimeout):
         return UpstreamError(Failure.TIMEOUT, "The provider could not be reached in time.", status=504)
     if isinstance(error, TimeoutError):
         if deadline is None or asyncio.get_running_loop().time() >= deadline - CLOCK_STEP_S:
@@ -486,7 +454,7 @@ def no_answer(error: Exception, route: Route, deadline: float | None) -> Upstrea
     return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}", ours=ours)
 
 
-async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
+async def read_body(content: Body, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
     pieces, size = [begun], len(begun)
     while data := await content.readany():
         pieces.append(data)
@@ -496,7 +464,7 @@ async def read_body(content: aiohttp.StreamReader, begun: bytes, bytes_max: int 
     return b"".join(pieces)
 
 
-async def error_body(response: aiohttp.ClientResponse) -> object:
+async def error_body(response: Response) -> object:
     """What came with a status other than 2xx."""
     raw = b""
     while len(raw) < ERROR_BYTES_MAX and (data := await response.content.readany()):
@@ -513,7 +481,7 @@ def said_instead(raw: bytes) -> object:
         return None if not words or words.startswith("<") else words
 
 
-def refusal(response: aiohttp.ClientResponse, body: object, route: Route) -> UpstreamError:
+def refusal(response: Response, body: object, route: Route) -> UpstreamError:
     """The failure that a status other than 2xx means."""
     fault = faults.read(body, route.model.quirks)
     return named_failure(response.status, fault, response.headers, body, route)
@@ -572,7 +540,7 @@ class Opening:
         self._deadline = first_token_deadline
         self._clock = asyncio.get_running_loop().time
 
-    async def reply(self, response: aiohttp.ClientResponse, adapter: Adapter, chat: Chat, route: Route) -> Reply:
+    async def reply(self, response: Response, adapter: Adapter, chat: Chat, route: Route) -> Reply:
         tally, content = Tally(), response.content
         is_sse = response.content_type == "text/event-stream"
         incoming = Incoming(adapter.translator(tally, chat), tally, route, is_sse=is_sse)
@@ -596,10 +564,10 @@ class Opening:
             if held_bytes > HELD_BYTES_MAX:
                 raise UpstreamError(Failure.EMPTY, "The provider sent 1 MiB without a word of an answer.", status=200)
 
-    def _live(self, tally: Tally, held: list[Event], incoming: Incoming, response: aiohttp.ClientResponse) -> LiveReply:
+    def _live(self, tally: Tally, held: list[Event], incoming: Incoming, response: Response) -> LiveReply:
         return LiveReply(tally, held, incoming, response, self._limit, self._timeouts.stall_s)
 
-    async def _read(self, content: aiohttp.StreamReader) -> bytes:
+    async def _read(self, content: Body) -> bytes:
         now = self._clock()
         if now >= self._deadline:  # a provider that never pauses would never let the timer run
             raise TimeoutError

@@ -268,6 +268,7 @@ class FakeProvider:
     """All platforms of one test behind one port."""
 
     requests: list[Request] = field(default_factory=list)
+    connections: int = 0  # accepted so far
     open_connections: int = 0
     faults: list[BaseException] = field(default_factory=list)  # mistakes in the scripts themselves
     _scripts: dict[str, deque[Reply | ReplyTo]] = field(default_factory=lambda: defaultdict(deque))
@@ -316,6 +317,7 @@ class FakeProvider:
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         self._tasks.add(task)
+        self.connections += 1
         self.open_connections += 1
         served: list[Request] = []
         try:

@@ -41,7 +41,8 @@ SHELL = {
     "client": {"deadlines", "wire"},
     "page": set(),
     "settings": {"catalog", "outgoing", "protection", "wire"},
-    "providers": {"adapters", "catalog", "deadlines", "faults", "gemini", "protection", "router", "wire"},
+    "upstream": {"adapters"},
+    "providers": {"adapters", "catalog", "deadlines", "faults", "gemini", "protection", "router", "upstream", "wire"},
     "store": {"catalog", "scores"},
     "eventlog": {"store"},
     "controls": {"catalog", "store"},
@@ -60,7 +61,7 @@ ALLOWED = CORE | SHELL | TOP
 
 IMPURE = {"time", "os", "asyncio", "aiohttp", "sqlite3", "socket", "threading", "starlette", "uvicorn", "random"}
 STORE = {"store", "controls", "analytics"}  # what is kept, what the operator changes in it, what is read out of it
-OWNED = {"aiohttp": {"providers"}, "sqlite3": STORE, "cryptography": {"store"}, "prometheus_client": {"metrics"}}
+OWNED = {"aiohttp": {"upstream"}, "sqlite3": STORE, "cryptography": {"store"}, "prometheus_client": {"metrics"}}
 SQL = re.compile(r"\b(SELECT\s.+\sFROM|INSERT\s+INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|PRAGMA\s)", re.DOTALL)
 
 

@@ -1,0 +1,159 @@
+"""Calls to providers on the wire: what is sent, which connections are used again, and odd beginnings of an answer."""
+
+import asyncio
+import contextlib
+
+import pytest
+from fake_provider import CUT, RESET, Wait, answer, completion, head, raw, until
+
+from adapters import Endpoint
+from upstream import BROKEN, Response, Upstream
+
+GOODBYE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+async def test_the_second_call_goes_over_the_first_ones_connection(fake, start_gateway):
+    fake.script("a", answer("one"), answer("two"), answer("three"))
+    gateway = await start_gateway(["a"])
+    for streaming in (False, True, False):
+        assert (await gateway.ask("hi", streaming=streaming)).status == 200
+    assert fake.connections == 1
+
+
+async def test_a_request_is_sent_as_plain_http_with_its_length_and_its_names(fake, start_gateway):
+    fake.script("a", answer("one"))
+    gateway = await start_gateway(["a"])
+    await gateway.chat("hi")
+    request = fake.requests[0]
+    assert (request.method, request.path) == ("POST", "/a/v1/chat/completions")
+    assert request.headers["host"] == fake.url("a").split("/")[2]
+    assert request.headers["content-length"] == str(len(request.raw))
+    assert request.headers["content-type"] == "application/json"
+    assert request.headers["accept-encoding"] == "identity"
+    assert request.headers["user-agent"].startswith("freeway/")
+    assert request.headers["authorization"].startswith("Bearer ")
+    expected = {"host", "accept", "accept-encoding", "authorization", "content-length", "content-type", "user-agent"}
+    assert {name for name in request.headers if name} == expected
+
+
+@pytest.mark.parametrize("ending", [[], [CUT]], ids=["and stays", "and leaves"])
+async def test_what_a_provider_says_to_an_idle_connection_is_nobodys_answer(fake, start_gateway, ending):
+    idle = asyncio.Event()
+    fake.script("a", raw(*completion("first").steps, Wait(idle), GOODBYE, *ending), answer("fresh"))
+    gateway = await start_gateway(["a"])
+    assert (await gateway.chat("hi")).text == "first"
+    idle.set()
+    await until(lambda: fake.requests[0].finished or fake.open_connections == 0)
+    await asyncio.sleep(0.01)  # for the gateway to read it
+    got = await gateway.chat("hi again")
+    assert got.text == "fresh"
+    assert "X-Fallback-Attempts" not in got.headers
+    assert fake.connections == 2
+
+
+@pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early\r\nLink: </x>\r\n\r\n"])
+async def test_an_interim_answer_is_waited_through(fake, start_gateway, interim):
+    fake.script("a", raw(interim, interim, *completion("fresh").steps))
+    gateway = await start_gateway(["a"])
+    assert (await gateway.chat("hi")).text == "fresh"
+
+
+async def test_an_answer_without_a_length_ends_with_its_connection(fake, start_gateway):
+    whole = completion("fresh").steps[-1]
+    fake.script("a", raw(head(200, {"Content-Type": "application/json"}), whole, CUT), answer("next"))
+    gateway = await start_gateway(["a"])
+    assert (await gateway.chat("hi")).text == "fresh"
+    assert (await gateway.chat("hi")).text == "next"
+
+
+@pytest.mark.parametrize("status", [101, 204, 301, 304])
+async def test_a_status_that_can_be_no_answer_moves_to_the_next_route(fake, start_gateway, status):
+    fake.script("a", raw(head(status, {"Location": fake.url("c"), "Connection": "close"}), CUT))
+    fake.script("b", answer("from b"))
+    gateway = await start_gateway(["a", "b", "c"])
+    got = await gateway.chat("hi")
+    assert got.text == "from b"
+    assert fake.called == ["a", "b"]
+
+
+async def test_a_prompt_of_megabytes_arrives_whole(fake, start_gateway):
+    fake.script("a", answer("read"))
+    gateway = await start_gateway({"a": {"model": {"context_window": 10_000_000}}})
+    prompt = "Grüße, " * 500_000
+    assert (await gateway.chat(prompt)).status == 200
+    assert fake.requests[0].prompt == prompt
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://" + "a" * 70 + ".example/v1", "http://xn--/v1"])
+async def test_an_address_that_is_none_is_a_failure_like_others(fake, start_gateway, address):
+    fake.script("b", answer("from b"))
+    gateway = await start_gateway({"a": {"base_url": address}, "b": {}})
+    got = await gateway.chat("hi")
+    assert got.text == "from b"
+
+
+async def read(response: Response) -> bytes:
+    try:
+        return await response.content.read()
+    finally:
+        response.close()
+
+
+@pytest.mark.parametrize("breaks", [RESET, CUT])
+async def test_an_idle_connection_that_breaks_at_once_is_replaced_by_a_fresh_one(fake, breaks):
+    fake.script("a", completion("first"), raw(breaks), completion("fresh"))
+    async with Upstream(connect_s=1.0, stale_s=0.0) as upstream:
+        endpoint = Endpoint(fake.url("a"), {})
+        await read(await upstream.call("POST", endpoint, b"{}"))
+        assert b"fresh" in await read(await upstream.call("POST", endpoint, b"{}"))
+    assert fake.connections == 2
+
+
+async def test_a_fresh_connection_that_breaks_is_a_failure(fake):
+    fake.script("a", completion("first"), raw(RESET), raw(CUT), completion("fresh"))
+    async with Upstream(connect_s=1.0, stale_s=0.0) as upstream:
+        endpoint = Endpoint(fake.url("a"), {})
+        await read(await upstream.call("POST", endpoint, b"{}"))
+        with pytest.raises(BROKEN):  # on the fresh one it is the server's own doing
+            await upstream.call("POST", endpoint, b"{}")
+        assert fake.connections == 2
+        assert b"fresh" in await read(await upstream.call("POST", endpoint, b"{}"))
+
+
+async def test_a_connection_in_steady_use_that_breaks_is_a_failure_at_once(fake):
+    fake.script("a", completion("first"), raw(CUT), completion("fresh"))
+    async with Upstream(connect_s=1.0, stale_s=60.0) as upstream:
+        endpoint = Endpoint(fake.url("a"), {})
+        await read(await upstream.call("POST", endpoint, b"{}"))
+        with pytest.raises(BROKEN):
+            await upstream.call("POST", endpoint, b"{}")
+        assert fake.connections == 1
+
+
+async def test_a_connection_that_still_holds_a_part_of_the_question_is_not_used_again():
+    over = asyncio.Event()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 2\r\n\r\n{}")
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(1 << 16):
+                pass
+        over.set()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server, Upstream(connect_s=1.0) as upstream:
+        endpoint = Endpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", {})
+        response = await upstream.call("POST", endpoint, bytes(32 * 1024 * 1024))
+        assert (response.status, await read(response)) == (413, b"{}")
+        async with asyncio.timeout(5):
+            await over.wait()
+
+
+@pytest.mark.parametrize("value", ["a\r\nX-Other: b", "a\nb", "a\0b", "a\rb"])
+async def test_no_header_can_bring_another_along(fake, value):
+    async with Upstream(connect_s=1.0) as upstream:
+        with pytest.raises(BROKEN) as raised:
+            await upstream.call("POST", Endpoint(fake.url("a"), {"Authorization": value}), b"{}")
+    assert fake.connections == 0
+    assert value not in str(raised.value)
