@@ -18,7 +18,7 @@ from catalog import Key, Model, Platform
 from outgoing import outgoing
 from protection import Failure, UpstreamError
 from rescue import TextGate, Unreadable, declared_tools, found_json, split_thoughts, whole
-from wire import Chat, Completion, Event, Tally, dump, frame, load_inner
+from wire import EVENT_BYTES_MAX, Chat, Completion, Event, Tally, dump, frame, load_inner
 
 JSON = dict[str, Any]
 USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
@@ -129,14 +129,15 @@ class Surroundings:
     """What stands around the text in one stream's chunks: byte for byte the same in nearly all of them, and then only
     the text has to be read."""
 
-    __slots__ = ("_after", "_before", "_lessons")
+    __slots__ = ("_after", "_before", "_between", "_first", "_last", "_lessons")
 
     def __init__(self) -> None:
-        self._before = self._after = b""
+        self._before = self._after = b""  # in a chunk, up to the text's quotes
+        self._first = self._last = self._between = b""  # in a read, the quotes included
         self._lessons = 0
 
     def text(self, payload: bytes) -> str | None:
-        """The text between them; None for a chunk that has others, or more than a text there."""
+        """The text of a chunk; None for one that stands in others, or holds more than a text."""
         before, after = self._before, self._after
         if not after or not payload.startswith(before) or not payload.endswith(after):
             return None
@@ -146,8 +147,21 @@ class Surroundings:
             return None
         return text if type(text) is str else None
 
-    def learn(self, payload: bytes, chunk: JSON) -> None:
-        """From a chunk that is plain text; one that also says its role is no lesson, for that would be forgotten."""
+    def texts(self, data: bytes) -> str | None:
+        """The text of a read that is such events through and through, each of them whole; else None."""
+        first, last = self._first, self._last
+        if not last or not data.startswith(first) or not data.endswith(last) or len(data) > EVENT_BYTES_MAX:
+            return None
+        inner = data[len(first) : len(data) - len(last)]
+        between = self._between
+        try:
+            texts = orjson.loads(b'["%b"]' % inner.replace(between, b'","'))
+        except orjson.JSONDecodeError:
+            return None
+        return "".join(texts) if len(texts) == inner.count(between) + 1 else None
+
+    def learn(self, raw: bytes, payload: bytes, chunk: JSON) -> None:
+        """From an event that is plain text; one that also says its role is no lesson, for that would be forgotten."""
         delta = chunk["choices"][0]["delta"]
         if len(delta) > 1:
             return
@@ -155,8 +169,12 @@ class Surroundings:
         if self._lessons == 1 or self._lessons > LESSONS_MAX or payload.count(CONTENT_NAME) != 1:
             return  # the first chunk often says more than the others
         found = JSON_TEXT.search(payload, payload.index(CONTENT_NAME) + len(CONTENT_NAME))
-        if found is not None and load_inner(found[0].decode(errors="replace")) == delta["content"]:
-            self._before, self._after = payload[: found.start()], payload[found.end() :]
+        if found is None or load_inner(found[0].decode(errors="replace")) != delta["content"]:
+            return
+        self._before, self._after = payload[: found.start()], payload[found.end() :]
+        lead, _, end = raw.partition(payload)
+        self._first, self._last = lead + self._before + b'"', b'"' + self._after + end
+        self._between = self._last + self._first
 
 
 def plain_answer(body: Any) -> str | None:

@@ -114,6 +114,8 @@ class Incoming:
         if self.bytes_seen > STREAM_BYTES_MAX:
             self.error = UpstreamError(Failure.MALFORMED, f"The answer is larger than {STREAM_BYTES_MAX} bytes.")
             return [], False
+        if not self._decoder.held and (text := self._surroundings.texts(data)) is not None:
+            return [Event(data, text_chunk(text))], self._count(text)
         try:
             return self._events(self._decoder.feed(data))
         except EventTooLarge:
@@ -139,15 +141,13 @@ class Incoming:
                 break
             text = surroundings.text(payload) if plain_text is not None else None
             if text is not None:
-                chunk: Any = {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+                chunk: Any = text_chunk(text)
             else:
                 chunk = decoded(payload)
                 if plain_text is not None and (text := plain_text(chunk)):
-                    surroundings.learn(payload, chunk)
+                    surroundings.learn(raw, payload, chunk)
             if text is not None:
-                tally.text_chars += len(text)
-                if text and (tally.has_text or not text.isspace()):
-                    tally.has_text = meaningful = True
+                meaningful |= self._count(text)
                 if not tally.head:
                     tally.head = chunk
                 events.append(Event(raw, chunk))
@@ -163,6 +163,15 @@ class Incoming:
                 break
             plain_text = translator.plain_text  # which may have become possible
         return events, meaningful
+
+    def _count(self, text: str) -> bool:
+        """True when this text may open the answer."""
+        tally = self._tally
+        tally.text_chars += len(text)
+        if not text or not (tally.has_text or not text.isspace()):
+            return False
+        tally.has_text = True
+        return True
 
     def _take(self, translated: Callable[[], list[Event]], events: list[Event]) -> bool:
         """Count and keep what the translator makes; True when it may open the answer."""
@@ -187,6 +196,11 @@ class Incoming:
         if tally.empty:
             return empty_answer()
         return None
+
+
+def text_chunk(text: str) -> dict[str, Any]:
+    """What a chunk says that holds nothing but text."""
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
 
 
 def event_too_large() -> UpstreamError:

@@ -329,12 +329,12 @@ class SSEDecoder:
     """
 
     def __init__(self) -> None:
-        self._held: list[bytes] = []  # of the event that is not complete yet
+        self.held: list[bytes] = []  # of the event that is not complete yet
         self._held_bytes = 0
         self._tail = b""  # its last bytes, where the blank line may have begun
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        if self._held or data[-2:] != b"\n\n" or data[-3:-2] == b"\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
+        if self.held or data[-2:] != b"\n\n" or data[-3:-2] == b"\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
             return [(block, payload) for block in self._blocks(data) if (payload := event_data(block)) is not None]
         frames = []
         for block in data[:-2].split(b"\n\n"):  # whole events, as most reads are
@@ -351,8 +351,8 @@ class SSEDecoder:
             self._hold(data)
             self._tail = window[-3:]
             return []
-        buffer = b"".join((*self._held, data)) if self._held else data
-        self._held.clear()
+        buffer = b"".join((*self.held, data)) if self.held else data
+        self.held.clear()
         self._held_bytes = 0
         if b"\r" in buffer:
             pieces = BLANK_LINE.split(buffer)
@@ -368,13 +368,13 @@ class SSEDecoder:
 
     def flush(self) -> list[tuple[bytes, bytes]]:
         """At the end of the stream: a last event may come without its blank line."""
-        block = b"".join(self._held).rstrip(b"\r\n") + b"\n\n"
-        self._held.clear()
+        block = b"".join(self.held).rstrip(b"\r\n") + b"\n\n"
+        self.held.clear()
         payload = event_data(block)
         return [] if payload is None else [(block, payload)]
 
     def _hold(self, data: bytes) -> None:
-        self._held.append(data)
+        self.held.append(data)
         self._held_bytes += len(data)
         if self._held_bytes > EVENT_BYTES_MAX:
             raise EventTooLarge

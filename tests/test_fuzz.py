@@ -1,5 +1,6 @@
 """Whatever bytes or JSON come in, from a client or from a provider: a clear verdict, never a crash."""
 
+from itertools import pairwise
 from typing import ClassVar
 
 import orjson
@@ -137,8 +138,11 @@ ODD_CHUNKS = st.sampled_from(
         text_chunk("half").replace(b'"half"', b'"\\ud83d"'),
         text_chunk("no").replace(b'"no"', b"null"), text_chunk("list").replace(b'"list"', b'["a"]'),
         text_chunk("two").replace(b'"two"', b'"a","role":"assistant"'),
+        text_chunk("none").replace(b'"none"', b'"a","b"'), text_chunk("open").replace(b'"open"', b'"a\\"'),
     ]
 )  # fmt: skip
+ENDS = st.sampled_from([b"\n\n", b"\r\n\r\n"])
+LEADS = st.sampled_from([b"data: ", b"data:", b": ping\ndata: ", b"id: 7\nevent: x\ndata: "])
 NO_TOOLS = chat_from({"messages": [{"role": "user", "content": "hi"}]})
 
 
@@ -160,6 +164,24 @@ def test_a_chunk_read_by_its_surroundings_means_what_it_means_read_whole(payload
     assert deltas == deltas_whole
     assert tally == tally_whole
     assert len(raws) == len(raws_whole)
+
+
+@given(st.lists(TEXTS.map(text_chunk) | ODD_CHUNKS, max_size=15), st.lists(st.integers(0, 15)), ENDS, LEADS)
+def test_events_that_are_read_together_mean_what_each_means_alone(payloads, cuts, end, lead):
+    lessons = [lead + text_chunk(text) + end for text in ("Some", "thing", " to")]
+    frames = [lead + payload + end for payload in payloads]
+    bounds = sorted({0, len(frames), *(min(cut, len(frames)) for cut in cuts)})
+    together = [b"".join(frames[start:stop]) for start, stop in pairwise(bounds)]
+
+    def read(stream: list[bytes]) -> tuple[bytes, str, Tally]:
+        tally, events = Tally(), []
+        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, Keyless, is_sse=True)
+        for data in stream:
+            events += incoming.feed(data)[0]
+        deltas = [event.chunk["choices"][0]["delta"] for event in events if event.chunk.get("choices")]
+        return b"".join(event.raw for event in events), "".join(d.get("content") or "" for d in deltas), tally
+
+    assert read(lessons + together) == read(lessons + frames)
 
 
 @given(OBJECTS)
