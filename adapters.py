@@ -361,9 +361,15 @@ class ChunkMender:
         self._chat = chat
         self._calls = StreamedCalls(chat)
         tools = declared_tools(chat.body) if chat.has_tools else {}
+        self._has_tools = bool(tools)
         self._gate: TextGate | None = TextGate(tools)  # until it is open
-        self.plain_text: Callable[[Any], str | None] | None = None if tools else self._first_text
         self._held: list[Event] = []  # what the gate holds back, as it came
+
+    @property
+    def plain_text(self) -> Callable[[Any], str | None] | None:
+        if self._gate is None:
+            return plain_text
+        return None if self._has_tools else self._first_text
 
     def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
         choices = chunk.get("choices")
@@ -427,14 +433,14 @@ class ChunkMender:
             self._held.append(event)
             pieces = gate.feed(text)
             if gate.open and gate.untouched:
-                self._opened()
+                self._gate = None
                 return self._released()
             if more:  # only the text waits
                 self._held[-1] = piece_of(event.chunk, {"content": delta.pop("content")})
                 event = Event(frame(event.chunk), event.chunk)
             events = self._rewritten(event.chunk, pieces, role=delta.get("role"))
             if gate.open:
-                self._opened()
+                self._gate = None
                 self._held.clear()
             if not more:
                 return events
@@ -448,7 +454,7 @@ class ChunkMender:
         """No more text will come: what is held back becomes text, thoughts or calls."""
         gate = self._gate
         assert gate is not None
-        self._opened()
+        self._gate = None
         try:
             pieces, calls = gate.finish()
         except Unreadable:
@@ -469,11 +475,8 @@ class ChunkMender:
         if text:
             if self._held or text[0] == "<" or text[0].isspace():
                 return None
-            self._opened()
+            self._gate = None
         return text
-
-    def _opened(self) -> None:
-        self._gate, self.plain_text = None, plain_text
 
     def _released(self) -> list[Event]:
         events, self._held = self._held, []

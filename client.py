@@ -103,8 +103,9 @@ class Watch:
 
     def end(self) -> None:
         self.over = True
-        if self._watcher is not None:
-            self._watcher.cancel()
+        watcher, self._watcher = self._watcher, None  # which holds this one in turn, until it is forgotten
+        if watcher is not None:
+            watcher.cancel()
 
     async def _wait(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

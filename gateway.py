@@ -479,10 +479,11 @@ def announce(app: Gateway, port: int) -> None:
 
 def spare_the_collector() -> None:
     """What stands at the start stays; walking through it again and again took a thirtieth of the time under load. A
-    request leaves next to no cycles, so the young may gather for longer: at most some MB of them."""
+    request leaves no cycles (tests/test_garbage.py), so there is little to find: the young are looked at in portions of
+    which each holds up the streams for a millisecond."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
+    gc.set_threshold(5_000, 50, 50)
 
 
 def main() -> int:

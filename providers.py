@@ -303,9 +303,14 @@ class LiveReply(Reply):
             self._limit.set(until)
             try:
                 data = await self._content.readany() if until > now else None
-            except (asyncio.CancelledError, *BROKEN) as error:
-                data = self._unread(error)
-            self._limit.due = inf
+            except asyncio.CancelledError:
+                if not self._limit.passed():
+                    raise
+                data = None
+            except BROKEN as error:
+                data = self._broken(error)
+            finally:
+                self._limit.due = inf
             waited_since, now = now, self._clock()
             if data:
                 self._stall_left_s = self._stall_s
@@ -330,14 +335,10 @@ class LiveReply(Reply):
         incoming = self._incoming
         return self._at_end or incoming.error is not None or (incoming.done and self._content.is_eof())
 
-    def _unread(self, error: BaseException) -> bytes | None:
-        """What a read comes to that ended with this: None when its time was over, b"" at the end of the stream."""
-        self._limit.due = inf
-        if isinstance(error, asyncio.CancelledError):
-            if self._limit.passed():
-                return None
-            raise error
-        if self.tally.finish is not None:  # the answer is complete; how the connection ends says nothing of it
+    def _broken(self, error: Exception) -> bytes:
+        """The end of a stream whose connection has broken: that says nothing once the answer is complete."""
+        error.__traceback__ = None  # the body keeps it, and its frames keep the body: a cycle
+        if self.tally.finish is not None:
             return b""
         raise UpstreamError(Failure.CONNECTION, f"The connection broke: {type(error).__name__}") from None
 
@@ -457,6 +458,7 @@ class Providers:
 
 def no_answer(error: Exception, route: Route, deadline: float | None) -> UpstreamError:
     """Name what went wrong before an answer was committed; `deadline` is a stream's for its first token."""
+    error.__traceback__ = None  # as in LiveReply
     if isinstance(error, ConnectTimeout):
         return UpstreamError(Failure.TIMEOUT, "The provider could not be reached in time.", status=504)
     if isinstance(error, TimeoutError):
