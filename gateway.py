@@ -68,6 +68,7 @@ FILES_MAX = 65_536  # open at once, where the system allows it
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
 SWEEP_S = 5.0
+STATS_SHARE = 0.01  # of a core, at most, for the statistics: a million rows take 2 s, and say the same for minutes
 RETENTION_S = 3600.0  # SPEC 12.3
 OPEN_PATHS = frozenset({"/healthz", "/"})  # everything else needs a key; the page holds no secret
 ADMIN_PREFIXES = ("/api", "/metrics")
@@ -179,16 +180,18 @@ class Gateway:
         """Keep the statistics that routing learns from fresh, off the request's path."""
         days = self.settings.analytics_window_days
 
-        def learned(db: store.Connection) -> dict[tuple[str, str], Stats]:
+        def learned(db: store.Connection) -> tuple[dict[tuple[str, str], Stats], float]:
+            began = time.thread_time()
             by_name = store.model_stats(db, days)
             for stats in by_name.values():
                 chances(stats)
-            return by_name
+            return by_name, time.thread_time() - began
 
         while True:
             await self.store.flush()
+            pause_s = self.settings.stats_refresh_ms / 1000
             try:
-                by_name = await self.store.read(learned)
+                by_name, spent_s = await self.store.read(learned)
             except store.DatabaseError as error:
                 self.log.write("warning", "statistics", message=str(error))
             else:
@@ -196,7 +199,8 @@ class Gateway:
                 self.engine.router.scores.learn(
                     {m.id: by_name[m.platform.id, m.model_id] for m in models if (m.platform.id, m.model_id) in by_name}
                 )
-            await asyncio.sleep(self.settings.stats_refresh_ms / 1000)
+                pause_s = max(pause_s, spent_s / STATS_SHARE)
+            await asyncio.sleep(pause_s)
 
     async def _sweep(self) -> None:
         """Let go of clients that have stopped taking bytes, and say when rows had to be dropped."""
