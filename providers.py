@@ -472,7 +472,8 @@ def no_answer(error: Exception, route: Route, deadline: float | None) -> Upstrea
 
 async def read_body(content: Body, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
     pieces, size = [begun], len(begun)
-    while data := await content.readany():
+    while not content.at_eof():
+        data = await content.readany()
         pieces.append(data)
         size += len(data)
         if size > bytes_max:

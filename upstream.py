@@ -11,12 +11,13 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from math import inf
 from typing import Self
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
@@ -41,6 +42,11 @@ class Handler(ResponseHandler):
 
     idle_since = inf  # by the loop's clock; a new connection has not been idle
 
+    def expect_response(self) -> None:
+        """One parser reads all the answers of a connection; aiohttp would make one for each."""
+        if self._parser is None:
+            self.set_response_params(read_until_eof=True)
+
     def begin_idling(self) -> None:
         self.idle_since = self._loop.time()
 
@@ -58,6 +64,14 @@ def handler(connection: Connection) -> Handler:
     protocol = connection.protocol
     assert isinstance(protocol, Handler)
     return protocol
+
+
+class Target(aiohttp.ClientRequest):
+    """Tells the connector where to."""
+
+    @cached_property
+    def connection_key(self) -> ConnectionKey:
+        return super().connection_key
 
 
 class Response:
@@ -128,7 +142,7 @@ class Upstream:
                 if idle_s < self._stale_s:
                     raise
 
-    async def _connect(self, target: aiohttp.ClientRequest) -> Connection:
+    async def _connect(self, target: Target) -> Connection:
         while True:
             try:
                 connection = await self._connector.connect(target, [], self._timeout)
@@ -147,7 +161,7 @@ async def ask(connection: Connection, head: bytes, body: bytes) -> Response:
     try:
         if transport is None:
             raise aiohttp.ServerDisconnectedError
-        protocol.set_response_params(read_until_eof=True)
+        protocol.expect_response()
         if len(body) <= COPY_BYTES_MAX:
             transport.write(head + body)
         else:
@@ -164,13 +178,13 @@ async def ask(connection: Connection, head: bytes, body: bytes) -> Response:
         raise
 
 
-def prepared(method: str, endpoint: Endpoint, loop: asyncio.AbstractEventLoop) -> tuple[aiohttp.ClientRequest, bytes]:
+def prepared(method: str, endpoint: Endpoint, loop: asyncio.AbstractEventLoop) -> tuple[Target, bytes]:
     """Where the connector has to connect to, and the request's head up to its length.
 
     Raises aiohttp.ClientError for an address or a header that cannot be sent.
     """
     try:
-        target = aiohttp.ClientRequest(method, URL(endpoint.url), headers=endpoint.headers, loop=loop)
+        target = Target(method, URL(endpoint.url), headers=endpoint.headers, loop=loop)
         target.headers.popall("Content-Length", None)
         lines = [f"{method} {target.url.raw_path_qs} HTTP/1.1"]
         lines += [f"{name}: {text}" for name, text in target.headers.items()]
