@@ -150,7 +150,9 @@ class Surroundings:
     def texts(self, data: bytes) -> str | None:
         """The text of a read that is such events through and through, each of them whole; else None."""
         first, last = self._first, self._last
-        if not last or not data.startswith(first) or not data.endswith(last) or len(data) > EVENT_BYTES_MAX:
+        if not last or not data.startswith(first) or not data.endswith(last):
+            return None
+        if not len(first) + len(last) <= len(data) <= EVENT_BYTES_MAX:
             return None
         inner = data[len(first) : len(data) - len(last)]
         between = self._between

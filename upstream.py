@@ -150,7 +150,8 @@ class Upstream:
                 raise ConnectTimeout(f"Connection timeout to {target.host}") from None
             except UnicodeError:
                 raise aiohttp.InvalidUrlClientError(target.url, "not a host's name") from None
-            if not handler(connection).should_close:
+            protocol = handler(connection)
+            if not protocol.should_close or protocol.idle_since == inf:
                 return connection
             connection.close()  # while it was idle its server has said something that nobody asked
 

@@ -138,6 +138,7 @@ ODD_CHUNKS = st.sampled_from(
         text_chunk("half").replace(b'"half"', b'"\\ud83d"'),
         text_chunk("no").replace(b'"no"', b"null"), text_chunk("list").replace(b'"list"', b'["a"]'),
         text_chunk("two").replace(b'"two"', b'"a","role":"assistant"'),
+        text_chunk("quote").replace(b'"quote"', b'"'),
         text_chunk("none").replace(b'"none"', b'"a","b"'), text_chunk("open").replace(b'"open"', b'"a\\"'),
     ]
 )  # fmt: skip

@@ -150,6 +150,21 @@ async def test_a_connection_that_still_holds_a_part_of_the_question_is_not_used_
             await over.wait()
 
 
+async def test_a_server_that_speaks_first_is_called_once():
+    connections = []
+
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connections.append(writer)
+        writer.write(b"220 mail.example ready\r\n")
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server, Upstream(connect_s=1.0) as upstream:
+        endpoint = Endpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", {})
+        with pytest.raises(BROKEN):
+            await upstream.call("POST", endpoint, b"{}")
+    assert len(connections) == 1
+    connections[0].close()
+
+
 @pytest.mark.parametrize("value", ["a\r\nX-Other: b", "a\nb", "a\0b", "a\rb"])
 async def test_no_header_can_bring_another_along(fake, value):
     async with Upstream(connect_s=1.0) as upstream:
