@@ -18,7 +18,7 @@ from catalog import Key, Model, Platform
 from outgoing import outgoing
 from protection import Failure, UpstreamError
 from rescue import TextGate, Unreadable, declared_tools, found_json, split_thoughts, whole
-from wire import EVENT_BYTES_MAX, Chat, Completion, Event, Tally, dump, frame, load_inner
+from wire import EVENT_BYTES_MAX, Chat, Completion, Event, Tally, chunk_of, dump, frame, load_inner
 
 JSON = dict[str, Any]
 USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
@@ -492,9 +492,7 @@ class ChunkMender:
 
 
 def piece_of(like: JSON, delta: JSON) -> Event:
-    """A chunk with this delta and the identity of that chunk."""
-    head: JSON = {name: like[name] for name in ("id", "object", "created", "model") if name in like}
-    chunk = {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    chunk = chunk_of(like, delta)
     return Event(frame(chunk), chunk)
 
 
@@ -550,14 +548,8 @@ def note_part(part: JSON | None, finish: str | None, tally: Tally) -> bool:
 
 def as_chunks(body: JSON) -> list[JSON]:
     """A whole answer as the chunks of a stream, for platforms that do not stream."""
-    head: JSON = {"object": "chat.completion.chunk"}
-    head.update((name, body[name]) for name in ("id", "created", "model") if name in body)
     choice = body["choices"][0]
     delta = {name: value for name, value in (choice.get("message") or {}).items() if value is not None}
     if calls := delta.get("tool_calls"):
         delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
-    last: JSON = {"index": 0, "delta": {}, "finish_reason": choice.get("finish_reason") or "stop"}
-    return [
-        {**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]},
-        {**head, "choices": [last]},
-    ]
+    return [chunk_of(body, delta), chunk_of(body, {}, choice.get("finish_reason") or "stop")]

@@ -22,6 +22,7 @@ from wire import (
     Event,
     InvalidRequest,
     Tally,
+    chunk_head,
     frame,
     load_object,
     parse_model,
@@ -309,19 +310,13 @@ class ChatEncoder:
     def end(self, tally: Tally) -> bytes:
         if not self._include_usage or tally.usage_object is None:
             return DONE
-        return (tally.usage_raw or frame({**chunk_head(tally), "choices": [], "usage": tally.usage_object})) + DONE
+        return (tally.usage_raw or frame({**chunk_head(tally.head), "choices": [], "usage": tally.usage_object})) + DONE
 
     def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
-        chunk = chunk_head(tally)
+        chunk = chunk_head(tally.head)
         chunk["error"] = {"message": message, "type": type, "code": code, "param": None}
         chunk["choices"] = [{"index": 0, "delta": {}, "finish_reason": "error"}]
         return frame(chunk) + DONE
-
-
-def chunk_head(tally: Tally) -> JSON:
-    head: JSON = {"object": "chat.completion.chunk"}
-    head.update((name, tally.head[name]) for name in ("id", "created", "model") if name in tally.head)
-    return head
 
 
 class ChatDialect:

@@ -38,7 +38,7 @@ from gemini import GeminiAdapter
 from protection import Failure, UpstreamError, classify
 from router import Route
 from upstream import BROKEN, Body, ConnectTimeout, Response, Upstream
-from wire import Chat, Completion, Event, EventTooLarge, SSEDecoder, Tally, dump, frame, load_lenient
+from wire import Chat, Completion, Event, EventTooLarge, SSEDecoder, Tally, chunk_of, dump, frame, load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
 STREAM_BYTES_MAX = 256 * 1024 * 1024  # of one stream; 128,000 tokens in chunks of 1 KB are half of it
@@ -346,7 +346,7 @@ class LiveReply(Reply):
         if error := self._incoming.error or self._incoming.ending():
             raise error
         if self.tally.finish is None:  # [DONE] alone: clients want to be told how it ended
-            chunk = closing_chunk(self.tally)
+            chunk = chunk_of(self.tally.head, {}, "tool_calls" if self.tally.has_tool_calls else "stop")
             note(chunk, self.tally)
             return [Event(frame(chunk), chunk)]
         if self._incoming.done and not self._content.is_eof():  # lets the connection go back to the pool
@@ -356,14 +356,6 @@ class LiveReply(Reply):
 
     def close(self) -> None:
         self._response.close()  # goes back to the pool where the body has been read to its end
-
-
-def closing_chunk(tally: Tally) -> dict[str, Any]:
-    head: dict[str, Any] = {
-        name: tally.head[name] for name in ("id", "object", "created", "model") if name in tally.head
-    }
-    finish = "tool_calls" if tally.has_tool_calls else "stop"
-    return {**head, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]}
 
 
 def cut_short(tally: Tally, chat: Chat, model: Model) -> bool:

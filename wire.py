@@ -313,6 +313,18 @@ def frame(chunk: dict[str, Any]) -> bytes:
     return b"data: " + dump(chunk) + b"\n\n"
 
 
+def chunk_head(like: Mapping[str, Any]) -> dict[str, Any]:
+    """A chunk without its choices, of the answer that another of its chunks, or the whole of it, belongs to."""
+    return {
+        "object": "chat.completion.chunk",
+        **{name: like[name] for name in ("id", "created", "model") if name in like},
+    }
+
+
+def chunk_of(like: Mapping[str, Any], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {**chunk_head(like), "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
 class EventTooLarge(Exception):
     """A provider's event passed EVENT_BYTES_MAX."""
 
