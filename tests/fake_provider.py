@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import time
 from collections import defaultdict, deque
@@ -274,10 +275,12 @@ class FakeProvider:
     _scripts: dict[str, deque[Reply | ReplyTo]] = field(default_factory=lambda: defaultdict(deque))
     _tasks: set[asyncio.Task] = field(default_factory=set)
     _server: asyncio.Server | None = None
+    _scheme: str = "http"
 
     @contextlib.asynccontextmanager
-    async def serving(self) -> AsyncIterator["FakeProvider"]:
-        self._server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 26)
+    async def serving(self, tls: ssl.SSLContext | None = None) -> AsyncIterator["FakeProvider"]:
+        self._scheme = "https" if tls else "http"
+        self._server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=1 << 26, ssl=tls)
         try:
             yield self
         finally:
@@ -289,7 +292,7 @@ class FakeProvider:
                 raise self.faults[0]
 
     def url(self, platform: str) -> str:
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/{platform}/v1"
+        return f"{self._scheme}://127.0.0.1:{self._server.sockets[0].getsockname()[1]}/{platform}/v1"
 
     def script(self, platform: str, *replies: Reply | ReplyTo) -> None:
         """What the platform does with its next requests, in this order; the last one repeats."""
