@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import gzip
 
 import pytest
-from fake_provider import CUT, RESET, Wait, answer, completion, head, raw, until
+from conftest import case
+from fake_provider import CUT, RESET, Wait, answer, body, chunk, chunked, completion, error, head, raw, sse, until
 
 from adapters import Endpoint
 from upstream import BROKEN, Response, Upstream
@@ -49,6 +51,35 @@ async def test_what_a_provider_says_to_an_idle_connection_is_nobodys_answer(fake
     assert got.text == "fresh"
     assert "X-Fallback-Attempts" not in got.headers
     assert fake.connections == 2
+
+
+async def test_what_comes_behind_an_answer_is_nobodys_answer_either(fake, start_gateway):
+    fake.script("a", raw(*completion("first").steps[:-1], completion("first").steps[-1] + GOODBYE), answer("fresh"))
+    gateway = await start_gateway(["a"])
+    assert (await gateway.chat("hi")).text == "first"
+    assert (await gateway.chat("hi again")).text == "fresh"
+    assert fake.connections == 2
+
+
+async def test_answers_of_every_kind_follow_one_another_on_a_connection(fake, start_gateway):
+    packed = gzip.compress(completion("packed").steps[-1])
+    kinds = {
+        "plain": completion("plain"),
+        "packed": body(packed, headers={"content-encoding": "gzip"}),
+        "an error": error(400),
+        "streamed": sse(chunk("streamed"), chunk(finish="stop")),
+        "nothing": raw(head(204, {})),
+        "chunked": chunked(completion("chunked").steps[-1], headers={"content-type": "application/json"}),
+    }
+    gateway = await start_gateway(["a"], {"TRANSIENT_COOLDOWN_MS": "1"})
+    for before in kinds:
+        for name in ("plain", "packed", "chunked", "streamed"):
+            fake.script("a", kinds[before], kinds[name])
+            await gateway.ask("hi", streaming=before == "streamed")
+            await gateway.uncooled()
+            with case(f"{name} after {before}"):
+                assert (await gateway.ask("hi", streaming=name == "streamed")).text == name
+    assert fake.connections == 1
 
 
 @pytest.mark.parametrize("interim", [b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early\r\nLink: </x>\r\n\r\n"])
