@@ -136,11 +136,8 @@ class Gateway:
         """Quotas go on where the last process stopped."""
         router, utc, now = self.engine.router, time.time(), time.monotonic()
         router.ledger.utc_offset_s = utc - now
-        ids = {(m.platform.id, m.model_id): m for m in router.catalog.models}
-        for platform, model_id, key, ago_s, tokens in self.store.write_now(lambda db: store.todays_attempts(db, utc)):
-            model = ids.get((platform, model_id))
-            if model is not None and model.limited:
-                router.ledger.restore(model.id, key, at=now - ago_s, tokens=tokens, now=now)
+        for model, key, ago_s, requests, tokens in self.store.write_now(lambda db: store.todays_use(db, utc)):
+            router.ledger.restore(model, key, at=now - ago_s, requests=requests, tokens=tokens, now=now)
 
     # The lifespan: what runs besides requests.
 

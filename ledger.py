@@ -84,13 +84,14 @@ class Ledger:
             account.day_tokens = max(0, account.day_tokens + tokens - reservation.tokens)  # a clock may have jumped
         reservation.tokens = tokens
 
-    def restore(self, model: int, key: int, *, at: float, tokens: int, now: float) -> None:
-        """Count an attempt found in the log; `at` is on the scale of `now`, before it, oldest first."""
+    def restore(self, model: int, key: int, *, at: float, requests: int, tokens: int, now: float) -> None:
+        """Count attempts found in the log, the last of them at `at`, which is on the scale of `now`; oldest first, and
+        those of the last minute one by one."""
         account = self._account(model, key, now)
         if at > now - MINUTE_S:
             account.minute.append(Reservation(model, key, at, tokens, account.day))
         if (at + self.utc_offset_s) // DAY_S == account.day:
-            account.day_requests += 1
+            account.day_requests += requests
             account.day_tokens += tokens
 
     def _account(self, model: int, key: int, now: float) -> Account:

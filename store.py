@@ -566,16 +566,18 @@ def model_stats(db: sqlite3.Connection, window_days: int) -> dict[tuple[str, str
     }
 
 
-def todays_attempts(db: sqlite3.Connection, utc: float) -> list[tuple[str, str, int, float, int]]:
-    """(platform, model_id, key, seconds ago, tokens) of this UTC day's attempts and the last minute's, oldest first."""
-    since = min(utc - utc % 86_400, utc - 60)
+def todays_use(db: sqlite3.Connection, utc: float) -> list[tuple[int, int, float, int, int]]:
+    """(model, key, seconds ago, requests, tokens) of the limited models' attempts on this UTC day, oldest first; each
+    attempt of the last minute stands for itself, the earlier ones are added up."""
     return [
-        (platform, model_id, key or 0, max(0.0, (utc_day - julian_day) * 86_400), tokens)
-        for platform, model_id, key, utc_day, julian_day, tokens in db.execute(
-            "SELECT platform, model_id, key_id, julianday(?), julianday(created_at), "
-            "COALESCE(input_tokens, 0) + COALESCE(output_tokens, 0) "
-            "FROM requests WHERE created_at >= ? AND platform IS NOT NULL ORDER BY id",
-            (iso(utc), iso(since)),
+        (model, key or 0, max(0.0, days_ago * 86_400), requests, tokens)
+        for model, key, days_ago, requests, tokens in db.execute(
+            "SELECT m.id, r.key_id, julianday(:now) - julianday(MAX(r.created_at)), COUNT(*), "
+            "SUM(COALESCE(r.input_tokens, 0) + COALESCE(r.output_tokens, 0)) "
+            "FROM requests r JOIN models m ON m.platform = r.platform AND m.model_id = r.model_id "
+            "WHERE r.created_at >= :since AND COALESCE(m.rpm_limit, m.rpd_limit, m.tpm_limit, m.tpd_limit) IS NOT NULL "
+            "GROUP BY m.id, r.key_id, CASE WHEN r.created_at >= :minute_ago THEN r.id END ORDER BY MAX(r.id)",
+            {"now": iso(utc), "since": iso(min(utc - utc % 86_400, utc - 60)), "minute_ago": iso(utc - 60)},
         )
     ]
 

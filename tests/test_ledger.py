@@ -141,7 +141,7 @@ def test_a_clock_that_jumps_and_comes_back_neither_blocks_beyond_a_day_nor_gives
 )
 def test_what_the_log_tells_is_counted_as_far_as_it_is_recent(limit, ago_s, counts):
     ledger, model = Ledger(), a_model(**{limit: 1 if limit.startswith("r") else 1000})
-    ledger.restore(model.id, KEY, at=NOON - ago_s, tokens=950, now=NOON)
+    ledger.restore(model.id, KEY, at=NOON - ago_s, requests=1, tokens=950, now=NOON)
 
     assert (ledger.wait_s(model, KEY, 100, NOON) > 0) is counts
 

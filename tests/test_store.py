@@ -9,7 +9,7 @@ import pytest
 from conftest import logged
 from fake_provider import body
 
-from store import ROW_COLUMNS, Row, Store, insert_rows
+from store import ROW_COLUMNS, Row, Store, insert_rows, todays_use
 
 SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
 
@@ -41,6 +41,35 @@ def test_a_batch_of_rows_is_a_few_statements_in_order_with_every_value_as_it_was
     assert sum("INSERT" in statement for statement in statements) <= 500 / 64 + 16
     assert written == [tuple(row.values()) for row in rows]
     assert written[0][0] == "2023-11-14T22:13:20.125Z"
+
+
+def test_a_days_use_is_added_up_but_for_the_last_minute_and_only_where_it_is_limited():
+    noon = 1_700_049_600.0
+    limits = {"rpm": (1, "rpm_limit"), "tpd": (2, "tpd_limit"), "free": (3, "context_window")}
+    ages = [13 * 3600, 7200, 3600, 61, 59, 1]  # the first is yesterday's
+    with contextlib.closing(sqlite3.connect(":memory:")) as db:
+        db.executescript(SCHEMA.read_text())
+        for name, (id, column) in limits.items():
+            db.execute(
+                "INSERT INTO models (id, platform, model_id, display_name, intelligence_rank, speed_rank, "
+                "context_window, supports_tools, supports_vision) VALUES (?, 'p', ?, '', 1, 1, 1, 0, 0)", (id, name),
+            )  # fmt: skip
+            db.execute(f"UPDATE models SET {column} = 5 WHERE id = ?", (id,))
+        rows = [
+            Row("r", noon - age, platform="p", model_id=name, key_id=key, status="success", input_tokens=age, attempt=1)
+            for age in ages
+            for name in limits
+            for key in (None, 7)
+        ]
+        insert_rows(db, rows)
+
+        use = todays_use(db, noon)
+
+    assert {model for model, *_ in use} == {1, 2}
+    for model in (1, 2):
+        for key in (0, 7):
+            own = [(round(ago_s), requests, tokens) for m, k, ago_s, requests, tokens in use if (m, k) == (model, key)]
+            assert own == [(61, 3, 7200 + 3600 + 61), (59, 1, 59), (1, 1, 1)]
 
 
 async def test_a_row_that_no_database_takes_is_counted_and_holds_up_no_other(store, tmp_path):
