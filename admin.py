@@ -64,6 +64,7 @@ class Admin:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        self._reports = analytics.Reports()
         self._started = time.monotonic()
         watch(engine)
 
@@ -170,12 +171,20 @@ class Admin:
         if window not in analytics.WINDOWS:
             message = f"'window' must be one of {', '.join(analytics.WINDOWS)}."
             raise InvalidRequest(message, param="window", code="invalid_value")
-        await self._engine.store.flush()
-        report = await self._engine.store.read(lambda db: analytics.analytics(db, window, time.time()))
+        report = await self._report(window)
         names = ("platform", "model_id", "score", "success_rate", "total", "tok_per_sec", "avg_ttfb_ms")
         scored = [entry for entry in self._chain() if entry["score"] is not None]
         scored.sort(key=lambda entry: -entry["score"])
         return json_response({**report, "scores": [{name: entry[name] for name in names} for entry in scored]})
+
+    async def _report(self, window: str) -> dict[str, Any]:
+        report = self._reports.kept(window, time.monotonic())
+        if report is None:
+            await self._engine.store.flush()
+            began = time.monotonic()
+            report = await self._engine.store.read(lambda db: analytics.analytics(db, window, time.time()))
+            self._reports.keep(window, report, began, time.monotonic())
+        return report
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._engine.metrics.text(), headers={"content-type": CONTENT_TYPE})

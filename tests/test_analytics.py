@@ -10,6 +10,7 @@ from conftest import both_ways
 from fake_provider import answer, error
 from test_scoring import NOW, World
 
+from analytics import Reports
 from scores import Stats
 from store import Row, Store, insert_rows, model_stats
 
@@ -272,3 +273,15 @@ async def test_a_model_that_fails_in_the_log_is_left_for_one_that_answers(start_
         await gateway.chat(f"number {n}", model="auto")
 
     assert fake.called == ["b"] * 10
+
+
+def test_a_report_that_took_long_is_shown_again_for_twenty_times_as_long():
+    reports, quick, slow = Reports(), {"window": "24h"}, {"window": "7d"}
+    assert reports.kept("24h", 0.0) is None
+    reports.keep("24h", quick, began=100.0, ended=100.9)
+    reports.keep("7d", slow, began=100.0, ended=102.0)
+
+    assert reports.kept("24h", 100.9) is None
+    assert reports.kept("7d", 141.9) is slow
+    assert reports.kept("7d", 142.0) is None
+    assert reports.kept("30d", 102.0) is None
