@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import hmac
 import logging
@@ -68,6 +69,7 @@ FILES_MAX = 65_536  # open at once, where the system allows it
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
 SWEEP_S = 5.0
+MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 STATS_SHARE = 0.01  # of a core, at most, for the statistics: a million rows take 2 s, and say the same for minutes
 RETENTION_S = 3600.0  # SPEC 12.3
 OPEN_PATHS = frozenset({"/healthz", "/"})  # everything else needs a key; the page holds no secret
@@ -200,10 +202,12 @@ class Gateway:
             await asyncio.sleep(pause_s)
 
     async def _sweep(self) -> None:
-        """Let go of clients that have stopped taking bytes, and say when rows had to be dropped."""
+        """Let go of clients that have stopped taking bytes and of memory that is free, and say when rows had to be
+        dropped."""
         dropped = 0
         while True:
             await asyncio.sleep(SWEEP_S)
+            trim_memory()
             now = time.monotonic()
             for exchange in list(self.engine.running):
                 blocked = exchange.blocked_since
@@ -282,8 +286,10 @@ class Gateway:
         self, exchange: Exchange, dialect: Dialect, headers: dict[bytes, bytes], receive: Receive, send: Send
     ) -> None:
         """One request of any dialect."""
-        raw = await read_body(headers, receive, self.settings.max_body_bytes, exchange.limit)
-        exchange.chat = chat = dialect.parse(raw, exchange.utc)
+        # The body has no name here: it would live as long as its answer.
+        exchange.chat = chat = dialect.parse(
+            await read_body(headers, receive, self.settings.max_body_bytes, exchange.limit), exchange.utc
+        )
         exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
         exchange.strict = headers.get(b"x-fallback", b"").strip().lower() == b"none"
         try:
@@ -476,6 +482,13 @@ def announce(app: Gateway, port: int) -> None:
     for warning in app.warnings:
         print(f"  warning:    {warning}")
     print(end="", flush=True)
+
+
+def trim_memory() -> None:
+    """Give the system back what a burst of large requests has left free: glibc keeps it, a hundred megabytes and more.
+    10 us when there is nothing, 1 ms for 15 MB; other C libraries have no such call."""
+    if MALLOC_TRIM is not None:
+        MALLOC_TRIM(0)
 
 
 def spare_the_collector() -> None:
