@@ -44,7 +44,7 @@ ROUTED = ("X-Routed-Via", "X-Fallback-Attempts", "X-Fallback-Trail")
 MODEL = {"max_output": 4000, "prefer_in": ["smart"]}
 PLATFORMS = {"a": {"protection": "provider-ban", "model": MODEL, **TWO_KEYS}, "b": {}}
 TIMES = {"THREAD_COOLDOWN_MS": "1"}
-SHORT_TIMES = {"REQUEST_TIMEOUT_MS": "150", "MAX_STREAM_STALL_MS": "150", "FIRST_TOKEN_TIMEOUT_MS": "300"}
+SHORT_TIMES = {"REQUEST_TIMEOUT_MS": "100", "MAX_STREAM_STALL_MS": "100", "FIRST_TOKEN_TIMEOUT_MS": "200"}
 
 
 def is_silence(fault: Failure) -> bool:
