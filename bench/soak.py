@@ -48,8 +48,8 @@ HERE = Path(__file__).resolve().parent
 
 FAILING = {"a": 0.5, "b": 0.3, "c": 0.1, "d": 0.02}  # how often each platform does
 AT_ONCE = 100
-MEMORY_GROWTH_MB_MAX = 12.0  # after the first quarter, in which caches and pools fill
-MEMORY_CREEP_MB_MAX = 3.0  # from the third quarter to the last, in which nothing is left to fill
+MEMORY_GROWTH_MB_MAX = 6.0  # after the first quarter, in which caches and pools fill
+MEMORY_CREEP_MB_MAX = 1.5  # from the third quarter to the last, in which nothing is left to fill
 DESCRIPTORS_AT_REST_MAX = 40
 POOL_S = 32.0  # idle provider connections are closed after 15 s, looked for every 15 s
 SETTINGS = {
