@@ -18,9 +18,8 @@ $(STAMP): requirements.txt
 run: $(STAMP)
 	$(BIN)/python gateway.py
 
-# Side by side, because most tests wait for sockets; more than four would only crowd a laptop.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest
 
 test-browser: $(STAMP) browser
 	$(BIN)/python -m pytest tests/browser
