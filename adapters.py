@@ -55,11 +55,14 @@ def base_url(platform: Platform, key: Key) -> tuple[str, str]:
     return url, secret or platform.quirks.get("anonymous_key", "")
 
 
-def bearer_headers(secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
+def call_headers(credential: dict[str, str], quirks: Mapping[str, Any]) -> dict[str, str]:
+    """Of every call to a platform."""
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
-    if secret:
-        headers["Authorization"] = f"Bearer {secret}"
-    return {**headers, **quirks.get("headers", {})}
+    return {**headers, **credential, **quirks.get("headers", {})}
+
+
+def bearer_headers(secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
+    return call_headers({"Authorization": f"Bearer {secret}"} if secret else {}, quirks)
 
 
 @lru_cache(maxsize=ENDPOINTS_MAX)
@@ -126,36 +129,25 @@ def plain_text(chunk: Any) -> str | None:
 
 
 class Surroundings:
-    """What stands around the text in one stream's chunks: byte for byte the same in nearly all of them, and then only
+    """What stands around the text in one stream's events: byte for byte the same in nearly all of them, and then only
     the text has to be read."""
 
-    __slots__ = ("_after", "_before", "_between", "_first", "_last", "_lessons")
+    __slots__ = ("_after", "_before", "_between", "_lessons")
 
     def __init__(self) -> None:
-        self._before = self._after = b""  # in a chunk, up to the text's quotes
-        self._first = self._last = self._between = b""  # in a read, the quotes included
+        self._before = self._after = b""  # of the text, its quotes included
+        self._between = b""  # two texts
         self._lessons = 0
 
-    def text(self, payload: bytes) -> str | None:
-        """The text of a chunk; None for one that stands in others, or holds more than a text."""
-        before, after = self._before, self._after
-        if not after or not payload.startswith(before) or not payload.endswith(after):
+    def text(self, data: bytes) -> str | None:
+        """The text of one event or several, all of them whole and with nothing but a text in these surroundings; None
+        for anything else."""
+        before, after, between = self._before, self._after, self._between
+        if not after or not data.startswith(before) or not data.endswith(after):
             return None
-        try:
-            text = orjson.loads(payload[len(before) : len(payload) - len(after)])
-        except orjson.JSONDecodeError:
+        if not len(before) + len(after) <= len(data) <= EVENT_BYTES_MAX:
             return None
-        return text if type(text) is str else None
-
-    def texts(self, data: bytes) -> str | None:
-        """The text of a read that is such events through and through, each of them whole; else None."""
-        first, last = self._first, self._last
-        if not last or not data.startswith(first) or not data.endswith(last):
-            return None
-        if not len(first) + len(last) <= len(data) <= EVENT_BYTES_MAX:
-            return None
-        inner = data[len(first) : len(data) - len(last)]
-        between = self._between
+        inner = data[len(before) : len(data) - len(after)]
         try:
             texts = orjson.loads(b'["%b"]' % inner.replace(between, b'","'))
         except orjson.JSONDecodeError:
@@ -171,12 +163,11 @@ class Surroundings:
         if self._lessons == 1 or self._lessons > LESSONS_MAX or payload.count(CONTENT_NAME) != 1:
             return  # the first chunk often says more than the others
         found = JSON_TEXT.search(payload, payload.index(CONTENT_NAME) + len(CONTENT_NAME))
-        if found is None or load_inner(found[0].decode(errors="replace")) != delta["content"]:
-            return
-        self._before, self._after = payload[: found.start()], payload[found.end() :]
-        lead, _, end = raw.partition(payload)
-        self._first, self._last = lead + self._before + b'"', b'"' + self._after + end
-        self._between = self._last + self._first
+        if found is not None and load_inner(found[0].decode(errors="replace")) == delta["content"]:
+            lead, _, end = raw.partition(payload)
+            self._before = lead + payload[: found.start() + 1]
+            self._after = payload[found.end() - 1 :] + end
+            self._between = self._after + self._before
 
 
 def plain_answer(body: Any) -> str | None:

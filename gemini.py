@@ -15,7 +15,7 @@ from functools import lru_cache
 from hashlib import blake2b
 from typing import Any
 
-from adapters import ENDPOINTS_MAX, USER_AGENT, ChunkMender, Endpoint, Request, base_url, mend_completion
+from adapters import ENDPOINTS_MAX, ChunkMender, Endpoint, Request, base_url, call_headers, mend_completion
 from catalog import Key, Model
 from outgoing import cannot_carry, clamp_effort
 from protection import Failure, UpstreamError
@@ -76,10 +76,7 @@ def canonical(name: str, args: object) -> str:
 
 
 def api_key_headers(secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
-    if secret:
-        headers["x-goog-api-key"] = secret
-    return {**headers, **quirks.get("headers", {})}
+    return call_headers({"x-goog-api-key": secret} if secret else {}, quirks)
 
 
 @lru_cache(maxsize=ENDPOINTS_MAX)

@@ -114,19 +114,18 @@ class Incoming:
         if self.bytes_seen > STREAM_BYTES_MAX:
             self.error = UpstreamError(Failure.MALFORMED, f"The answer is larger than {STREAM_BYTES_MAX} bytes.")
             return [], False
-        if not self._decoder.held and (text := self._surroundings.texts(data)) is not None:
+        if not self._decoder.held and (text := self._surroundings.text(data)) is not None:
             return [Event(data, text_chunk(text))], self._count(text)
-        try:
-            return self._events(self._decoder.feed(data))
-        except EventTooLarge:
-            self.error = event_too_large()
-            return [], False
+        return self._decoded(partial(self._decoder.feed, data))
 
     def flush(self) -> tuple[list[Event], bool]:
+        return self._decoded(self._decoder.flush)
+
+    def _decoded(self, decode: Callable[[], list[tuple[bytes, bytes]]]) -> tuple[list[Event], bool]:
         try:
-            return self._events(self._decoder.flush())
+            return self._events(decode())
         except EventTooLarge:
-            self.error = event_too_large()
+            self.error = UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
             return [], False
 
     def _events(self, frames: list[tuple[bytes, bytes]]) -> tuple[list[Event], bool]:
@@ -139,7 +138,7 @@ class Incoming:
                 self.done = True
                 meaningful |= self._take(translator.end, events)
                 break
-            text = surroundings.text(payload) if plain_text is not None else None
+            text = surroundings.text(raw) if plain_text is not None else None
             if text is not None:
                 chunk: Any = text_chunk(text)
             else:
@@ -201,10 +200,6 @@ class Incoming:
 def text_chunk(text: str) -> dict[str, Any]:
     """What a chunk says that holds nothing but text."""
     return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
-
-
-def event_too_large() -> UpstreamError:
-    return UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
 
 
 def empty_answer() -> UpstreamError:

@@ -2,9 +2,11 @@
 
 import asyncio
 import sqlite3
+import threading
 import time
 
 import pytest
+from fake_provider import until
 from test_admin import get
 
 from store import Row, Store, list_requests
@@ -121,13 +123,17 @@ async def test_the_log_is_read_page_by_page_newest_first(start_gateway):
 
 async def test_whoever_reads_the_log_finds_also_what_came_while_it_was_being_written(tmp_path):
     store = Store(tmp_path / "log.db", bytes(32))
-    store.write_later("busy", lambda db: time.sleep(0.02))  # the writer is busy
+    begun, go_on = threading.Event(), threading.Event()
+    store.write_later("busy", lambda db: (begun.set(), go_on.wait(5)))
     store.log(Row("first", time.time()))
     writing = asyncio.create_task(store.flush())
-    await asyncio.sleep(0)
+    await until(begun.is_set)
     store.log(Row("second", time.time()))
 
-    await store.flush()
+    reading = asyncio.create_task(store.flush())
+    await asyncio.sleep(0)
+    go_on.set()
+    await reading
 
     rows = await store.read(lambda db: list_requests(db, limit=9, before_id=None, filters={}))
     assert [row["request_id"] for row in rows] == ["second", "first"]
