@@ -8,21 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
-import gc
 import hmac
 import logging
-import math
 import os
-import re
-import resource as resource_limits
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from functools import lru_cache
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,47 +28,51 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route, Router
 
-import store
-from admin import Admin, json_response, resource
-from catalog import is_demo
-from chat import ChatDialect
-from client import ClientGone, Receive, Send, read_body
-from connection import Connection
-from deadlines import Deadlines
-from discovery import keep_discovering
-from eventlog import EventLog
-from eventlog import Handler as LibraryLog
-from exchange import JSON_HEADERS, Engine, Exchange, response_start, route_headers, session_key
-from page import Page
+from adapters.registry import ADAPTERS
+from admin.api import Admin, json_response, resource
+from admin.discovery import keep_discovering
+from admin.page import Page
+from config.catalog_files import CatalogFiles, load_catalog
+from config.settings import LOOPBACK_HOSTS, Settings, SettingsError, check_binding, load_settings
+from dialects.chat import ChatDialect
+from dialects.responses import ResponsesDialect
+from engine.door import (
+    ADMIN_PREFIXES,
+    OPEN_PATHS,
+    PATH_CHARS_MAX,
+    credential,
+    host_name,
+    send_error,
+    tidy_path,
+    traced,
+    with_request_id,
+)
+from engine.exchange import Engine, Exchange, session_key
 from protection import Protection, parse_levels
 from providers import Providers, Timeouts
-from responses import ResponsesDialect
+from records.database import Connection, DatabaseError, Store, ping
+from records.eventlog import EventLog
+from records.eventlog import Handler as LibraryLog
+from records.keys import client_key, sync_environment_keys, sync_file_keys
+from records.models import Snapshot, sync_models
+from records.request_log import delete_old_rows, model_stats, todays_use
+from records.vault import StoreError
 from router import Router as ModelRouter
-from scores import Stats, chances
-from settings import (
-    LOOPBACK_HOSTS,
-    CatalogFiles,
-    Settings,
-    SettingsError,
-    check_binding,
-    load_catalog,
-    load_settings,
-)
-from store import Store, StoreError
-from upstream import Upstream
-from wire import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, GatewayError, InvalidRequest, ModelNotFound, Unauthorized
+from routing.catalog import is_demo
+from routing.scores import Stats, chances
+from transport.client import ClientGone, Receive, Send, read_body
+from transport.connection import ClientConnection
+from transport.deadlines import Deadlines
+from transport.process import allow_many_files, listen, spare_the_collector, trim_memory
+from transport.upstream import Upstream
+from wire.chat import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, LocalRoute
+from wire.errors import GatewayError, InvalidRequest, ModelNotFound, Unauthorized
 
-BACKLOG = 2048  # connections waiting to be accepted; uvicorn's own figure
-PATH_CHARS_MAX = 200  # of an address in the log
-FILES_MAX = 65_536  # open at once, where the system allows it
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
 SWEEP_S = 5.0
-MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 STATS_SHARE = 0.01  # of a core, at most, for the statistics: a million rows take 2 s, and say the same for minutes
 RETENTION_S = 3600.0  # SPEC 12.3
-OPEN_PATHS = frozenset({"/healthz", "/"})  # everything else needs a key; the page holds no secret
-ADMIN_PREFIXES = ("/api", "/metrics")
 
 
 class Gateway:
@@ -81,7 +80,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.files: CatalogFiles = load_catalog(settings)
+        self.files: CatalogFiles = load_catalog(settings, ADAPTERS)
         defaults = {p.id: p.protection for p in self.files.platforms.values()}
         levels, warnings = parse_levels(settings.thread_protection_platforms, defaults)
         self.warnings = [*self.files.warnings, *warnings]
@@ -89,7 +88,7 @@ class Gateway:
         self.store = Store(settings.db, settings.encryption_key)
         self.api_key, self.made_key = settings.api_key or "", False
         if not self.api_key:
-            self.api_key, self.made_key = self.store.write_now(lambda db: store.client_key(db, self.store.vault))
+            self.api_key, self.made_key = self.store.write_now(lambda db: client_key(db, self.store.vault))
         self.admin_key = settings.admin_key or self.api_key
         check_binding(settings.host, [self.api_key, self.admin_key])
         protection = Protection(
@@ -102,11 +101,8 @@ class Gateway:
         snapshot = self.store.write_now(self._sync)
         router.load(snapshot.catalog, snapshot.key_status)
         self._restore_ledger()
-        self._responses = ResponsesDialect(lambda: secrets.token_hex(24))
-        self._dialects: dict[str, Dialect] = {
-            "/v1/chat/completions": ChatDialect(),
-            "/v1/responses": self._responses,
-        }
+        dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(lambda: secrets.token_hex(24)))
+        self._dialects = {path: dialect for dialect in dialects for path in dialect.paths}
         self._api_key, self._admin_key = self.api_key.encode(), self.admin_key.encode()
         self._started = int(time.time())
         self._loopback_only = settings.host in LOOPBACK_HOSTS
@@ -114,9 +110,7 @@ class Gateway:
             [
                 Route("/v1/models", self.list_models),
                 Route("/v1/models/{id:path}", self.show_model),
-                # With its prefix, so that /v1/responses/compact and the like are a 404, which clients survive.
-                Route("/v1/responses/resp_{token}", self.show_response, methods=["GET"]),
-                Route("/v1/responses/resp_{token}", self.delete_response, methods=["DELETE"]),
+                *(local_route(route) for dialect in dialects for route in dialect.extra_routes()),
                 Route("/healthz", self.healthz),
                 resource("/", GET=Page().show),
                 *Admin(self.engine).routes(),
@@ -125,20 +119,20 @@ class Gateway:
             default=self._not_found,
         )
 
-    def _sync(self, db: store.Connection) -> store.Snapshot:
+    def _sync(self, db: Connection) -> Snapshot:
         """Bring catalogue and keys into the database; gives what routing needs out of it."""
-        store.sync_models(db, self.files.models)
+        sync_models(db, self.files.models)
         vault = self.store.vault
         keys = self.files.keys
-        store.sync_file_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if not key.env])
-        store.sync_environment_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if key.env])
+        sync_file_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if not key.env])
+        sync_environment_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if key.env])
         return self.engine.snapshot(db)
 
     def _restore_ledger(self) -> None:
         """Quotas go on where the last process stopped."""
         router, utc, now = self.engine.router, time.time(), time.monotonic()
         router.ledger.utc_offset_s = utc - now
-        for model, key, ago_s, requests, tokens in self.store.write_now(lambda db: store.todays_use(db, utc)):
+        for model, key, ago_s, requests, tokens in self.store.write_now(lambda db: todays_use(db, utc)):
             router.ledger.restore(model, key, at=now - ago_s, requests=requests, tokens=tokens, now=now)
 
     # The lifespan: what runs besides requests.
@@ -179,9 +173,9 @@ class Gateway:
         """Keep the statistics that routing learns from fresh, off the request's path."""
         days = self.settings.analytics_window_days
 
-        def learned(db: store.Connection) -> tuple[dict[tuple[str, str], Stats], float]:
+        def learned(db: Connection) -> tuple[dict[tuple[str, str], Stats], float]:
             began = time.thread_time()
-            by_name = store.model_stats(db, days)
+            by_name = model_stats(db, days)
             for stats in by_name.values():
                 chances(stats)
             return by_name, time.thread_time() - began
@@ -191,7 +185,7 @@ class Gateway:
             pause_s = self.settings.stats_refresh_ms / 1000
             try:
                 by_name, spent_s = await self.store.read(learned)
-            except store.DatabaseError as error:
+            except DatabaseError as error:
                 self.log.write("warning", "statistics", message=str(error))
             else:
                 models = self.engine.router.catalog.models
@@ -222,9 +216,9 @@ class Gateway:
         days = self.settings.log_retention_days
         while True:
             try:
-                while await self.store.write(lambda db: store.delete_old_rows(db, days)):
+                while await self.store.write(lambda db: delete_old_rows(db, days)):
                     pass
-            except store.DatabaseError as error:
+            except DatabaseError as error:
                 self.log.write("warning", "retention", message=str(error))
             await asyncio.sleep(RETENTION_S)
 
@@ -291,7 +285,8 @@ class Gateway:
             await read_body(headers, receive, self.settings.max_body_bytes, exchange.limit), exchange.utc
         )
         exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
-        exchange.strict = headers.get(b"x-fallback", b"").strip().lower() == b"none"
+        if headers.get(b"x-fallback", b"").strip().lower() == b"none":
+            exchange.chat = chat = replace(chat, need=replace(chat.need, strict=True))
         try:
             await self.engine.answer(exchange, dialect, receive, send)
         except GatewayError as error:
@@ -333,19 +328,24 @@ class Gateway:
             entry["context_window"] = entry["context_length"] = max(m.context_window for m in models)
         return entry
 
-    async def show_response(self, request: Request) -> Response:
-        body = self._responses.show(f"resp_{request.path_params['token']}", time.time())
-        return Response(body, media_type="application/json")
-
-    async def delete_response(self, request: Request) -> Response:
-        return json_response(self._responses.delete(f"resp_{request.path_params['token']}", time.time()))
-
     async def healthz(self, request: Request) -> Response:
         try:
-            await self.store.read(store.ping)
-        except store.DatabaseError:
+            await self.store.read(ping)
+        except DatabaseError:
             return json_response({"status": "database unavailable"}, 503)
         return json_response({"status": "ok"})
+
+
+def local_route(route: LocalRoute) -> Route:
+    """An endpoint that a dialect answers by itself."""
+
+    async def endpoint(request: Request) -> Response:
+        raw = b""
+        if route.method == "POST":
+            raw = await request.body()
+        return Response(route.answer(request.path_params, raw, time.time()), media_type="application/json")
+
+    return Route(route.path, endpoint, methods=[route.method])
 
 
 @contextlib.asynccontextmanager
@@ -367,68 +367,6 @@ async def background(log: EventLog, *jobs: Coroutine[Any, Any, None]) -> AsyncIt
                 task.cancel()
 
 
-def tidy_path(path: str) -> str:
-    """Clients are configured with and without /v1, twice, and with a slash at the end."""
-    if len(path) > 1:
-        path = path.rstrip("/") or "/"
-    while path.startswith("/v1/v1/"):
-        path = path[3:]
-    if path.startswith(("/chat/completions", "/models", "/responses")):
-        return "/v1" + path
-    return path
-
-
-def credential(headers: dict[bytes, bytes]) -> bytes:
-    """The key a client sent: as bearer token, or as the header its own protocol uses."""
-    given = headers.get(b"authorization", b"")
-    if given[:7].lower() == b"bearer ":
-        return given[7:].strip()
-    return b"" if given else headers.get(b"x-api-key", b"") or headers.get(b"api-key", b"")
-
-
-HOST = re.compile(rb"(?:\[([0-9a-f:.]+)\]|([^\[\]:@]*))(?::\d*)?")
-
-
-@lru_cache(maxsize=64)  # clients send one of a few
-def host_name(host: bytes) -> str:
-    """A Host header without its port and brackets; empty when it is none."""
-    found = HOST.fullmatch(host.lower())
-    return (found[1] or found[2] or b"").decode("latin-1") if found else ""
-
-
-def with_request_id(send: Send, id: str) -> Send:
-    async def sender(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", id.encode())]}
-        await send(message)
-
-    return sender
-
-
-async def send_error(
-    send: Send, error: GatewayError, exchange: Exchange, more: Sequence[tuple[bytes, bytes]] = ()
-) -> None:
-    """The one place where an error becomes a response."""
-    body = error.body()
-    headers = [*JSON_HEADERS, *more, (b"content-length", str(len(body)).encode()), *route_headers(exchange)]
-    if error.retry_after_s is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
-    if error.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send(response_start(error.status, headers))
-    await send({"type": "http.response.body", "body": body})
-
-
-def traced(error: BaseException) -> list[str]:
-    """Where it happened, innermost last; no values, which might be secrets."""
-    places, frame = [], error.__traceback__
-    while frame is not None:
-        code = frame.tb_frame.f_code
-        places.append(f"{Path(code.co_filename).name}:{frame.tb_lineno} {code.co_name}")
-        frame = frame.tb_next
-    return places[-8:]
-
-
 def uvicorn_config(app: Gateway) -> uvicorn.Config:
     """The server as in production."""
     return uvicorn.Config(
@@ -436,7 +374,7 @@ def uvicorn_config(app: Gateway) -> uvicorn.Config:
         host=app.settings.host,
         port=app.settings.port,
         loop="uvloop",
-        http=Connection,
+        http=ClientConnection,
         ws="none",
         lifespan="on",
         log_config=None,
@@ -448,26 +386,12 @@ def uvicorn_config(app: Gateway) -> uvicorn.Config:
     )
 
 
-def listen(settings: Settings) -> socket.socket:
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def listener_of(settings: Settings) -> socket.socket:
     try:
-        listener.bind((settings.host, settings.port))
-        listener.listen(BACKLOG)  # whoever connects from now on waits for the server instead of being refused
+        return listen(settings.host, settings.port)
     except OSError as error:
-        listener.close()
         where = f"GATEWAY_HOST={settings.host!r}, GATEWAY_PORT={settings.port}"
         raise SettingsError(f"{where}: cannot listen there: {error.strerror or error}") from None
-    return listener
-
-
-def allow_many_files() -> None:
-    """Each request holds two connections, and the usual limit of a shell's children is 1024 files, or 256."""
-    _, most = resource_limits.getrlimit(resource_limits.RLIMIT_NOFILE)
-    wanted = FILES_MAX if most == resource_limits.RLIM_INFINITY else min(FILES_MAX, most)
-    with contextlib.suppress(OSError, ValueError):
-        resource_limits.setrlimit(resource_limits.RLIMIT_NOFILE, (wanted, most))
 
 
 def announce(app: Gateway, port: int) -> None:
@@ -484,27 +408,11 @@ def announce(app: Gateway, port: int) -> None:
     print(end="", flush=True)
 
 
-def trim_memory() -> None:
-    """Give the system back what a burst of large requests has left free: glibc keeps it, a hundred megabytes and more.
-    10 us when there is nothing, 1 ms for 15 MB; other C libraries have no such call."""
-    if MALLOC_TRIM is not None:
-        MALLOC_TRIM(0)
-
-
-def spare_the_collector() -> None:
-    """What stands at the start stays; walking through it again and again took a thirtieth of the time under load. A
-    request leaves no cycles (tests/test_garbage.py), so there is little to find: the young are looked at in portions of
-    which each holds up the streams for a millisecond."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(5_000, 50, 50)
-
-
 def main() -> int:
     """Run until a signal; 0 after an orderly stop, 2 when it cannot start."""
     try:
         settings = load_settings(sys.argv[1:], os.environ, Path.cwd())
-        listener = listen(settings)
+        listener = listener_of(settings)
         app = Gateway(settings)
     except (SettingsError, StoreError) as error:
         print(f"freeway: {error}", file=sys.stderr)

@@ -15,11 +15,13 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from catalog import KEYLESS, Catalog, Key, KeyStatus, Model, Pool, is_demo
-from ledger import Ledger, Penalties, Reservation
 from protection import NO_STANDING, RULES, Cooldowns, Cooling, Failure, Standing, UpstreamError
-from scores import Scores
-from wire import Chat, GatewayError, InvalidRequest, Mode, NoProviders
+from routing.catalog import KEYLESS, Catalog, Key, KeyStatus, Model, Pool, is_demo
+from routing.ledger import Ledger, Penalties
+from routing.route import Route
+from routing.scores import Scores
+from wire.chat import Mode, Need
+from wire.errors import GatewayError, InvalidRequest, NoProviders
 
 WAITING = {f for f, rule in RULES.items() if rule.cooling in (Cooling.KEY, Cooling.INVALID)}
 REFUSAL_STATUSES = {400, 422}  # with these a provider calls the request itself bad
@@ -86,15 +88,6 @@ class Plan:
 
     def skipped_labels(self) -> list[str]:
         return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """A (model, key) pair chosen for one attempt."""
-
-    model: Model
-    key: Key
-    reservation: Reservation | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,28 +168,28 @@ class Router:
         keys = self._usable_keys.get(model.platform.id, [])
         return sum(not self._key_cooldowns.left((key.id, model.id), now) for key in keys)
 
-    def plan(self, chat: Chat, standing: Standing, now: float, rng: Random, *, strict: bool = False) -> Plan:
-        """The models able to serve this chat, best first. `strict`: the pinned model or nothing.
+    def plan(self, need: Need, standing: Standing, now: float, rng: Random) -> Plan:
+        """The models able to serve this request, best first.
 
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
         preferred = (standing.preferred_model, standing.preferred_key)
-        plan = Plan([], chat.tokens, preferred=preferred, banned=set(standing.banned))
-        chain = self._candidates[chat.mode]
+        plan = Plan([], need.tokens, preferred=preferred, banned=set(standing.banned))
+        chain = self._candidates[need.mode]
 
         def ordered(models: list[Model], plan: Plan) -> list[Model]:  # given: one that held it would be a cycle
-            return self._ordered(models, chat.mode, standing, plan, now, rng)
+            return self._ordered(models, need.mode, standing, plan, now, rng)
 
-        if chat.pinned is None:
-            plan.order = ordered(fit(chat, chain), plan)
+        if need.pinned is None:
+            plan.order = ordered(fit(need, chain), plan)
         else:
-            asked = [m for m in self.catalog.resolve(chat.pinned) if self.has_key(m)]
-            others = [] if strict else self._others
-            if first := fitting(chat, asked):
+            asked = [m for m in self.catalog.resolve(need.pinned) if self.has_key(m)]
+            others = [] if need.strict else self._others
+            if first := fitting(need, asked):
                 plan.order = first
-                plan.more = lambda plan: ordered(fitting(chat, [m for m in others if m not in asked]), plan)
+                plan.more = lambda plan: ordered(fitting(need, [m for m in others if m not in asked]), plan)
             else:
-                plan.order = ordered(fit(chat, asked + others), plan)
+                plan.order = ordered(fit(need, asked + others), plan)
         if plan.banned or len(self._transient):
             plan.cooling = [m.label for m in plan.complete() if not plan.allows(m) or self._transient.left(m.id, now)]
         return plan
@@ -289,28 +282,28 @@ class Router:
         return {model.id: score for model, score in zip(models, scores, strict=True)}
 
 
-def fitting(chat: Chat, models: list[Model]) -> list[Model]:
+def fitting(need: Need, models: list[Model]) -> list[Model]:
     """The models this request fits (SPEC 3.7)."""
     return [
         m
         for m in models
-        if chat.tokens <= m.context_window and (m.vision or not chat.has_images) and (m.tools or not chat.has_tools)
+        if need.tokens <= m.context_window and (m.vision or not need.vision) and (m.tools or not need.tools)
     ]
 
 
-def fit(chat: Chat, models: list[Model]) -> list[Model]:
+def fit(need: Need, models: list[Model]) -> list[Model]:
     """The same; raises a GatewayError that says what is missing when there is none."""
-    if found := fitting(chat, models):
+    if found := fitting(need, models):
         return found
     if not models:
         raise NoProviders
-    if chat.has_images and not (models := [m for m in models if m.vision]):
+    if need.vision and not (models := [m for m in models if m.vision]):
         raise InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
-    if chat.has_tools and not (models := [m for m in models if m.tools]):
+    if need.tools and not (models := [m for m in models if m.tools]):
         raise InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
     largest = max(m.context_window for m in models)
     raise InvalidRequest(
-        f"The request needs about {chat.tokens} tokens, and the largest context window here is {largest}. "
+        f"The request needs about {need.tokens} tokens, and the largest context window here is {largest}. "
         "Shorten the messages or lower max_tokens.",
         status=413,
         code="context_length_exceeded",

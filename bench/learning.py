@@ -27,13 +27,15 @@ from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from catalog import Catalog, Key, KeyStatus, Model, Platform
-from chat import ChatDialect
+from dialects.chat import ChatDialect
 from protection import NO_STANDING, Cooldowns
+from records.database import Store
+from records.request_log import model_stats
+from records.rows import Row, insert_rows
 from router import Router
-from scores import Stats
-from store import Row, Store, insert_rows, model_stats
-from wire import Chat
+from routing.catalog import Catalog, Key, KeyStatus, Model, Platform
+from routing.scores import Stats
+from wire.chat import Chat
 
 RATES = {"best": 0.95, "good": 0.8, "poor": 0.5, "bad": 0.1}
 BROKEN = {**RATES, "best": 0.0}
@@ -104,7 +106,7 @@ class World:
         """One request through the plan, as the attempt loop takes it: a failed model rests, the next is asked."""
         if self.now - self.refreshed >= REFRESH_S:
             self.refresh()
-        plan = self.router.plan(chat, NO_STANDING, self.now, self.rng)
+        plan = self.router.plan(chat.need, NO_STANDING, self.now, self.rng)
         asked: list[str] = []
         ok = False
         while not ok and (route := self.router.next_route(plan, self.now)) is not None:

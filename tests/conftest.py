@@ -28,7 +28,7 @@ from fake_provider import FakeProvider, until
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 import gateway
-from settings import load_settings
+from config.settings import load_settings
 
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent

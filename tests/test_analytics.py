@@ -10,9 +10,11 @@ from conftest import both_ways
 from fake_provider import answer, error
 from test_scoring import NOW, World
 
-from analytics import Reports
-from scores import Stats
-from store import Row, Store, insert_rows, model_stats
+from records.analytics import Reports
+from records.database import Store
+from records.request_log import model_stats
+from records.rows import Row, insert_rows
+from routing.scores import Stats
 
 DAY_S, MINUTE_S = 86_400.0, 60.0
 WEEK = 7

@@ -10,9 +10,12 @@ import pytest
 from conftest import IN_ORDER
 from fake_provider import answer, body, error, until
 
-from outgoing import EFFORTS, QUIRKS
-from settings import load_catalog, load_settings
-from wire import MODES
+from adapters.quirks import EFFORTS
+from adapters.registry import ADAPTERS
+from config.catalog_files import load_catalog
+from config.settings import load_settings
+from routing.quirk_names import QUIRKS
+from wire.chat import MODES
 
 HERE = Path(__file__).resolve().parent.parent
 RAW = json.loads((HERE / "catalog.json").read_text())
@@ -21,7 +24,7 @@ PLATFORM_QUIRKS = {platform["id"]: platform.get("quirks", {}) for platform in PL
 
 
 def loaded(tmp_path, **environ: str):
-    return load_catalog(load_settings([], environ, tmp_path))
+    return load_catalog(load_settings([], environ, tmp_path), ADAPTERS)
 
 
 def test_the_whole_catalogue_loads_in_less_than_50_ms_and_without_a_warning(tmp_path):

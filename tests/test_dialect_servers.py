@@ -6,7 +6,7 @@ import pytest
 from conftest import IN_ORDER, both_ways
 from wires import WIRES, Said
 
-from gemini import UNSIGNED
+from adapters.gemini import UNSIGNED
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 SCHEMA = {

@@ -14,7 +14,7 @@ from conftest import case
 from fake_provider import answer, body, chunk, chunked, event, head, raw, sse
 from wires import PLATFORMS, WIRES, Gemini, Said, gemini_frame
 
-import faults
+from adapters import errors as faults
 from protection import classify
 
 DAY = "until the platform's day ends"

@@ -7,13 +7,18 @@ import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import faults
-from adapters import OpenAIAdapter, as_chunks, note_completion
-from chat import chat_from
+from adapters import errors as faults
+from adapters.base import as_chunks
+from adapters.openai import OpenAIAdapter
+from adapters.plain import note_completion
+from adapters.stream import Incoming
+from dialects.chat import chat_from
+from dialects.responses import ResponsesDialect
 from protection import Failure, UpstreamError, classify
-from providers import Incoming
-from responses import ResponsesDialect
-from wire import EventTooLarge, GatewayError, InvalidRequest, SSEDecoder, Tally, load_object
+from wire.chat import Tally
+from wire.errors import GatewayError, InvalidRequest
+from wire.jsontext import load_object
+from wire.sse import EventTooLarge, SSEDecoder
 
 NAMES = st.sampled_from(
     [
@@ -117,7 +122,7 @@ def test_what_stands_between_events_and_how_lines_end_changes_nothing(events, cu
 @given(st.lists(OBJECTS, max_size=6))
 def test_any_events_end_in_an_answer_or_in_a_named_failure(chunks):
     tally = Tally()
-    incoming = Incoming(OpenAIAdapter().translator(tally, CHAT), tally, Keyless, is_sse=True)
+    incoming = Incoming(OpenAIAdapter().translator(tally, CHAT), tally, Keyless, 0.0, is_sse=True)
 
     incoming.feed(b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks))
     error = incoming.error or incoming.ending()
@@ -151,7 +156,7 @@ NO_TOOLS = chat_from({"messages": [{"role": "user", "content": "hi"}]})
 def test_a_chunk_read_by_its_surroundings_means_what_it_means_read_whole(payloads):
     def read(stream: list[bytes]) -> tuple[list[bytes], list[object], Tally]:
         tally, events = Tally(), []
-        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, Keyless, is_sse=True)
+        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, Keyless, 0.0, is_sse=True)
         for payload in stream:
             events += incoming.feed(b"data: " + payload + b"\n\n")[0]
         tally.head = {}
@@ -176,7 +181,7 @@ def test_events_that_are_read_together_mean_what_each_means_alone(payloads, cuts
 
     def read(stream: list[bytes]) -> tuple[bytes, str, Tally]:
         tally, events = Tally(), []
-        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, Keyless, is_sse=True)
+        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, Keyless, 0.0, is_sse=True)
         for data in stream:
             events += incoming.feed(data)[0]
         deltas = [event.chunk["choices"][0]["delta"] for event in events if event.chunk.get("choices")]

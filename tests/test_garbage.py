@@ -13,7 +13,7 @@ import pytest
 from fake_provider import CUT, PAUSE, RESET, Wait, body, chunk, error, event, head, raw, sse, until
 from test_imports import MODULES
 
-from client import WATCH_AFTER_S
+from transport.client import WATCH_AFTER_S
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ from conftest import IN_ORDER, both_ways, case, default_key
 from fake_provider import body, chunked, event
 from wires import SIGNATURE, Gemini, Said, call_parts, gemini_frame
 
-from gemini import SIGNATURE_TTL_S, SIGNATURES_MAX, UNSIGNED, Signatures
-from schemas import gemini_schema
+from adapters.gemini import SIGNATURE_TTL_S, SIGNATURES_MAX, UNSIGNED, Signatures
+from adapters.json_schema import gemini_schema
 
 WIRE = Gemini()
 PNG = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}

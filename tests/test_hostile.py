@@ -19,8 +19,9 @@ import pytest
 from conftest import API_KEY, ROOT, Client, both_ways, catalog_of, client_of, logged, run_gateway
 from fake_provider import CUT, DONE, ROLE, Every, body, chunk, chunked, event, raw, sse
 
-from connection import HEAD_BYTES_MAX, Connection
-from store import Row, Store
+from records.database import Store
+from records.rows import Row
+from transport.connection import HEAD_BYTES_MAX, ClientConnection
 
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\nauthorization: Bearer " + API_KEY.encode()
 STALL = {"MAX_STREAM_STALL_MS": "80", "FIRST_TOKEN_TIMEOUT_MS": "150", "REQUEST_TIMEOUT_MS": "150"}
@@ -44,7 +45,7 @@ async def impatient(fake, tmp_path):
     """A gateway that waits 60 ms for a request's head."""
     (tmp_path / "c.json").write_text(json.dumps(catalog_of(["a", "b"], fake)))
     running = await run_gateway(
-        {"GATEWAY_CATALOG": str(tmp_path / "c.json")}, tmp_path, http=partial(Connection, head_s=0.06)
+        {"GATEWAY_CATALOG": str(tmp_path / "c.json")}, tmp_path, http=partial(ClientConnection, head_s=0.06)
     )
     yield running
     await running.stop()

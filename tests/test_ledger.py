@@ -8,8 +8,8 @@ import asyncio
 import pytest
 from fake_provider import answer, error
 
-from catalog import Model, Platform
-from ledger import DAY_S, Ledger
+from routing.catalog import Model, Platform
+from routing.ledger import DAY_S, Ledger
 
 PLATFORM = Platform(id="p", name="p", adapter="openai", base_url="http://127.0.0.1:1/v1")
 KEY, OTHER_KEY = 1, 2

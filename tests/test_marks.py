@@ -8,7 +8,7 @@ import time
 import pytest
 from fake_provider import answer, error
 
-from store import Row, insert_rows
+from records.rows import Row, insert_rows
 
 MARKED = {"exclude_from": ["balanced"], "prefer_in": ["smart"]}
 # The marks as they are built in, and the same ones under other names. The marked models are told in catalogue order,

@@ -7,8 +7,8 @@ import pytest
 from fake_provider import DONE, PAUSE, answer, chunk, error, event, sse
 from prometheus_client.parser import text_string_to_metric_families
 
-from metrics import Histogram, Metrics
-from store import Row
+from records.metrics import Histogram, Metrics
+from records.rows import Row
 
 LABELS = ("platform", "model", "kind", "direction", "status", "le")  # in the order in which the tests name them
 

@@ -10,16 +10,19 @@ from dataclasses import replace
 
 import pytest
 
-import faults
-from adapters import OpenAIAdapter, as_chunks
-from catalog import KEYLESS, Model, Platform
-from chat import ChatDialect
-from gemini import GeminiAdapter
+from adapters import errors as faults
+from adapters.base import as_chunks
+from adapters.gemini import GeminiAdapter
+from adapters.openai import OpenAIAdapter
+from adapters.stream import Incoming, named_failure, whole_reply
+from dialects.chat import ChatDialect
+from dialects.responses import ResponsesDialect
 from protection import UpstreamError
-from providers import Incoming, named_failure, whole_reply
-from responses import ResponsesDialect
 from router import Attempt, Plan, Route, exhausted
-from wire import GatewayError, Tally, frame, load_lenient
+from routing.catalog import KEYLESS, Model, Platform
+from wire.chat import Tally, frame
+from wire.errors import GatewayError
+from wire.jsontext import load_lenient
 
 HALF_EMOJI = b'"\\ud83d"'
 ODD = [
@@ -252,7 +255,7 @@ def countable(tally: Tally) -> None:
 def streamed(adapter: str, dialect: str, raw: bytes, last: dict) -> None:
     """Take one event through a stream, with a good one behind it."""
     chat, tally = ASKED[dialect], Tally()
-    incoming = Incoming(ADAPTERS[adapter].translator(tally, chat), tally, ROUTES[adapter], is_sse=True)
+    incoming = Incoming(ADAPTERS[adapter].translator(tally, chat), tally, ROUTES[adapter], 0.0, is_sse=True)
     encoder = DIALECTS[dialect].encoder(chat, NOW)
     events, _ = incoming.feed(b"data: %b\n\ndata: %b\n\n" % (raw, json.dumps(last).encode()))
     out = encoder.feed(events) if events else b""
@@ -268,7 +271,7 @@ def streamed(adapter: str, dialect: str, raw: bytes, last: dict) -> None:
 def whole(adapter: str, dialect: str, raw: bytes) -> None:
     chat = replace(ASKED[dialect], stream=False)
     try:
-        reply = whole_reply(raw, ADAPTERS[adapter], chat, ROUTES[adapter])
+        reply = whole_reply(raw, ADAPTERS[adapter], chat, ROUTES[adapter], 0.0)
     except UpstreamError as error:
         told(error)
         return
@@ -309,7 +312,7 @@ def test_a_refusal_with_something_odd_is_a_named_failure(variants):
             body = load_lenient(raw)
         except ValueError:
             continue
-        told(named_failure(429, faults.read(body), {}, body, ROUTES["openai"]))
+        told(named_failure(429, faults.read(body), {}, body, ROUTES["openai"], 0.0))
 
 
 @pytest.mark.parametrize(

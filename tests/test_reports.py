@@ -9,7 +9,9 @@ import pytest
 from fake_provider import until
 from test_admin import get
 
-from store import Row, Store, list_requests
+from records.database import Store
+from records.request_log import list_requests
+from records.rows import Row
 
 # --- Analytics ------------------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import pytest
 from conftest import both_ways, case
 from fake_provider import body, chunk, completion, sse
 
-import rescue
+from adapters import text_rescue as rescue
 
 
 def tool(name: str, **properties: dict) -> dict:

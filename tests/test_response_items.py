@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from responses import ResponsesDialect
-from wire import InvalidRequest, Mode
+from dialects.responses import ResponsesDialect
+from wire.chat import Mode
+from wire.errors import InvalidRequest
 
 NOW = 1_800_000_000.0
 PIXEL = "data:image/png;base64,iVBORw0KGgo="
@@ -229,9 +230,9 @@ def test_fields_become_chats_fields(request_fields, sent):
 def test_mode_stream_and_estimates_are_those_of_chat():
     chat = parsed(model="auto-smart", stream=True, instructions="x" * 400, tools=[F], max_output_tokens=50)
 
-    assert (chat.mode, chat.pinned, chat.stream, chat.has_tools) == (Mode.SMART, None, True, True)
+    assert (chat.need.mode, chat.need.pinned, chat.stream, chat.need.tools) == (Mode.SMART, None, True, True)
     assert chat.first_user_text == "hi"
-    assert 150 < chat.tokens < 250
+    assert 150 < chat.need.tokens < 250
 
 
 # --- What is refused --------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ from pydantic import BaseModel
 from strict_models import assert_response
 from test_response_items import NOW, PIXEL, call_of, parsed, tokens
 
-from responses import KEPT_MAX, KEPT_S, ResponsesDialect
-from wire import Completion, Event, InvalidRequest, Tally
+from dialects.responses import KEPT_MAX, KEPT_S, ResponsesDialect
+from wire.chat import Completion, Event, Tally
+from wire.errors import InvalidRequest
 
 TOOL = {"type": "function", "name": "weather", "description": "…", "parameters": {"type": "object", "properties": {}}}
 NESTED = {"type": "function", "function": {name: value for name, value in TOOL.items() if name != "type"}}

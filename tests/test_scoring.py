@@ -5,13 +5,13 @@ from random import Random
 
 import pytest
 
-from catalog import Catalog, Key, KeyStatus, Model, Platform, Pool, pools
-from chat import ChatDialect
-from ledger import Penalties
+from dialects.chat import ChatDialect
 from protection import NO_STANDING, Cooldowns, Standing
 from router import Router
-from scores import Stats, Weights, Yardstick, belief, merit, quantiles, speed_score, ttfb_score
-from wire import Chat, Mode
+from routing.catalog import Catalog, Key, KeyStatus, Model, Platform, Pool, pools
+from routing.ledger import Penalties
+from routing.scores import Stats, Weights, Yardstick, belief, merit, quantiles, speed_score, ttfb_score
+from wire.chat import Chat, Mode
 
 NOW = 1000.0
 NO_LIMITS = {"rpm": None, "rpd": None, "tpm": None, "tpd": None}
@@ -61,7 +61,7 @@ class World:
         )
 
     def order(self, model: str, seed: int = 0, standing: Standing = NO_STANDING, now: float = NOW) -> list[int]:
-        return [m.id for m in self.router.plan(a_chat(model), standing, now, Random(seed)).complete()]
+        return [m.id for m in self.router.plan(a_chat(model).need, standing, now, Random(seed)).complete()]
 
     def orders(self, model: str, standing: Standing = NO_STANDING) -> list[list[int]]:
         return [self.order(model, seed, standing) for seed in range(DRAWS)]
@@ -333,7 +333,7 @@ def test_smart_prefers_only_models_with_a_key_that_does_not_rest():
 def test_smart_prefers_only_models_with_capacity(limit):
     world = World({**LIKED, limit: 1 if limit.startswith("r") else 1500}, {})
     world.router.scores.learn({1: seen(0, 1000), 2: seen(1000, 0)})
-    plan = world.router.plan(a_chat("auto-smart"), NO_STANDING, NOW, Random(0))
+    plan = world.router.plan(a_chat("auto-smart").need, NO_STANDING, NOW, Random(0))
     assert world.router.next_route(plan, NOW).model.id == 1
 
     assert world.order("auto-smart") == [2, 1]
@@ -376,7 +376,7 @@ def test_a_sessions_key_is_tried_first_and_the_others_after_it():
     standing = Standing(preferred_model=1, preferred_key=102)
 
     for _ in range(5):
-        plan = world.router.plan(a_chat("auto-smart"), standing, NOW, Random(0))
+        plan = world.router.plan(a_chat("auto-smart").need, standing, NOW, Random(0))
         routes = []
         while (route := world.router.next_route(plan, NOW)) is not None:
             routes.append(route.key.id)
@@ -387,7 +387,7 @@ def test_a_sessions_key_is_tried_first_and_the_others_after_it():
 
 def test_a_skipped_model_is_never_tried_again_preferred_or_not():
     world = World({}, {})
-    plan = world.router.plan(a_chat("auto-smart"), Standing(preferred_model=1), NOW, Random(0))
+    plan = world.router.plan(a_chat("auto-smart").need, Standing(preferred_model=1), NOW, Random(0))
     tried = []
     while (route := world.router.next_route(plan, NOW)) is not None:
         tried.append(route.model.id)
@@ -410,7 +410,7 @@ def test_what_is_held_back_is_tried_when_all_others_are_cooling_or_out_of_capaci
     world.transient.set(2, NOW + 60, NOW)
     tried = []
     for _ in range(2):
-        plan = world.router.plan(a_chat("auto-smart"), standing, NOW, Random(0))
+        plan = world.router.plan(a_chat("auto-smart").need, standing, NOW, Random(0))
         tried.append(world.router.next_route(plan, NOW).model.id)
 
     assert tried == [3, 1]

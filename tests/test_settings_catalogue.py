@@ -12,7 +12,7 @@ from conftest import case, catalog_of, client_of, default_key, stored_keys
 from fake_provider import until
 
 import gateway
-from settings import SettingsError, load_settings
+from config.settings import SettingsError, load_settings
 
 KEY = {"GATEWAY_API_KEY": "fw-test-0123456789abcdef"}
 

@@ -8,11 +8,11 @@ import pytest
 from conftest import Stream
 from fake_provider import PAUSE, ROLE, STOP, Every, Wait, answer, chunk, chunked, event, raw, sse, until
 
-from catalog import KEYLESS
-from deadlines import Deadlines
 from protection import Failure
 from providers import no_answer
 from router import Route
+from routing.catalog import KEYLESS
+from transport.deadlines import Deadlines
 
 HEARTBEAT = b": keep-alive"
 STALL_MS = 80

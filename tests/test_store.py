@@ -9,7 +9,9 @@ import pytest
 from conftest import logged
 from fake_provider import body
 
-from store import ROW_COLUMNS, Row, Store, insert_rows, todays_use
+from records.database import Store
+from records.request_log import todays_use
+from records.rows import ROW_COLUMNS, Row, insert_rows
 
 SCHEMA = Path(__file__).resolve().parent.parent / "schema.sql"
 

@@ -8,8 +8,8 @@ import pytest
 from conftest import case
 from fake_provider import CUT, RESET, Wait, answer, body, chunk, chunked, completion, error, head, raw, sse, until
 
-from adapters import Endpoint
-from upstream import BROKEN, Response, Upstream
+from transport.upstream import BROKEN, Response, Upstream
+from wire.http import Endpoint
 
 GOODBYE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
 

@@ -1,0 +1,114 @@
+"""What every adapter is and shares: the protocols, a request to a provider, its address and headers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from routing.catalog import Key, Model, Platform
+from wire.chat import Chat, Completion, Event, Tally, chunk_of, frame
+from wire.http import Endpoint
+from wire.jsontext import JSON
+
+USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One question to a provider."""
+
+    endpoint: Endpoint
+    body: bytes
+
+
+def base_url(platform: Platform, key: Key) -> tuple[str, str]:
+    """The platform's address and the credential to send, with `{account_id}` taken from an `account_id:token` key."""
+    url, secret = platform.base_url, key.secret
+    if "{" in url:
+        account, _, secret = secret.partition(":")
+        url = re.sub(r"\{\w+\}", account, url)
+    return url, secret or platform.quirks.get("anonymous_key", "")
+
+
+def call_headers(credential: dict[str, str], quirks: Mapping[str, Any]) -> dict[str, str]:
+    """Of every call to a platform."""
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
+    return {**headers, **credential, **quirks.get("headers", {})}
+
+
+def bearer_headers(secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
+    return call_headers({"Authorization": f"Bearer {secret}"} if secret else {}, quirks)
+
+
+def piece_of(like: JSON, delta: JSON) -> Event:
+    chunk = chunk_of(like, delta)
+    return Event(frame(chunk), chunk)
+
+
+def as_chunks(body: JSON) -> list[JSON]:
+    """A whole answer as the chunks of a stream, for platforms that do not stream."""
+    choice = body["choices"][0]
+    delta = {name: value for name, value in (choice.get("message") or {}).items() if value is not None}
+    if calls := delta.get("tool_calls"):
+        delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
+    return [chunk_of(body, delta), chunk_of(body, {}, choice.get("finish_reason") or "stop")]
+
+
+class Translator(Protocol):
+    """One stream's chunks, from the adapter's wire to OpenAI's chat form."""
+
+    @property
+    def plain_text(self) -> Callable[[Any], str | None] | None:
+        """Gives the text of a chunk that holds nothing else and so need not be fed; None while all have to be."""
+
+    def feed(self, raw: bytes, chunk: dict[str, Any]) -> list[Event]:
+        """The events that this chunk amounts to; its raw frame goes out unchanged where nothing had to change.
+
+        Raises UpstreamError for an answer that is none.
+        """
+
+    def end(self) -> list[Event]:
+        """What was held back until the end marker. Raises UpstreamError."""
+
+
+class Adapter(Protocol):
+    """One wire format."""
+
+    def reply_here(self, chat: Chat) -> Reply | None:
+        """An answer made in this process; None where a provider has to be asked."""
+
+    def request(self, model: Model, key: Key, chat: Chat) -> Request: ...
+
+    def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
+        """Of every call; the secret is in one of them."""
+
+    def plain_answer(self, body: Any, chat: Chat) -> str | None:
+        """The text of a whole answer in OpenAI's form that is nothing else, so that it can go out as it came."""
+
+    def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion | None:
+        """A whole answer; None when this is none. Raises UpstreamError for one that says it failed."""
+
+    def translator(self, tally: Tally, chat: Chat) -> Translator: ...
+
+
+class Reply:
+    """A committed answer: whole, or a stream that has begun."""
+
+    def __init__(self, tally: Tally, *, completion: Completion | None = None, first: list[Event] | None = None) -> None:
+        self.tally = tally
+        self.completion = completion
+        self.ended = True  # with the last batch: nothing more has to be waited for
+        self._first = first
+
+    async def next_batch(self, idle_s: float) -> list[Event] | None:
+        """The next events, those that arrived together; [] when none came for `idle_s`, None at the end.
+
+        Raises UpstreamError.
+        """
+        events, self._first = self._first, None
+        return events
+
+    def close(self) -> None:
+        """Whoever opened it calls this once; nothing is read afterwards, and the connection is free or closed."""

@@ -1,0 +1,390 @@
+"""What models write as text though it is none: thoughts in tags, tool calls in their own dialects, broken arguments.
+
+Only an answer that opens so counts, because an answer may well talk about such things; and a call only where the
+request declared tools, and only for those. `whole` reads a finished answer, `TextGate` a stream's first words: it holds
+back no more than it must to tell. No I/O.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import orjson
+
+from wire.jsontext import JSON, dump, load_inner
+
+Tools = Mapping[str, JSON]  # the schema of each declared tool's parameters, by name
+Calls = list[tuple[str, str]]  # names and arguments
+UNDECIDED_CHARS_MAX = 256  # held back while they may still become a marker; the longest is a tenth of it
+CALL_CHARS_MAX = 262_144  # of a call written as text; what is longer is let go as text
+THOUGHT_TAGS = ("<think>", "<thinking>", "<thought>")
+LONE_END = re.compile(r"(?:^|\n)</think(?:ing)?>[ \t]*(?:\n|$)")  # an answer may begin in mid-thought
+NAME = re.compile(r"[\w.-]{1,128}")
+
+
+class Unreadable(Exception):
+    """The answer opens with a tool call that cannot be made out: a lost turn."""
+
+
+def declared_tools(body: JSON) -> dict[str, JSON]:
+    functions = [tool["function"] for tool in body.get("tools", ()) if isinstance(tool.get("function"), dict)]
+    return {function["name"]: function.get("parameters") or {} for function in functions}
+
+
+# --- Thoughts -------------------------------------------------------------------------------------------------------
+def split_thoughts(text: str) -> tuple[str | None, str]:
+    """The thoughts that open a whole answer, and the rest. Unclosed, all of it is thoughts."""
+    start = text.lstrip()
+    if tag := next((tag for tag in THOUGHT_TAGS if start.startswith(tag)), None):
+        thoughts, _, rest = start[len(tag) :].partition(closing(tag))
+        return thoughts.strip(), rest.lstrip()
+    if "</think" in text and (end := LONE_END.search(text)):
+        return text[: end.start()].strip(), text[end.end() :].lstrip()
+    return None, text
+
+
+def closing(tag: str) -> str:
+    return f"</{tag[1:]}"
+
+
+# --- Calls in text --------------------------------------------------------------------------------------------------
+Found = tuple[str, Any]  # a name, and arguments as text or as a value
+
+
+def enclosed(text: str, start: str, end: str) -> Iterator[str]:
+    """What stands between each start and the end behind it; the last may be left open. Takes linear time, unlike
+    the regular expressions that this invites."""
+    at = text.find(start)
+    while at >= 0:
+        at += len(start)
+        stop = text.find(end, at)
+        if stop < 0:
+            yield text[at:]
+            return
+        yield text[at:stop]
+        at = text.find(start, stop + len(end))
+
+
+def section_calls(text: str, tools: Tools) -> Iterator[Found]:
+    for inner in enclosed(text, "<|tool_call_begin|>", "<|tool_call_end|>"):
+        head, _, arguments = inner.partition("<|tool_call_argument_begin|>")
+        name, _, _ = head.strip().removeprefix("functions.").partition(":")
+        yield name, arguments
+
+
+def fullwidth_calls(text: str, tools: Tools) -> Iterator[Found]:
+    for inner in enclosed(text, "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"):
+        name, _, arguments = inner.partition("<｜tool▁sep｜>")
+        if name.strip() == "function":
+            name, _, arguments = arguments.partition("\n")
+        yield name.strip(), unfenced(arguments)
+
+
+def bracketed_calls(text: str, tools: Tools) -> Iterator[Found]:
+    listed = load_inner(text.removeprefix("[TOOL_CALLS]"))
+    for item in listed if isinstance(listed, list) else ():
+        yield from object_call(item)
+
+
+def tagged_calls(text: str, tools: Tools) -> Iterator[Found]:
+    for inner in map(str.strip, enclosed(text, "<tool_call>", "</tool_call>")):
+        if inner.startswith("{"):
+            yield from object_call(load_inner(inner))
+        elif inner.startswith("<function="):
+            yield from function_calls(inner, tools)
+        else:
+            name = NAME.match(inner)
+            pairs = [
+                (key.strip(), value.partition("<arg_value>")[2])
+                for key, _, value in (p.partition("</arg_key>") for p in enclosed(inner, "<arg_key>", "</arg_value>"))
+            ]
+            if name and (pairs or name.end() == len(inner)):
+                yield name[0], spelled_out(pairs, tools.get(name[0], {}))
+
+
+def function_calls(text: str, tools: Tools) -> Iterator[Found]:
+    for inner in enclosed(text, "<function=", "</function>"):
+        if (name := NAME.match(inner)) is None:
+            continue
+        rest = inner[name.end() :].removeprefix(">").strip()
+        pairs = [
+            (key, value.removeprefix("\n").removesuffix("\n"))
+            for key, _, value in (p.partition(">") for p in enclosed(rest, "<parameter=", "</parameter>"))
+        ]
+        yield name[0], spelled_out(pairs, tools.get(name[0], {})) if pairs else rest
+
+
+def bare_calls(text: str, tools: Tools) -> Iterator[Found]:
+    yield from object_call(load_inner(unfenced(text)))
+
+
+def object_call(value: object) -> Iterator[Found]:
+    """`{"name": …, "arguments": {…}}`, or with `parameters`."""
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        arguments = value.get("arguments", value.get("parameters"))
+        if isinstance(arguments, dict | str):
+            yield value["name"], arguments
+
+
+def spelled_out(pairs: list[tuple[str, str]], schema: JSON) -> JSON:
+    """Arguments given one by one as text: what the schema calls a string stays one."""
+    properties = properties_of(schema)
+    values: JSON = {}
+    for name, text in pairs:
+        kinds = kinds_of(properties.get(name))
+        value = None if "string" in kinds else load_inner(text)
+        values[name] = text if value is None else value
+    return values
+
+
+def unfenced(text: str) -> str:
+    """Without the code fence around it."""
+    text = text.strip()
+    if text.startswith("```") and text.endswith("```") and len(text) > 6:
+        text = text[3:-3].removeprefix("json").strip()
+    return text
+
+
+# How a call begins, and how it is read. `sure`: these words are never meant for a reader.
+DIALECTS: list[tuple[str, Callable[[str, Tools], Iterator[Found]], bool]] = [
+    ("<|tool_calls_section_begin|>", section_calls, True),
+    ("<｜tool▁calls▁begin｜>", fullwidth_calls, True),
+    ("[TOOL_CALLS]", bracketed_calls, True),
+    ("<tool_call>", tagged_calls, False),
+    ("<function=", function_calls, False),
+]
+FIRST_CHARS = "<[{`"
+
+
+def calls_in(text: str, tools: Tools) -> Calls | None:
+    """The calls that a text which opens with one amounts to; None when it is text. Raises Unreadable."""
+    text = text.strip()
+    for marker, read, sure in DIALECTS:
+        if text.startswith(marker):
+            found = list(read(text, tools))
+            if found and not sure and any(name not in tools for name, _ in found):
+                return None  # it talks about something else
+            calls = settled(found, tools)
+            if calls is None:
+                raise Unreadable
+            return calls
+    if text[:1] in ("{", "`"):
+        return settled(list(bare_calls(text, tools)), tools)
+    return None
+
+
+def settled(found: list[Found], tools: Tools) -> Calls | None:
+    """None unless there are calls, all of declared tools and with readable arguments."""
+    calls: Calls = []
+    for name, given in found:
+        arguments = mended_arguments(given if isinstance(given, str) else dump(given).decode(), tools.get(name))
+        if name not in tools or arguments is None:
+            return None
+        calls.append((name, arguments))
+    return calls or None
+
+
+def whole(text: str, tools: Tools) -> tuple[str, Calls] | None:
+    """The calls of a whole answer, and the text before them. Raises Unreadable."""
+    start = text.lstrip()
+    if start[:1] in FIRST_CHARS and (calls := calls_in(start, tools)):
+        return "", calls
+    places = [at for marker, _, _ in DIALECTS if (at := text.find(marker)) > 0]
+    if not places or text.count("```", 0, min(places)) % 2:  # in a code block it is being shown
+        return None
+    try:
+        calls = calls_in(text[min(places) :], tools)
+    except Unreadable:
+        return None
+    return (text[: min(places)].rstrip(), calls) if calls else None
+
+
+# --- JSON mode ------------------------------------------------------------------------------------------------------
+def found_json(text: str) -> str | None:
+    """The JSON in an answer that should be nothing else: the very text where it is, else what stands in a code fence
+    or between words. None where there is none."""
+    if load_inner(text) is not None or text.strip() == "null":
+        return text
+    within = [block.removeprefix("json") for block in enclosed(text, "```", "```")]
+    for opening, end in sorted((("{", "}"), ("[", "]")), key=lambda pair: text.find(pair[0])):
+        within.append(text[text.find(opening) : text.rfind(end) + 1])
+    return next((part.strip() for part in within if part.strip() and load_inner(part) is not None), None)
+
+
+# --- Arguments ------------------------------------------------------------------------------------------------------
+def mended_arguments(text: str, schema: JSON | None) -> str | None:
+    """A call's arguments as the JSON text of an object; None for what cannot be read.
+
+    Some models encode the whole or a nested value twice. A nested value is decoded only where the schema asks for a
+    list or an object, and never where it allows text.
+    """
+    if not text.strip():
+        return "{}"
+    value = lenient(text)
+    if isinstance(value, str):
+        value = lenient(value)
+    if not isinstance(value, dict):
+        return None
+    decoded = decoded_values(value, schema or {})
+    if decoded is value and text[0] == "{" and load_inner(text) is not None:
+        return text
+    return dump(decoded).decode()
+
+
+def lenient(text: str) -> Any:
+    """JSON with the mistakes that models make: fences around it, line ends in strings, a comma too many."""
+    if (value := load_inner(text)) is not None:
+        return value
+    text = unfenced(text)
+    for attempt in (text, re.sub(r",(\s*[}\]])", r"\1", text)):
+        try:
+            value = json.loads(attempt, strict=False)
+            orjson.dumps(value)
+        except (ValueError, RecursionError, orjson.JSONEncodeError):
+            continue
+        return value
+    return None
+
+
+def kinds_of(schema: object) -> frozenset[str]:
+    kind = schema.get("type") if isinstance(schema, dict) else None
+    return frozenset(name for name in (kind if isinstance(kind, list) else [kind]) if isinstance(name, str))
+
+
+def properties_of(schema: JSON) -> JSON:
+    """Clients' schemas are passed on unseen, so they may be anything."""
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
+
+
+def decoded_values(value: Any, schema: object) -> Any:
+    """The very object where nothing was encoded twice."""
+    if not isinstance(schema, dict):
+        return value
+    if isinstance(value, str):
+        kinds = kinds_of(schema)
+        if "string" in kinds or not kinds & {"array", "object"} or value[:1] not in ("[", "{"):
+            return value
+        inner = load_inner(value)
+        fits = (isinstance(inner, list) and "array" in kinds) or (isinstance(inner, dict) and "object" in kinds)
+        return decoded_values(inner, schema) if fits else value
+    if isinstance(value, dict):
+        properties = properties_of(schema)
+        decoded = {name: decoded_values(item, properties.get(name)) for name, item in value.items()}
+        return decoded if any(decoded[name] is not value[name] for name in value) else value
+    if isinstance(value, list):
+        items = [decoded_values(item, schema.get("items")) for item in value]
+        return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
+    return value
+
+
+# --- Streams --------------------------------------------------------------------------------------------------------
+class TextGate:
+    """A stream's first words: what they turn out to be decides in which field they go out.
+
+    `feed` gives (field, text) pieces; nothing while it cannot tell. `open` once the rest is plain text and need not
+    come here any more; `untouched` when all of it was, so that the provider's own bytes can go out.
+    """
+
+    def __init__(self, tools: Tools) -> None:
+        self.open = False
+        self.untouched = True
+        self._tools = tools
+        self._held = ""
+        self._end_tag = ""  # while thoughts run
+        self._calling: list[str] = []  # the pieces of a call, once it has begun
+        self._calling_chars = 0
+
+    def feed(self, text: str) -> list[tuple[str, str]]:
+        if self._calling:
+            self._calling.append(text)
+            self._calling_chars += len(text)
+            if self._calling_chars <= CALL_CHARS_MAX:
+                return []
+            text, self._held = "".join(self._calling), ""
+        self._held += text
+        pieces: list[tuple[str, str]] = []
+        if self._end_tag and not self._think(pieces):
+            return pieces
+        if self.untouched and self._begins_thought():
+            self.untouched = False
+            if not self._think(pieces):
+                return pieces
+        if not self._undecided():
+            self.open = True
+            pieces.append(("content", self._held if self.untouched else self._held.lstrip()))
+        return pieces
+
+    def finish(self) -> tuple[list[tuple[str, str]], Calls]:
+        """What is left at the end. Raises Unreadable."""
+        self.open = True
+        if self._calling:
+            self._held = "".join(self._calling)
+        calls = calls_in(self._held, self._tools) if self._tools and self._held else None
+        if calls:
+            self.untouched = False
+            return [], calls
+        field = "reasoning_content" if self._end_tag else "content"
+        left = self._held if self.untouched else self._held.strip()
+        return ([(field, left)] if left else []), []
+
+    def _begins_thought(self) -> bool:
+        start = self._held.lstrip()
+        for tag in THOUGHT_TAGS:
+            if start.startswith(tag):
+                self._held, self._end_tag = start[len(tag) :], closing(tag)
+                return True
+        return False
+
+    def _think(self, pieces: list[tuple[str, str]]) -> bool:
+        """Pass thoughts on; True when they have ended."""
+        thoughts, end, rest = self._held.partition(self._end_tag)
+        if not end:  # its last characters may be the beginning of the end tag
+            kept = next(n for n in range(len(self._end_tag) - 1, -1, -1) if thoughts.endswith(self._end_tag[:n]))
+            thoughts, rest = thoughts[: len(thoughts) - kept], thoughts[len(thoughts) - kept :]
+        self._held = rest
+        if thoughts:
+            pieces.append(("reasoning_content", thoughts))
+        if end:
+            self._end_tag = ""
+        return bool(end)
+
+    def _undecided(self) -> bool:
+        start = self._held.lstrip()
+        if self._calling:
+            return False  # no call is that long
+        if not start:
+            return len(self._held) <= UNDECIDED_CHARS_MAX
+        if start[0] not in FIRST_CHARS:
+            return False
+        if self._tools and self._is_call(start):
+            self._calling, self._calling_chars = [self._held], len(self._held)
+            return True
+        if len(start) > UNDECIDED_CHARS_MAX:
+            return False
+        if self.untouched and any(tag.startswith(start) for tag in THOUGHT_TAGS):
+            return True
+        return bool(self._tools) and self._may_become_call(start)
+
+    def _is_call(self, start: str) -> bool:
+        if any(start.startswith(marker) for marker, _, _ in DIALECTS if marker != "<function="):
+            return True
+        squeezed = re.sub(r"\s+", "", start)
+        return any(squeezed.startswith(opening) for opening in self._openings())
+
+    def _may_become_call(self, start: str) -> bool:
+        squeezed = re.sub(r"\s+", "", start)
+        return any(marker.startswith(start) for marker, _, _ in DIALECTS) or any(
+            opening.startswith(squeezed) for opening in self._openings()
+        )
+
+    def _openings(self) -> Iterator[str]:
+        """How a call of a declared tool begins, without its white space."""
+        for name in self._tools:
+            yield f"<function={name}"
+            yield f'{{"name":"{name}"'
+            yield f'```json{{"name":"{name}"'
+            yield f'```{{"name":"{name}"'

@@ -1,0 +1,1 @@
+"""The operator's side: the API under /api, discovery, and the page."""

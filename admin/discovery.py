@@ -1,0 +1,120 @@
+"""The models of servers that know best themselves: what a local server lists is added to the catalogue.
+
+Only platforms marked `discover` are asked, at start and again from time to time, off the request's path: a server on a
+laptop is started and stopped at will. One that does not answer keeps the models it had; its failures are routing's
+affair, not ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from config.catalog_files import make_model
+from engine.exchange import Engine
+from protection import UpstreamError
+from records.database import Connection, DatabaseError
+from records.models import sync_models
+from routing.catalog import KEYLESS, Model, Platform
+
+DISCOVER_S = 60.0  # a model pulled on the same machine is there within a minute
+MODELS_MAX = 500  # of one server; a real list ends far below, and each costs a row
+CONTEXT_MAX = 10**9  # tokens; more is no window but a broken server
+CONTEXT_FIELDS = ("context_window", "context_length", "max_model_len", "max_context_length", "inputTokenLimit", "n_ctx")
+NOT_FOR_CHAT = ("embed", "rerank", "whisper", "tts")  # words in the ids of models that answer no chat
+
+
+async def keep_discovering(engine: Engine) -> None:
+    """For the lifespan: runs until it is cancelled."""
+    while any(platform.discover for platform in engine.files.platforms.values()):
+        try:
+            await discover(engine)
+        except DatabaseError as error:
+            engine.log.write("warning", "discovery", message=str(error))
+        await asyncio.sleep(DISCOVER_S)
+
+
+async def discover(engine: Engine) -> dict[str, int | None]:
+    """Ask every platform that wants it, and bring the catalogue up to date where something has changed.
+
+    Gives how many models each listed; None for one that could not be asked. Raises DatabaseError.
+    """
+    asked = [platform for platform in engine.files.platforms.values() if platform.discover]
+    answers = await asyncio.gather(*(listed(engine, platform) for platform in asked))
+    found = {platform.id: answer for platform, answer in zip(asked, answers, strict=True) if answer is not None}
+    told = {
+        platform.id: None if answer is None else len(answer) for platform, answer in zip(asked, answers, strict=True)
+    }
+    models = merged(engine.files.models, found)
+    if models == engine.files.models:
+        return told
+
+    def sync(db: Connection) -> None:
+        sync_models(db, models)
+        engine.files.models[:] = models  # on the thread that reads it for snapshots
+
+    await engine.apply(sync)
+    engine.log.write("info", "discovery", models=len(models))
+    return told
+
+
+async def listed(engine: Engine, platform: Platform) -> list[Model] | None:
+    """The models that a platform's server lists; None when it cannot be asked."""
+    keys = engine.router.catalog.keys.get(platform.id) or ([KEYLESS] if platform.keyless else [])
+    for key in keys[:1]:
+        try:
+            return read_list(await engine.providers.list_models(platform, key), platform)
+        except (UpstreamError, ValueError) as error:
+            engine.log.write("debug", "discovery", platform=platform.id, message=str(error))
+    return None
+
+
+def read_list(body: object, platform: Platform) -> list[Model]:
+    """Models out of `{"data": [{"id": …}]}`, `{"models": [{"name": …}]}` or a bare list. Raises ValueError."""
+    rows = body
+    if isinstance(body, dict):
+        rows = body.get("data") or body.get("models") or []
+    if not isinstance(rows, list):
+        raise ValueError("no list of models")
+    found: dict[str, Model] = {}
+    for row in rows[:MODELS_MAX]:
+        fields = read_row(row)
+        if fields is not None and not any(word in fields["model_id"].lower() for word in NOT_FOR_CHAT):
+            model = make_model({"platform": platform.id, **fields}, {platform.id: platform}, [])
+            found[model.model_id] = model
+    return list(found.values())
+
+
+def read_row(row: object) -> dict[str, Any] | None:
+    if isinstance(row, str):
+        return {"model_id": row}
+    if not isinstance(row, dict):
+        return None
+    name = row.get("id") or row.get("name") or row.get("model")
+    if not isinstance(name, str) or not name.isprintable() or not name:
+        return None
+    fields: dict[str, Any] = {"model_id": name.removeprefix("models/"), "discovered": True}
+    meta = row.get("meta")
+    for place in (row, meta if isinstance(meta, dict) else {}):
+        for field in CONTEXT_FIELDS:
+            size = place.get(field)
+            if isinstance(size, int) and 0 < size <= CONTEXT_MAX:
+                fields.setdefault("context_window", size)
+    capabilities = row.get("capabilities")
+    if isinstance(capabilities, list):
+        fields["vision"] = "vision" in capabilities
+    return fields
+
+
+def merged(models: Sequence[Model], found: dict[str, list[Model]]) -> list[Model]:
+    """The catalogue with what was found in place of what was found before; what its files say stays as they say it."""
+    kept = [model for model in models if not (model.discovered and model.platform.id in found)]
+    known = {(model.platform.id, model.model_id) for model in kept}
+    before = {(model.platform.id, model.model_id): model for model in models}
+    for model in (model for listed in found.values() for model in listed):
+        name = (model.platform.id, model.model_id)
+        if name not in known:
+            old = before.get(name)
+            kept.append(old if old is not None and old.context_window == model.context_window else model)
+    return kept

@@ -1,0 +1,1 @@
+"""What the operator says: settings and catalogue files."""

@@ -1,0 +1,271 @@
+"""The catalogue files: `catalog.json` with the operator's own file merged over it, checked field by field.
+
+What is malformed stops the start with one line that names the entry; a secret's value is never in that line.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from config.settings import Settings, SettingsError
+from routing.catalog import DEMO_ADAPTER, LEVELS, Level, Model, Platform
+from routing.quirk_names import QUIRKS
+from wire.chat import MODES
+
+BUILT_IN_CATALOG = Path(__file__).parent.parent / "catalog.json"
+
+
+@dataclass(frozen=True, slots=True)
+class GivenKey:
+    """A credential the operator handed over. `env` names the variable it came from, if one did."""
+
+    platform: str
+    secret: str = field(repr=False)
+    label: str
+    env: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogFiles:
+    """The built-in catalogue with the operator's file and environment merged over it. Models have no id yet."""
+
+    platforms: dict[str, Platform]
+    models: list[Model]
+    keys: list[GivenKey]
+    warnings: list[str]
+
+
+JSON_TYPES = {list: "a list of texts", bool: "true or false", dict: "an object", int: "a whole number", str: "text"}
+NUMBER, TEXT, FLAG, TEXTS, OBJECT, COUNT = "a number", "text", "true or false", "a list of texts", "an object", (
+    "a whole number ≥ 1 or null"
+)  # fmt: skip
+PLATFORM_FIELDS = {
+    "id": TEXT, "name": TEXT, "adapter": TEXT, "base_url": TEXT, "env": TEXTS, "protection": TEXT, "keyless": FLAG,
+    "quirks": OBJECT, "signup_url": TEXT, "key_format": TEXT, "discover": FLAG, "opt_in": FLAG,
+}  # fmt: skip
+MODEL_FIELDS = {
+    "platform": TEXT, "model_id": TEXT, "name": TEXT, "family": TEXT, "intelligence_rank": NUMBER,
+    "speed_rank": NUMBER, "context_window": COUNT, "max_output": COUNT, "rpm": COUNT, "rpd": COUNT, "tpm": COUNT,
+    "tpd": COUNT, "tools": FLAG, "vision": FLAG, "exclude_from": TEXTS, "prefer_in": TEXTS, "quirks": OBJECT,
+}  # fmt: skip
+KEY_FIELDS = {"platform": TEXT, "key": TEXT, "label": TEXT}
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What one catalogue file says, entry by entry."""
+
+    platforms: list[dict[str, Any]]
+    models: list[dict[str, Any]]
+    keys: list[dict[str, Any]]
+    warnings: list[str]
+
+
+def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
+    """Read and check the catalogue files, whose platforms speak one of these adapters' formats.
+
+    Raises SettingsError naming file and entry.
+    """
+    own = listed(settings.catalog) if settings.catalog is not None else Listed([], [], [], [])
+    warnings = [*built_in().warnings, *own.warnings]
+    platforms: dict[str, dict[str, Any]] = {}
+    models: dict[tuple[str, str], dict[str, Any]] = {}
+    keys: list[GivenKey] = []
+    for file in (built_in(), own):
+        for entry in file.platforms:
+            platforms.setdefault(entry["id"], {}).update(entry)
+        for entry in file.models:
+            models.setdefault((entry["platform"], entry["model_id"]), {}).update(entry)
+        for entry in file.keys:
+            if entry["platform"] not in platforms:
+                raise SettingsError(f"{settings.catalog}: a key names the unknown platform {entry['platform']!r}")
+            secret = provider_key(f"{settings.catalog}: the key for {entry['platform']}", entry["key"])
+            keys.append(GivenKey(entry["platform"], secret, entry.get("label", "")))
+    named = {entry["id"] for entry in own.platforms} | {entry["platform"] for entry in (*own.models, *own.keys)}
+    asked_for = {id for id, fields in platforms.items() if not fields.get("opt_in") or id in named}
+    asked_for |= {id for id in platforms if base_url_variable(id) in settings.environ}
+    made = {
+        id: make_platform(platforms[id], settings.environ, adapters, warnings) for id in platforms if id in asked_for
+    }
+    for platform in made.values():
+        keys += keys_from_environment(platform, settings.environ)
+    return CatalogFiles(made, [make_model(fields, made, warnings) for fields in models.values()], keys, warnings)
+
+
+@lru_cache(maxsize=1)
+def built_in() -> Listed:
+    return listed(BUILT_IN_CATALOG)
+
+
+def listed(path: Path) -> Listed:
+    content = read_catalog(path)
+    warnings: list[str] = []
+    return Listed(
+        entries(content, "platforms", PLATFORM_FIELDS, ("id",), path, warnings),
+        entries(content, "models", MODEL_FIELDS, ("platform", "model_id"), path, warnings),
+        entries(content, "keys", KEY_FIELDS, ("platform", "key"), path, warnings),
+        warnings,
+    )
+
+
+def read_catalog(path: Path) -> dict[str, Any]:
+    try:
+        content = orjson.loads(path.read_bytes())
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
+    except orjson.JSONDecodeError as error:
+        raise SettingsError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise SettingsError(f"{path}: expected an object with platforms, models and keys")
+    return content
+
+
+def entries(
+    content: dict[str, Any],
+    section: str,
+    fields: Mapping[str, str],
+    required: Sequence[str],
+    path: Path,
+    warnings: list[str],
+) -> list[dict[str, Any]]:
+    """One section of a catalogue file, each entry's fields of the right type."""
+    listed = content.get(section, [])
+    if not isinstance(listed, list):
+        raise SettingsError(f"{path}: {section}: expected a list")
+    checked = []
+    for index, entry in enumerate(listed):
+        place = f"{path}: {section}[{index}]"
+        if not isinstance(entry, dict):
+            raise SettingsError(f"{place}: expected an object")
+        for name in required:
+            if not entry.get(name):
+                raise SettingsError(f"{place}: {name} is missing")
+        place = f"{path}: {section[:-1]} {'/'.join(str(entry[name]) for name in required if name != 'key')}"
+        for name, value in entry.items():
+            if name in fields and not has_type(value, fields[name]):
+                raise SettingsError(f"{place}: {name}: expected {fields[name]}")
+        if unknown := sorted(entry.keys() - fields.keys()):
+            warnings.append(f"{place}: ignored unknown {', '.join(unknown)}")
+        checked.append({name: value for name, value in entry.items() if name in fields})
+    return checked
+
+
+def has_type(value: object, expected: str) -> bool:
+    if expected == TEXT:
+        return isinstance(value, str)
+    if expected == FLAG:
+        return isinstance(value, bool)
+    if expected == TEXTS:
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if expected == OBJECT:
+        return isinstance(value, dict)
+    if expected == COUNT:
+        return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def make_platform(
+    fields: dict[str, Any], environ: Mapping[str, str], adapters: Collection[str], warnings: list[str]
+) -> Platform:
+    id = fields["id"]
+    for name in ("adapter", "base_url"):
+        if not fields.get(name):
+            raise SettingsError(f"platform {id}: {name} is missing")
+    if fields["adapter"] not in adapters:
+        raise SettingsError(f"platform {id}: adapter: expected one of {', '.join(adapters)}")
+    protection = fields.get("protection", Level.MODEL_SKIP)
+    if protection not in LEVELS:
+        raise SettingsError(f"platform {id}: protection: expected one of {', '.join(Level)}")
+    variable = base_url_variable(id)
+    base_url = environ.get(variable, fields["base_url"]).rstrip("/")
+    if fields["adapter"] != DEMO_ADAPTER and not re.fullmatch(r"https?://[^\s/]+[^\s]*", base_url):
+        source = variable if variable in environ else f"platform {id}: base_url"
+        raise SettingsError(f"{source}={base_url!r}: expected an address that begins with http:// or https://")
+    return Platform(
+        id=id,
+        name=fields.get("name", id),
+        adapter=fields["adapter"],
+        base_url=base_url,
+        env=tuple(fields.get("env", ())),
+        keyless=fields.get("keyless", False),
+        protection=Level(protection),
+        signup_url=fields.get("signup_url"),
+        key_format=fields.get("key_format"),
+        discover=fields.get("discover", False),
+        quirks=checked_quirks(fields.get("quirks", {}), f"platform {id}", warnings),
+    )
+
+
+def base_url_variable(id: str) -> str:
+    return re.sub(r"[^A-Z0-9]", "_", id.upper()) + "_BASE_URL"
+
+
+def checked_quirks(quirks: Mapping[str, Any], place: str, warnings: list[str]) -> dict[str, Any]:
+    """Quirks that we know, each of its type."""
+    if unknown := sorted(quirks.keys() - QUIRKS.keys()):
+        warnings.append(f"{place}: ignored unknown quirks {', '.join(unknown)}")
+    known = {name: value for name, value in quirks.items() if name in QUIRKS}
+    for name, value in known.items():
+        if type(value) is not QUIRKS[name] or (isinstance(value, list) and not has_type(value, TEXTS)):
+            raise SettingsError(f"{place}: quirks: {name}: expected {JSON_TYPES[QUIRKS[name]]}")
+    return known
+
+
+def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform], warnings: list[str]) -> Model:
+    label = f"model {fields['platform']}/{fields['model_id']}"
+    if fields["platform"] not in platforms:
+        raise SettingsError(f"{label}: unknown platform")
+    for name in ("exclude_from", "prefer_in"):
+        if wrong := [mode for mode in fields.get(name, ()) if mode not in MODES]:
+            raise SettingsError(f"{label}: {name}: {wrong[0]!r} is no mode; expected {', '.join(sorted(MODES))}")
+    platform = platforms[fields["platform"]]
+    return Model(
+        id=0,
+        platform=platform,
+        model_id=fields["model_id"],
+        name=fields.get("name", fields["model_id"]),
+        intelligence_rank=fields.get("intelligence_rank", 50),
+        speed_rank=fields.get("speed_rank", 50),
+        context_window=fields.get("context_window") or 32_768,
+        max_output=fields.get("max_output"),
+        rpm=fields.get("rpm"),
+        rpd=fields.get("rpd"),
+        tpm=fields.get("tpm"),
+        tpd=fields.get("tpd"),
+        tools=fields.get("tools", True),
+        vision=fields.get("vision", False),
+        exclude_from=frozenset(fields.get("exclude_from", ())),
+        prefer_in=frozenset(fields.get("prefer_in", ())),
+        enabled=True,
+        priority=0,
+        in_chain=True,
+        quirks={**platform.quirks, **checked_quirks(fields.get("quirks", {}), label, warnings)},
+        discovered=fields.get("discovered", False),
+    )
+
+
+def keys_from_environment(platform: Platform, environ: Mapping[str, str]) -> list[GivenKey]:
+    """The platform's keys, several in one variable separated by commas."""
+    found = []
+    accounts = [environ[name] for name in platform.quirks.get("env_account", ()) if name in environ]
+    for name in platform.env:
+        for secret in filter(None, (part.strip() for part in environ.get(name, "").split(","))):
+            two_parts = "{" in platform.base_url and ":" not in secret and accounts
+            key = provider_key(name, f"{accounts[0]}:{secret}" if two_parts else secret)
+            found.append(GivenKey(platform.id, key, f"env:{name}", name))
+    return found
+
+
+def provider_key(where: str, text: str) -> str:
+    """A credential as pasted: quotes, "Bearer " and white space around it are taken off. Never quoted back."""
+    key = text.strip().strip("\"'").removeprefix("Bearer ").strip()
+    if not key or not all(33 <= ord(char) <= 126 for char in key):
+        raise SettingsError(f"{where}: expected printable ASCII without spaces (the value is not shown)")
+    return key

@@ -1,0 +1,336 @@
+"""OpenAI's Chat Completions as clients really send it: body to `Chat`, answers back to bytes.
+
+`chat_from` is the one place that judges and mends a request; every dialect ends there. It is lenient about spelling
+(what real clients send, SPEC 3.5) and strict about meaning (SPEC 3.6): what would be misread is refused with the name
+of the field. What needs no mending is passed on as the very object that came in. No I/O.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+
+from dialects.history import Messages, safe_name, wrong_type
+from wire.chat import CHARS_PER_TOKEN, Chat, Completion, Event, LocalRoute, Need, Tally, chunk_head, frame, parse_model
+from wire.errors import GatewayError, InvalidRequest
+from wire.jsontext import JSON, load_object
+from wire.sse import DONE, KEEP_ALIVE
+
+MODEL_CHARS_MAX = 300  # four times the longest in use
+MAX_TOKENS_NAMES = dict.fromkeys(("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict"))
+ANSWER_TOKENS_ASSUMED = 1000  # SPEC 3.7, where the client sets no limit
+EFFORT_ALIASES = {
+    "max": "high", "xhigh": "high", "ultra": "high", "mid": "medium", "balanced": "medium", "normal": "medium",
+    "min": "minimal", "off": "none", "disabled": "none", "auto": None, "adaptive": None, "default": None,
+}  # fmt: skip
+EFFORT_FIELDS = frozenset({"reasoning_effort", "reasoning", "thinking", "enable_thinking", "chat_template_kwargs"})
+RANGES = {"temperature": (0, 2), "top_p": (0.01, 1)}  # 0 would mean no token at all, and is refused
+TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
+
+
+def chat_from(body: JSON) -> Chat:
+    """Judge and mend a chat body. Raises InvalidRequest naming the field."""
+    body = {name: value for name, value in body.items() if value is not None}  # clients null what they do not set
+    model = body.pop("model", "")
+    if not isinstance(model, str) or len(model) > MODEL_CHARS_MAX:  # it is logged as it came
+        raise wrong_type("model", f"a string of at most {MODEL_CHARS_MAX} characters")
+    stream = boolean(body.pop("stream", False), "stream")
+    options = body.pop("stream_options", {})
+    if not isinstance(options, dict):
+        raise wrong_type("stream_options", "an object")
+    refuse_unserved(body)
+    safe_names = mend_tools(body)
+    mend_sampling(body)
+    mend_effort(body)
+    mend_response_format(body)
+    messages = Messages(body.get("messages"), safe_names)
+    body["messages"] = messages.mended
+    chars = messages.chars + (len(orjson.dumps(body["tools"])) if "tools" in body else 0)
+    prompt_tokens = -(-chars // CHARS_PER_TOKEN)
+    max_tokens: int | None = body.get("max_tokens")
+    mode, pinned = parse_model(model)
+    need = Need(
+        mode=mode,
+        pinned=pinned,
+        tokens=prompt_tokens + (ANSWER_TOKENS_ASSUMED if max_tokens is None else max_tokens),
+        vision=messages.has_images,
+        tools="tools" in body,
+    )
+    return Chat(
+        need=need,
+        body=body,
+        model=model,
+        stream=stream,
+        include_usage=stream and bool(options.get("include_usage")),
+        prompt_tokens=prompt_tokens,
+        max_tokens=max_tokens,
+        first_user_text=messages.first_user_text,
+        tool_names={safe: name for name, safe in safe_names.items()} if safe_names else safe_names,
+    )
+
+
+def boolean(value: object, param: str) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise wrong_type(param, "true or false")
+    return value
+
+
+def number(value: object, param: str, *, whole: bool = False) -> float | int:
+    """A number, also spelled as text; a whole one also spelled 1024.0."""
+    if type(value) is int:
+        return value
+    expected = "a whole number" if whole else "a number"
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise wrong_type(param, expected) from None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise wrong_type(param, expected)
+    if whole:
+        if value != int(value):
+            raise wrong_type(param, expected)
+        return int(value)
+    return value
+
+
+def refuse_unserved(body: JSON) -> None:
+    """What no platform here serves is refused, not ignored."""
+    if "n" in body and number(body["n"], "n", whole=True) != 1:
+        raise InvalidRequest("Only n = 1 is supported: send the request several times.", param="n")
+    modalities = body.get("modalities")
+    if "audio" in body or (isinstance(modalities, list) and any(kind != "text" for kind in modalities)):
+        param = "audio" if "audio" in body else "modalities"
+        raise InvalidRequest("Only text can be answered: no platform here gives audio or images.", param=param)
+
+
+def mend_sampling(body: JSON) -> None:
+    for name in body:
+        if (mend := SAMPLING.get(name)) is not None:
+            body[name] = mend(body[name], name)
+    if not MAX_TOKENS_NAMES.keys().isdisjoint(body):
+        given = [int(number(body.pop(name), name, whole=True)) for name in MAX_TOKENS_NAMES if name in body]
+        if given[0] > 0:
+            body["max_tokens"] = given[0]
+    if "stop" in body and not body["stop"]:
+        del body["stop"]
+
+
+def whole_number(value: object, param: str) -> float | int:
+    return number(value, param, whole=True)
+
+
+def in_range(value: object, param: str) -> float | int:
+    low, high = RANGES[param]
+    return min(max(number(value, param), low), high)
+
+
+def an_object(value: object, param: str) -> JSON:
+    if not isinstance(value, dict):
+        raise wrong_type(param, "an object")
+    return value
+
+
+def stops(value: object, param: str) -> str | list[str]:
+    """Without empty ones, which would stop everything at once."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(stop, str) for stop in listed):
+        raise wrong_type(param, "a string or a list of strings")
+    return value if isinstance(value, str) else listed if all(listed) else [stop for stop in listed if stop]
+
+
+SAMPLING: Mapping[str, Callable[[object, str], Any]] = {
+    "temperature": in_range, "top_p": in_range, "presence_penalty": number, "frequency_penalty": number,
+    "min_p": number, "repetition_penalty": number, "n": whole_number, "seed": whole_number, "top_k": whole_number,
+    "top_logprobs": whole_number, "response_format": an_object, "logit_bias": an_object, "stop": stops,
+}  # fmt: skip
+
+
+def mend_effort(body: JSON) -> None:
+    """How much to think, in whichever of the spellings in use, as `reasoning_effort`."""
+    if EFFORT_FIELDS.isdisjoint(body):
+        return
+    given = [body.pop("reasoning_effort", None)]
+    if isinstance(body.get("reasoning"), dict):
+        given.append(body.pop("reasoning").get("effort"))
+    if isinstance(body.get("thinking"), dict):
+        given.append(effort_of_thinking(body.pop("thinking")))
+    if isinstance(body.get("enable_thinking"), bool):
+        given.append("medium" if body.pop("enable_thinking") else "none")
+    template = body.get("chat_template_kwargs")
+    if isinstance(template, dict):
+        for name in ("enable_thinking", "thinking"):
+            if isinstance(template.get(name), bool):
+                given.append("medium" if template[name] else "none")
+                template = {key: value for key, value in template.items() if key != name}
+        body["chat_template_kwargs"] = template
+        if not template:
+            del body["chat_template_kwargs"]
+    effort = next((value for value in given if value is not None), None)
+    if effort is None:
+        return
+    if not isinstance(effort, str):
+        raise wrong_type("reasoning_effort", "a string")
+    effort = EFFORT_ALIASES.get(effort.lower(), effort.lower())
+    if effort is not None:
+        body["reasoning_effort"] = effort
+
+
+def effort_of_thinking(thinking: JSON) -> str | None:
+    budget = thinking.get("budget_tokens")
+    if thinking.get("type") == "disabled":
+        return "none"
+    if isinstance(budget, int):
+        return "low" if budget < 4096 else "medium" if budget < 16_384 else "high"
+    return "medium" if thinking.get("type") == "enabled" else None
+
+
+def mend_response_format(body: JSON) -> None:
+    """`text` is the default, which some servers refuse to be told; a schema may lie one level too high."""
+    wanted = body.get("response_format")
+    if wanted is None:
+        return
+    if wanted.get("type") == "text":
+        del body["response_format"]
+    elif wanted.get("type") == "json_schema":
+        spec = wanted.get("json_schema")
+        if spec is None and isinstance(wanted.get("schema"), dict):
+            spec = {name: value for name, value in wanted.items() if name != "type"}
+        if not isinstance(spec, dict):
+            raise wrong_type("response_format.json_schema", "an object")
+        if "schema" not in spec and "type" in spec:
+            spec = {"schema": spec}
+        if "name" not in spec:
+            spec = {"name": "answer", **spec}
+        if spec is not wanted.get("json_schema"):
+            body["response_format"] = {"type": "json_schema", "json_schema": spec}
+
+
+def mend_tools(body: JSON) -> dict[str, str]:
+    """Tools in today's nested form; a choice only where there are tools. Gives the safe names of those that need one.
+
+    MCP clients name tools with dots, slashes and blanks, and at length; strict servers refuse that.
+    """
+    if TOOL_FIELDS.isdisjoint(body):
+        return {}
+    if "functions" in body:
+        functions = body.pop("functions")
+        if not isinstance(functions, list):
+            raise wrong_type("functions", "a list")
+        if "tools" not in body:
+            body["tools"] = [{"type": "function", "function": function} for function in functions]
+    if "function_call" in body:
+        choice = body.pop("function_call")
+        body.setdefault("tool_choice", {"type": "function", "function": choice} if isinstance(choice, dict) else choice)
+    tools = body.get("tools", [])
+    if not isinstance(tools, list):
+        raise wrong_type("tools", "a list")
+    if not tools:
+        for name in ("tools", "tool_choice", "parallel_tool_calls"):
+            body.pop(name, None)
+        return {}
+    body["tools"] = tools = [mended_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
+    safe_names = {f["name"]: safe for f in functions if (safe := safe_name(f["name"])) != f["name"]}
+    if safe_names:
+        body["tools"] = [with_name(tool, safe_names) if "function" in tool else tool for tool in tools]
+    if "tool_choice" in body:
+        choice = mended_choice(body["tool_choice"])
+        named = isinstance(choice, dict) and isinstance(choice.get("function"), dict)
+        body["tool_choice"] = with_name(choice, safe_names) if safe_names and named else choice
+    return safe_names
+
+
+def with_name(tool: Any, safe_names: dict[str, str]) -> JSON:
+    function = tool["function"]
+    name = function.get("name")
+    if not isinstance(name, str):
+        raise wrong_type("tool_choice.function.name", "a string")
+    return {**tool, "function": {**function, "name": safe_names.get(name, name)}}
+
+
+def mended_tool(tool: object, param: str) -> JSON:
+    if not isinstance(tool, dict):
+        raise wrong_type(param, "an object")
+    if tool.get("type", "function") != "function" and "function" not in tool:
+        return tool
+    function = tool.get("function")
+    if function is None and "name" in tool:  # flat, as in the Responses API
+        function = {name: value for name, value in tool.items() if name != "type"}
+    if not isinstance(function, dict):
+        raise wrong_type(f"{param}.function", "an object")
+    if not isinstance(function.get("name"), str) or not function["name"]:
+        raise wrong_type(f"{param}.function.name", "a non-empty string")
+    if not function.get("parameters"):
+        function = {**function, "parameters": {"type": "object", "properties": {}}}
+    elif not isinstance(function["parameters"], dict):
+        raise wrong_type(f"{param}.function.parameters", "an object")
+    if "type" in tool and function is tool.get("function"):
+        return tool
+    return {"type": "function", "function": function}
+
+
+def mended_choice(choice: object) -> object:
+    if isinstance(choice, str):
+        return "required" if choice == "any" else choice
+    if not isinstance(choice, dict):
+        raise wrong_type("tool_choice", "a string or an object")
+    kind = choice.get("type")
+    if kind in ("auto", "none", "required", "any"):
+        return "required" if kind == "any" else kind
+    if kind in ("tool", "function") and isinstance(choice.get("name"), str):
+        return {"type": "function", "function": {"name": choice["name"]}}
+    return choice
+
+
+class ChatEncoder:
+    """Answers are in this dialect already: bytes go out as they came."""
+
+    def __init__(self, include_usage: bool) -> None:
+        self._include_usage = include_usage
+
+    def whole(self, completion: Completion) -> bytes:
+        return completion.raw
+
+    def feed(self, events: list[Event]) -> bytes:
+        return events[0].raw if len(events) == 1 else b"".join([event.raw for event in events])
+
+    def end(self, tally: Tally) -> bytes:
+        if not self._include_usage or tally.usage_object is None:
+            return DONE
+        return (tally.usage_raw or frame({**chunk_head(tally.head), "choices": [], "usage": tally.usage_object})) + DONE
+
+    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
+        chunk = chunk_head(tally.head)
+        chunk["error"] = {"message": message, "type": type, "code": code, "param": None}
+        chunk["choices"] = [{"index": 0, "delta": {}, "finish_reason": "error"}]
+        return frame(chunk) + DONE
+
+    def heartbeat(self) -> bytes:
+        return KEEP_ALIVE
+
+    def resumed(self, label: str) -> bytes:
+        return f": resumed on {label}\n\n".encode()
+
+
+class ChatDialect:
+    """POST /v1/chat/completions."""
+
+    paths = ("/v1/chat/completions",)
+
+    def error(self, error: GatewayError, request_id: str) -> bytes:
+        return error.body()
+
+    def extra_routes(self) -> tuple[LocalRoute, ...]:
+        return ()
+
+    def parse(self, raw: bytes, now: float) -> Chat:
+        return chat_from(load_object(raw))
+
+    def encoder(self, chat: Chat, now: float) -> ChatEncoder:
+        return ChatEncoder(chat.include_usage)

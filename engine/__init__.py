@@ -1,0 +1,1 @@
+"""One request's life, from the door to the last row."""

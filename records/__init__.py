@@ -1,0 +1,1 @@
+"""What survives a restart: the database, its tables, and what is reported from them."""

@@ -1,0 +1,145 @@
+"""What the operator changes in the database: keys, models and the fallback chain.
+
+Each function is one transaction's work, for `Engine.apply` or `Store.read`; it returns None where the id is unknown.
+Secrets go in and never come out: a key leaves here masked.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from records.keys import add_key
+from records.vault import Vault, mask
+from routing.catalog import KeyStatus
+
+KEY_COLUMNS = ("id", "platform", "label", "status", "enabled", "last_error", "created_at")
+MODEL_COLUMNS = (
+    "id", "platform", "model_id", "display_name", "intelligence_rank", "speed_rank", "context_window", "rpm_limit",
+    "rpd_limit", "tpm_limit", "tpd_limit", "supports_tools", "supports_vision", "enabled",
+)  # fmt: skip
+FLAGS = ("enabled", "supports_tools", "supports_vision")
+
+
+def list_keys(db: sqlite3.Connection, vault: Vault, id: int | None = None) -> list[dict[str, Any]]:
+    """Every key, or the one with this id, as it may be shown."""
+    entries = []
+    for *shown, ciphertext, iv, tag in db.execute(
+        f"SELECT {', '.join(KEY_COLUMNS)}, encrypted_key, iv, auth_tag FROM api_keys "
+        "WHERE :id IS NULL OR id = :id ORDER BY id",
+        {"id": id},
+    ):
+        entry = dict(zip(KEY_COLUMNS, shown, strict=True))
+        entry["enabled"] = bool(entry["enabled"])
+        entries.append(entry | {"masked": mask(vault.decrypt(ciphertext, iv, tag))})
+    return entries
+
+
+def show_key(db: sqlite3.Connection, vault: Vault, id: int) -> dict[str, Any] | None:
+    return next(iter(list_keys(db, vault, id)), None)
+
+
+def read_secret(db: sqlite3.Connection, vault: Vault, id: int) -> tuple[str, str] | None:
+    """A key's platform and the key itself, for a call to its provider."""
+    row = db.execute("SELECT platform, encrypted_key, iv, auth_tag FROM api_keys WHERE id = ?", (id,)).fetchone()
+    return (row[0], vault.decrypt(*row[1:])) if row else None
+
+
+def put_key(
+    db: sqlite3.Connection, vault: Vault, platform: str, secret: str, label: str | None
+) -> tuple[dict[str, Any], bool]:
+    """Store a key; gives it as shown, and whether it is new.
+
+    Giving a known key again is a wish to use it: its row is switched on, and tried again if it was invalid. One whose
+    variable has gone loses the variable's label too, or the next start would switch it off again.
+    """
+    known = {id for (id,) in db.execute("SELECT id FROM api_keys WHERE platform = ?", (platform,))}
+    id = add_key(db, vault, platform, secret, label or "")
+    if id in known:
+        db.execute(
+            "UPDATE api_keys SET enabled = 1, gone = 0, label = COALESCE(?, CASE gone WHEN 1 THEN '' ELSE label END), "
+            "status = CASE status WHEN 'invalid' THEN 'unknown' ELSE status END, "
+            "last_error = CASE status WHEN 'invalid' THEN NULL ELSE last_error END WHERE id = ?",
+            (label, id),
+        )
+    return list_keys(db, vault, id)[0], id not in known
+
+
+def change_key(
+    db: sqlite3.Connection, vault: Vault, id: int, *, label: str | None, enabled: bool | None, reset: bool
+) -> dict[str, Any] | None:
+    """Change what is not None; `reset` makes the key's status unknown, so that it is tried again."""
+    if label is not None:
+        db.execute("UPDATE api_keys SET label = ? WHERE id = ?", (label, id))
+    if enabled is not None:
+        db.execute("UPDATE api_keys SET enabled = ?, gone = 0 WHERE id = ?", (enabled, id))
+    if reset:
+        set_status(db, id, KeyStatus.UNKNOWN, None)
+    return show_key(db, vault, id)
+
+
+def set_status(db: sqlite3.Connection, id: int, status: KeyStatus | None, last_error: str | None) -> None:
+    """Note what a check has found; a status of None is no news of it."""
+    db.execute(
+        "UPDATE api_keys SET status = COALESCE(?, status), last_error = ? WHERE id = ?", (status, last_error, id)
+    )
+
+
+def delete_key(db: sqlite3.Connection, id: int) -> bool:
+    return db.execute("DELETE FROM api_keys WHERE id = ?", (id,)).rowcount > 0
+
+
+def count_keys(db: sqlite3.Connection) -> dict[str, int]:
+    """How many keys each platform has, those switched off too."""
+    return dict(db.execute("SELECT platform, COUNT(*) FROM api_keys GROUP BY platform").fetchall())
+
+
+def list_models(db: sqlite3.Connection, id: int | None = None) -> list[dict[str, Any]]:
+    """Rows of `models`, those gone from the catalogue too."""
+    entries = []
+    for row in db.execute(
+        f"SELECT {', '.join(MODEL_COLUMNS)} FROM models WHERE :id IS NULL OR id = :id ORDER BY id", {"id": id}
+    ):
+        entry = dict(zip(MODEL_COLUMNS, row, strict=True))
+        entries.append(entry | {name: bool(entry[name]) for name in FLAGS})
+    return entries
+
+
+def set_model_enabled(db: sqlite3.Connection, id: int, enabled: bool) -> dict[str, Any]:
+    db.execute("UPDATE models SET enabled = ? WHERE id = ?", (enabled, id))
+    return list_models(db, id)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One change to the chain; None leaves as it was."""
+
+    model_db_id: int
+    priority: int | None
+    enabled: bool | None
+
+
+def change_chain(db: sqlite3.Connection, links: Sequence[Link]) -> None:
+    """Apply all changes. Where two models would share a priority, the one given now comes first, the other moves on."""
+    old: Mapping[int, tuple[int, int]] = {
+        id: (priority, enabled)
+        for id, priority, enabled in db.execute("SELECT model_db_id, priority, enabled FROM fallback_config")
+    }
+    wanted = dict(old)
+    given: dict[int, int] = {}  # model: its place among those given a priority
+    for link in links:
+        priority, enabled = wanted[link.model_db_id]
+        if link.priority is not None:
+            priority = link.priority
+            given[link.model_db_id] = len(given)
+        wanted[link.model_db_id] = (priority, enabled if link.enabled is None else int(link.enabled))
+    order = sorted(wanted, key=lambda id: (wanted[id][0], given.get(id, len(given)), old[id][0], id))
+    last = -1
+    for id in order:
+        last = max(last + 1, wanted[id][0]) if given else wanted[id][0]
+        if (last, wanted[id][1]) != tuple(old[id]):
+            db.execute(
+                "UPDATE fallback_config SET priority = ?, enabled = ? WHERE model_db_id = ?", (last, wanted[id][1], id)
+            )

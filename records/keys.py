@@ -1,0 +1,67 @@
+"""The `api_keys` table: provider credentials from files and environment, and their status."""
+
+from __future__ import annotations
+
+import secrets
+import sqlite3
+import time
+from collections.abc import Sequence
+
+from records.rows import iso
+from records.vault import Vault
+from routing.catalog import KeyStatus
+
+
+# What the gateway asks of the database. Each is one transaction's work, for `write` or `read`.
+def client_key(db: sqlite3.Connection, vault: Vault) -> tuple[str, bool]:
+    """The API key kept in `settings`, and whether it was made just now."""
+    row = db.execute("SELECT value FROM settings WHERE key = 'api_key'").fetchone()
+    if row is not None:
+        return vault.unseal(row[0]), False
+    key = f"fw-{secrets.token_urlsafe(32)}"
+    db.execute("INSERT INTO settings VALUES ('api_key', ?)", (vault.seal(key),))
+    return key, True
+
+
+def add_key(db: sqlite3.Connection, vault: Vault, platform: str, secret: str, label: str) -> int:
+    """Store a key once; the same key of the same platform is the same row. Gives its id."""
+    fingerprint = vault.fingerprint(platform, secret)
+    row = db.execute(
+        "SELECT id FROM api_keys WHERE platform = ? AND fingerprint = ?", (platform, fingerprint)
+    ).fetchone()
+    if row is not None:
+        return int(row[0])
+    ciphertext, iv, tag = vault.encrypt(secret)
+    cursor = db.execute(
+        "INSERT INTO api_keys (platform, label, encrypted_key, iv, auth_tag, fingerprint, created_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (platform, label, ciphertext, iv, tag, fingerprint, iso(time.time())),
+    )
+    return int(cursor.lastrowid or 0)
+
+
+def sync_file_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
+    """Store (platform, secret, label) once; a key that a variable gave before is the file's from now on."""
+    for platform, secret, label in given:
+        id = add_key(db, vault, platform, secret, label)
+        db.execute(
+            "UPDATE api_keys SET label = ?, enabled = MAX(enabled, gone), gone = 0 WHERE id = ? AND label LIKE 'env:%'",
+            (label, id),
+        )
+
+
+def sync_environment_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
+    """Upsert (platform, secret, `env:NAME`); a key whose variable has gone is disabled until it comes back."""
+    present = set()
+    for platform, secret, label in given:
+        id = add_key(db, vault, platform, secret, label)
+        present.add(id)
+        db.execute("UPDATE api_keys SET label = ? WHERE id = ? AND label LIKE 'env:%'", (label, id))
+        db.execute("UPDATE api_keys SET enabled = 1, gone = 0 WHERE id = ? AND gone = 1", (id,))
+    for (id,) in db.execute("SELECT id FROM api_keys WHERE label LIKE 'env:%'").fetchall():
+        if id not in present:
+            db.execute("UPDATE api_keys SET enabled = 0, gone = 1 WHERE id = ? AND enabled = 1", (id,))
+
+
+def set_key_status(db: sqlite3.Connection, id: int, status: KeyStatus, last_error: str | None) -> None:
+    db.execute("UPDATE api_keys SET status = ?, last_error = ? WHERE id = ?", (status, last_error, id))

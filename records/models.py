@@ -1,0 +1,76 @@
+"""The `models` and `fallback_config` tables: synced from the catalogue, read back as a routing snapshot."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from records.vault import Vault
+from routing.catalog import Catalog, Key, KeyStatus, Model, Platform
+
+
+def sync_models(db: sqlite3.Connection, models: Sequence[Model]) -> None:
+    """Bring the tables to the catalogue's facts; what the user changed stays, what has gone is disabled (SPEC 2.1)."""
+    known = {(row[1], row[2]): row[0] for row in db.execute("SELECT id, platform, model_id FROM models")}
+    by_rank = sorted(models, key=lambda m: (m.intelligence_rank, m.speed_rank))  # stable: then catalogue order
+    last = db.execute("SELECT COALESCE(MAX(priority), 0) FROM fallback_config").fetchone()[0]
+    for model in by_rank:
+        facts = (
+            model.name, model.intelligence_rank, model.speed_rank, model.context_window, model.rpm, model.rpd,
+            model.tpm, model.tpd, model.tools, model.vision,
+        )  # fmt: skip
+        id = known.pop((model.platform.id, model.model_id), None)
+        if id is not None:
+            db.execute(
+                "UPDATE models SET display_name = ?, intelligence_rank = ?, speed_rank = ?, context_window = ?, "
+                "rpm_limit = ?, rpd_limit = ?, tpm_limit = ?, tpd_limit = ?, supports_tools = ?, supports_vision = ?, "
+                "enabled = COALESCE(enabled_before, enabled), enabled_before = NULL WHERE id = ?",
+                (*facts, id),
+            )
+            continue
+        last += 1
+        cursor = db.execute(
+            "INSERT INTO models (display_name, intelligence_rank, speed_rank, context_window, rpm_limit, rpd_limit, "
+            "tpm_limit, tpd_limit, supports_tools, supports_vision, platform, model_id) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (*facts, model.platform.id, model.model_id),
+        )
+        db.execute("INSERT INTO fallback_config (model_db_id, priority) VALUES (?, ?)", (cursor.lastrowid, last))
+    for id in known.values():
+        db.execute(
+            "UPDATE models SET enabled_before = enabled, enabled = 0 WHERE id = ? AND enabled_before IS NULL", (id,)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The catalogue in force and the status of every enabled key."""
+
+    catalog: Catalog
+    key_status: dict[int, KeyStatus]
+
+
+def load_snapshot(
+    db: sqlite3.Connection, vault: Vault, platforms: Mapping[str, Platform], models: Sequence[Model]
+) -> Snapshot:
+    """Facts from the catalogue files; ids, switches, order and keys from the database."""
+    state = {
+        (platform, model_id): (id, bool(enabled), priority, bool(in_chain))
+        for id, platform, model_id, enabled, priority, in_chain in db.execute(
+            "SELECT m.id, m.platform, m.model_id, m.enabled, f.priority, f.enabled "
+            "FROM models m JOIN fallback_config f ON f.model_db_id = m.id"
+        )
+    }
+    placed = []
+    for model in models:
+        id, enabled, priority, in_chain = state[model.platform.id, model.model_id]
+        placed.append(replace(model, id=id, enabled=enabled, priority=priority, in_chain=in_chain))
+    keys, status = [], {}
+    for id, platform, label, ciphertext, iv, tag, state_name in db.execute(
+        "SELECT id, platform, label, encrypted_key, iv, auth_tag, status FROM api_keys WHERE enabled = 1 ORDER BY id"
+    ):
+        if platform in platforms:
+            keys.append(Key(id, platform, vault.decrypt(ciphertext, iv, tag), label))
+            status[id] = KeyStatus(state_name)
+    return Snapshot(Catalog(platforms.values(), placed, keys), status)

@@ -1,0 +1,84 @@
+"""Encryption of credentials at rest: AES-256-GCM and the key file. The only module that uses cryptography."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+TAG_BYTES, IV_BYTES = 16, 12
+
+
+class StoreError(Exception):
+    """The database cannot be used; the text is one line for the operator."""
+
+
+class Vault:
+    """AES-256-GCM with one key; encrypts credentials, and recognises them without reading them."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+        self._cipher = AESGCM(key)
+
+    def encrypt(self, secret: str) -> tuple[bytes, bytes, bytes]:
+        """Ciphertext, iv, tag."""
+        iv = secrets.token_bytes(IV_BYTES)
+        sealed = self._cipher.encrypt(iv, secret.encode(), None)
+        return sealed[:-TAG_BYTES], iv, sealed[-TAG_BYTES:]
+
+    def decrypt(self, ciphertext: bytes, iv: bytes, tag: bytes) -> str:
+        try:
+            return self._cipher.decrypt(iv, ciphertext + tag, None).decode()
+        except InvalidTag:
+            raise StoreError(
+                "ENCRYPTION_KEY (or the key file) is not the one this database was encrypted with. "
+                "Nothing was changed; start with the right key, or with another database."
+            ) from None
+
+    def fingerprint(self, platform: str, secret: str) -> bytes:
+        return hmac.digest(self._key, f"{platform}\0{secret}".encode(), "sha256")
+
+    def seal(self, text: str) -> str:
+        """For `settings`: ciphertext, iv and tag in one hex text."""
+        return ".".join(part.hex() for part in self.encrypt(text))
+
+    def unseal(self, sealed: str) -> str:
+        ciphertext, iv, tag = (bytes.fromhex(part) for part in sealed.split("."))
+        return self.decrypt(ciphertext, iv, tag)
+
+
+def mask(secret: str) -> str:
+    """What may be shown of a key: `gsk_…a1b2`."""
+    if len(secret) < 12:
+        return "…"
+    prefix = secret[: secret.find("_") + 1] if 0 < secret.find("_") <= 5 else secret[:3]
+    return f"{prefix}…{secret[-4:]}"
+
+
+def read_key_file(path: Path, *, must_exist: bool) -> bytes:
+    """The key in this file, which is made on first start, readable by its owner only."""
+    try:
+        text = path.read_text().strip()
+    except FileNotFoundError:
+        if must_exist:
+            raise StoreError(
+                f"{path} is missing, and the database holds what was encrypted with it. Nothing was changed; "
+                "put the file back, or set ENCRYPTION_KEY."
+            ) from None
+        key = secrets.token_bytes(32)
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+            file.write(key.hex() + "\n")
+        return key
+    except (OSError, UnicodeDecodeError) as error:
+        raise StoreError(f"{path}: cannot be read: {error}") from None
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != 32:
+        raise StoreError(f"{path}: expected 64 hex digits (the content is not shown)")
+    return key

@@ -1,0 +1,1 @@
+"""Who could serve: the catalogue, what each key has used, how good each model seems."""

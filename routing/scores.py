@@ -1,0 +1,183 @@
+"""How good a model seems: what the log says of it, and scores drawn from that (SPEC 4.2, 10.3).
+
+Owns the statistics in force. A score is chance, how likely the model is to answer, plus merit, what an answer of its is
+worth. Chance is drawn anew for every request and every model (Thompson sampling), so everything else is worked out when
+statistics or catalogue change. No I/O; `rng` is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from math import exp, log, sqrt
+from random import Random
+
+from routing.catalog import Model
+from wire.chat import Mode
+
+STEPS = 128  # of a distribution's table of quantiles, between which a draw is linear
+POINTS = 512  # at which its density is looked at
+SPREAD = 8  # standard deviations to either side; what lies beyond happens less than once in ten thousand draws
+SHEETS_MAX = 64  # sets of candidates in use: modes, times what requests ask for
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """What the log says of one model over the analytics window. Rates and times are of successes only."""
+
+    successes: float = 0.0  # recency-weighted
+    total: float = 0.0  # recency-weighted
+    raw_successes: int = 0
+    raw_total: int = 0
+    tok_per_sec: float = 0.0
+    avg_ttfb_ms: float | None = None
+
+
+UNSEEN = Stats()
+
+
+def ttfb_score(avg_ms: float) -> float:
+    """The reward for a quick first token: a line through (500, .25), (1000, .15), (2000, 0), (10000, -.5)."""
+    if avg_ms < 500:
+        return 0.25
+    if avg_ms <= 1000:
+        return 0.25 - 0.10 * (avg_ms - 500) / 500
+    if avg_ms <= 2000:
+        return 0.15 - 0.15 * (avg_ms - 1000) / 1000
+    if avg_ms <= 10_000:
+        return -0.5 * (avg_ms - 2000) / 8000
+    return -0.5
+
+
+def speed_score(tok_s: float, tok_s_max: float) -> float:
+    score = 0.3 * tok_s / tok_s_max if tok_s_max else 0.0
+    return score - 0.35 * (1 - tok_s / 10) if tok_s < 10 else score
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    speed: float
+    ttfb: float
+    intelligence: float
+
+
+WEIGHTS = {
+    Mode.BALANCED: Weights(speed=1.0, ttfb=1.0, intelligence=0.1),
+    Mode.SMART: Weights(speed=0.2, ttfb=0.2, intelligence=0.6),
+    Mode.FAST: Weights(speed=2.0, ttfb=2.0, intelligence=0.0),
+}
+UNSEEN_SPEED, UNSEEN_TTFB = 0.3, 0.25 * 0.75  # hope, so that new models are tried
+
+
+@dataclass(frozen=True, slots=True)
+class Yardstick:
+    """What scores are relative to: the fastest, the best and the worst of the models compared."""
+
+    tok_s_max: float
+    rank_best: float
+    rank_worst: float
+
+    @classmethod
+    def of(cls, models: Sequence[Model], stats: Mapping[int, Stats]) -> Yardstick:
+        ranks = [m.intelligence_rank for m in models]
+        return cls(max((stats.get(m.id, UNSEEN).tok_per_sec for m in models), default=0.0), min(ranks), max(ranks))
+
+    def intelligence(self, rank: float) -> float:
+        width = self.rank_worst - self.rank_best
+        return (self.rank_worst - rank) / width if width else 1.0
+
+
+def merit(model: Model, stats: Stats, weights: Weights, yardstick: Yardstick, *, hope: bool = True) -> float:
+    """The part of a score that is not chance: speed, time to first token, intelligence (SPEC 4.2)."""
+    if stats.raw_successes:
+        speed = speed_score(stats.tok_per_sec, yardstick.tok_s_max)
+        ttfb = ttfb_score(stats.avg_ttfb_ms) if stats.avg_ttfb_ms is not None else 0.0
+    else:
+        seen = stats.raw_total > 0 or not hope
+        speed, ttfb = (0.0, 0.0) if seen else (UNSEEN_SPEED, UNSEEN_TTFB)
+    intelligence = yardstick.intelligence(model.intelligence_rank)
+    return weights.speed * speed + weights.ttfb * ttfb + weights.intelligence * intelligence
+
+
+def belief(stats: Stats) -> tuple[float, float]:
+    """The parameters of the Beta distribution over a model's success rate."""
+    return 2 + max(0.1, stats.successes), 2 + max(0.1, stats.total - stats.successes)
+
+
+def chances(stats: Stats) -> tuple[float, ...]:
+    """The table to draw this model's chance from. Working it out takes a fifth of a millisecond the first time, which
+    whoever brings new statistics spends beforehand."""
+    alpha, beta = belief(stats)
+    return quantiles(round(alpha, 2), round(beta, 2))
+
+
+@lru_cache(maxsize=512)  # of 4 KB each
+def quantiles(alpha: float, beta: float) -> tuple[float, ...]:
+    """Beta(alpha, beta) as the values that 0/STEPS, 1/STEPS … of all draws do not exceed. A look into this table costs
+    a tenth of a draw by the book, and there is one for every candidate of every request."""
+    mean = alpha / (alpha + beta)
+    reach = SPREAD * sqrt(mean * (1 - mean) / (alpha + beta + 1))
+    low, high = max(0.0, mean - reach), min(1.0, mean + reach)
+    width = (high - low) / POINTS
+    middles = [low + (point + 0.5) * width for point in range(POINTS)]
+    heights = [(alpha - 1) * log(x) + (beta - 1) * log(1 - x) for x in middles]
+    top = max(heights)
+    areas = list(accumulate((exp(height - top) for height in heights), initial=0.0))
+    values, point = [], 0
+    for step in range(STEPS + 1):
+        wanted = areas[-1] * step / STEPS
+        while point < POINTS - 1 and areas[point + 1] < wanted:
+            point += 1
+        share = (wanted - areas[point]) / (areas[point + 1] - areas[point]) if areas[point + 1] > areas[point] else 0.0
+        values.append(low + (point + min(share, 1.0)) * width)
+    return tuple(values)
+
+
+class Scores:
+    """Scores of models by the statistics in force."""
+
+    def __init__(self) -> None:
+        self.stats: Mapping[int, Stats] = {}
+        self._sheets: dict[tuple[Mode, tuple[int, ...]], list[tuple[float, tuple[float, ...]]]] = {}
+
+    def learn(self, stats: Mapping[int, Stats]) -> None:
+        """Go by these from now on. Also called with the same ones when the models themselves have changed."""
+        self.stats = stats
+        self._sheets.clear()
+
+    def drawn(self, models: Sequence[Model], mode: Mode, rng: Random) -> list[float]:
+        """A score for each model, its chance drawn anew."""
+        random, scores = rng.random, []
+        for merit, table in self._sheet(models, mode):
+            place = random() * STEPS
+            step = int(place)
+            chance = table[step]
+            scores.append(merit + chance + (place - step) * (table[step + 1] - chance))
+        return scores
+
+    def expected(self, models: Sequence[Model]) -> list[float]:
+        """Balanced scores with the expectation in place of the draw, and no bonus for the unseen (SPEC 10.3)."""
+        if not models:
+            return []
+        yardstick, scores = Yardstick.of(models, self.stats), []
+        for model in models:
+            stats = self.stats.get(model.id, UNSEEN)
+            alpha, beta = belief(stats)
+            worth = merit(model, stats, WEIGHTS[Mode.BALANCED], yardstick, hope=False)
+            scores.append(alpha / (alpha + beta) + worth)
+        return scores
+
+    def _sheet(self, models: Sequence[Model], mode: Mode) -> list[tuple[float, tuple[float, ...]]]:
+        """Merit and chances of each of these candidates."""
+        key = (mode, tuple([m.id for m in models]))
+        sheet = self._sheets.get(key)
+        if sheet is None:
+            if len(self._sheets) >= SHEETS_MAX:
+                self._sheets.clear()
+            weights, yardstick = WEIGHTS[mode], Yardstick.of(models, self.stats)
+            known = [(m, self.stats.get(m.id, UNSEEN)) for m in models]
+            sheet = [(merit(m, stats, weights, yardstick), chances(stats)) for m, stats in known]
+            self._sheets[key] = sheet
+        return sheet

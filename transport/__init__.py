@@ -1,0 +1,1 @@
+"""Sockets: the client's side and the providers'."""

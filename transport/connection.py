@@ -1,0 +1,144 @@
+"""One client's connection: how much it may send before it is a request, how long it may take, and how answers leave.
+
+uvicorn reads a request's head without a limit of size or time, and keeps a connection that never says anything for
+ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair. What it
+writes is written to `HeadWithBody`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from wire.errors import GatewayError, InvalidRequest
+
+HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; checked read by read, so a little more may slip in
+REFUSED_BYTES_MAX = 1024 * 1024  # that a refused client may go on to send before it is cut off
+LINGER_S = 2.0  # for a refused client to read why
+HEAD_S = 20.0  # for a head to arrive, and for what is left of a body whose request has been answered already
+
+
+class HeadWithBody:
+    """A transport that sends a response's head together with what follows it at once: uvicorn writes the two one after
+    the other, and each write is a call to the system and a packet."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._head = b""
+        self.write = self._hold
+        self.is_closing = transport.is_closing
+        self.pause_reading = transport.pause_reading
+        self.resume_reading = transport.resume_reading
+
+    def expect_head(self) -> None:
+        """The next write may be a head; those behind it go straight through."""
+        if not self._head:
+            self.write = self._hold
+
+    def finish(self) -> None:
+        """Send what is held, and that nothing follows."""
+        self._flush()
+        if not self._transport.is_closing():
+            self._transport.write_eof()
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def _hold(self, data: bytes) -> None:
+        if data[:9] == b"HTTP/1.1 " and data[9:12] != b"100":
+            self._head = data
+            self.write = self._join
+            self._loop.call_soon(self._flush)  # whoever takes time for the body sends the head before it
+        else:
+            self._transport.write(data)
+
+    def _join(self, data: bytes) -> None:
+        head, self._head = self._head, b""
+        self.write = self._transport.write
+        self._transport.write(head + data)
+
+    def _flush(self) -> None:
+        if self._head:
+            self._join(b"")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class ClientConnection(HttpToolsProtocol):
+    """uvicorn's, with limits. What they cost: one look per read, and one timer per connection."""
+
+    def __init__(self, *args: Any, head_s: float = HEAD_S, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._head_s = head_s
+        self._head_bytes = 0
+        self._refused = False
+        self._last_seen: object = self  # the request at the last look; at first none, and not even a look
+        self._timer: asyncio.TimerHandle | None = None
+        self._served: RequestResponseCycle | None = None  # `cycle` is the last request that came, perhaps behind this
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._outgoing = HeadWithBody(transport, self.loop)
+        super().connection_made(self._outgoing)  # type: ignore[arg-type]
+        self._look()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._served is not None and not self._served.response_complete:  # uvicorn tells the last one only
+            self._served.disconnected = True
+            self._served.message_event.set()
+        super().connection_lost(exc)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._served = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:  # what arrives is read and dropped, because a reset would overtake the answer
+            self._head_bytes += len(data)
+            if self._head_bytes > REFUSED_BYTES_MAX:
+                self.transport.close()
+            return
+        self._outgoing.expect_head()
+        super().data_received(data)
+        if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):  # not within a head
+            self._head_bytes = 0
+            return
+        self._head_bytes += len(data)
+        if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
+            words = f"The request's head is larger than {HEAD_BYTES_MAX} bytes."
+            self._refuse(InvalidRequest(words, code="head_too_large", status=431))
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(InvalidRequest(msg, code="invalid_http"))
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer without a request, and hang up."""
+        body = error.body()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        served = self._served
+        if served is not None and served.response_started and not served.response_complete:  # amid another's answer
+            self.transport.close()
+            return
+        self._refused = True
+        self.transport.write(STATUS_LINE[error.status] + head + body)
+        self._outgoing.finish()
+        self.loop.call_later(LINGER_S, self.transport.close)
+
+    def _look(self) -> None:
+        """Hang up when no request has begun since the last look, nor is one running, nor is it uvicorn's wait between
+        two: then a head, or the rest of a body that nobody reads, has been arriving all the time."""
+        served = self.cycle is not None and not self.cycle.response_complete
+        if served or self.timeout_keep_alive_task is not None:
+            self._last_seen = self
+        elif self._last_seen is self.cycle:
+            self.transport.close()
+            return
+        else:
+            self._last_seen = self.cycle
+        self._timer = self.loop.call_later(self._head_s, self._look)

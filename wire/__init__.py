@@ -1,0 +1,1 @@
+"""What all layers agree on: a request and its answer in OpenAI's chat form, SSE, JSON text, the errors clients see."""

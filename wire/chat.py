@@ -1,0 +1,213 @@
+"""What clients and gateway speak: one `Chat` in, events or one completion out.
+
+Every client dialect parses into a `Chat` in OpenAI's chat form, and every adapter answers in OpenAI's chat form, so
+neither knows of the other. Routing sees only the `Need` of a request. The client's JSON stays a dict in `Chat.body`:
+unknown fields pass through. No I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from wire.errors import GatewayError
+from wire.jsontext import dump
+
+CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
+TOKENS_MAX = 10**9  # of one answer; a provider that reports more has a broken counter
+
+
+class Mode(StrEnum):
+    """How an auto-routed request weighs its candidates."""
+
+    BALANCED = "balanced"
+    SMART = "smart"
+    FAST = "fast"
+    PRIORITY = "priority"
+
+
+MODELS_PREFIX = "freellmapi/"  # clients configured for that gateway send it
+MODES = frozenset(Mode)
+VIRTUAL_MODELS = ("auto", *(f"auto-{mode}" for mode in Mode))
+
+
+def parse_model(name: str) -> tuple[Mode, str | None]:
+    """The mode that a model name asks for, and the model it pins, if any (SPEC 3.3)."""
+    name = name.strip().removeprefix(MODELS_PREFIX)
+    if name in ("", "auto"):
+        return Mode.BALANCED, None
+    if name.startswith(("auto-", "auto:")) and name[5:] in MODES:
+        return Mode(name[5:]), None
+    return Mode.BALANCED, name
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """All that routing sees of a request: what must be served, and how the client wants it chosen."""
+
+    mode: Mode
+    pinned: str | None  # a model by name
+    tokens: int  # estimated: prompt and answer together (SPEC 3.7)
+    vision: bool = False
+    tools: bool = False
+    strict: bool = False  # only the pinned model may answer (`X-Fallback: none`)
+
+
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """One request, whatever dialect it came in. `body` is OpenAI's chat form without model and stream options."""
+
+    need: Need
+    body: dict[str, Any]
+    model: str  # as the client wrote it
+    stream: bool
+    include_usage: bool
+    prompt_tokens: int  # estimated
+    max_tokens: int | None
+    first_user_text: str = field(repr=False)
+    conversation: str = field(default="", repr=False)  # the client's own name for it, where the body has one
+    tool_names: Mapping[str, str] = field(default_factory=dict)  # renamed for strict servers: new name to the client's
+    origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
+
+
+def token_count(value: object) -> int | None:
+    return int(value) if isinstance(value, (int, float)) and 0 <= value <= TOKENS_MAX else None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one answer."""
+
+    input_tokens: int
+    output_tokens: int
+
+    @classmethod
+    def read(cls, usage: object) -> Usage | None:
+        """From OpenAI's `usage` object; None when it does not say."""
+        if not isinstance(usage, dict):
+            return None
+        prompt, answer = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
+        return None if prompt is None and answer is None else cls(prompt or 0, answer or 0)
+
+
+@dataclass(slots=True)
+class Event:
+    """One streamed chunk in OpenAI's chat form: the frame as it goes out, and what it says."""
+
+    raw: bytes
+    chunk: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Completion:
+    """One whole answer in OpenAI's chat form: the body as it goes out, and what it says."""
+
+    raw: bytes
+    body: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What an answer has amounted to so far; whoever relays it keeps count here."""
+
+    finish: str | None = None
+    usage: Usage | None = None
+    usage_object: dict[str, Any] | None = None  # as the provider gave it
+    usage_raw: bytes | None = None  # the provider's own event for usage alone
+    head: dict[str, Any] = field(default_factory=dict)  # a chunk to take id, created and model from
+    text_chars: int = 0
+    has_text: bool = False  # other than white space; reasoning and refusals count
+    has_tool_calls: bool = False
+    malformed: int = 0  # events that were not JSON and were skipped
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was said, and nothing but itself kept the model from saying it (SPEC 5.2)."""
+        return not (self.has_text or self.has_tool_calls or self.finish in ("length", "content_filter"))
+
+    def note_usage(self, usage: object) -> None:
+        if (read := Usage.read(usage)) is not None and isinstance(usage, dict):
+            self.usage, self.usage_object = read, usage
+
+    def output_tokens(self) -> int:
+        """As told, else estimated."""
+        return self.usage.output_tokens if self.usage else -(-self.text_chars // CHARS_PER_TOKEN)
+
+
+class Encoder(Protocol):
+    """Turns one answer into what one dialect's client reads. One per request."""
+
+    def whole(self, completion: Completion) -> bytes:
+        """The body of a non-streaming answer."""
+
+    def feed(self, events: list[Event]) -> bytes:
+        """The next bytes of a stream."""
+
+    def end(self, tally: Tally) -> bytes:
+        """The last bytes of a finished stream."""
+
+    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes | None:
+        """The last bytes of a stream that broke: an unfinished answer never ends like a finished one. None where the
+        client is told best by closing the connection."""
+
+    def heartbeat(self) -> bytes:
+        """What keeps the connection alive while there is nothing to say (SPEC 8.3)."""
+
+    def resumed(self, label: str) -> bytes:
+        """That another route, `platform/model`, goes on with the answer (SPEC 14.8); empty where no client reads it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRoute:
+    """An endpoint that a dialect answers by itself, without a provider."""
+
+    method: str
+    path: str  # with {parameters} as in Starlette's routes
+    answer: Callable[[Mapping[str, str], bytes, float], bytes]  # path parameters, body, UTC seconds: JSON
+
+
+class Dialect(Protocol):
+    """One API that clients speak."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths that requests are POSTed to."""
+
+    def error(self, error: GatewayError, request_id: str) -> bytes:
+        """The body of an error response."""
+
+    def extra_routes(self) -> Sequence[LocalRoute]:
+        """Endpoints beside `paths`."""
+
+    def parse(self, raw: bytes, now: float) -> Chat:
+        """Raises InvalidRequest naming the field."""
+
+    def encoder(self, chat: Chat, now: float) -> Encoder: ...
+
+
+def frame(chunk: dict[str, Any]) -> bytes:
+    """One SSE event carrying this chunk."""
+    return b"data: " + dump(chunk) + b"\n\n"
+
+
+def chunk_head(like: Mapping[str, Any]) -> dict[str, Any]:
+    """A chunk without its choices, of the answer that another of its chunks, or the whole of it, belongs to."""
+    return {
+        "object": "chat.completion.chunk",
+        **{name: like[name] for name in ("id", "created", "model") if name in like},
+    }
+
+
+def chunk_of(like: Mapping[str, Any], delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+    return {**chunk_head(like), "choices": [{"index": 0, "delta": delta, "finish_reason": finish}]}
+
+
+def flat_text(content: object) -> str:
+    """The text of a message's content, parts joined by line ends."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        return "\n".join(part["text"] for part in content if isinstance(part, dict) and part.get("type") == "text")
+    return ""

@@ -1,0 +1,64 @@
+"""The errors a client may see. Whoever raises one knows its meaning; engine/door.py turns it into a response."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+
+
+class GatewayError(Exception):
+    """What a client may see. One class for each meaning that code asks for; the rest are built where they arise."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 500,
+        type: str = "api_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        attempts: list[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.type = type
+        self.code = code
+        self.param = param
+        self.retry_after_s = retry_after_s
+        self.attempts = attempts
+
+    def body(self) -> bytes:
+        error: dict[str, Any] = {"message": self.message, "type": self.type, "code": self.code, "param": self.param}
+        if self.attempts:
+            error["attempts"] = self.attempts
+        return orjson.dumps({"error": error})
+
+
+class InvalidRequest(GatewayError):
+    """The client's request cannot be understood or served as it is; `param` names the offending field."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+        super().__init__(message, status=status, type="invalid_request_error", code=code, param=param)
+
+
+class ModelNotFound(InvalidRequest):
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message, status=status, code="model_not_found", param="model")
+
+
+class Unauthorized(GatewayError):
+    def __init__(self) -> None:
+        message = "Missing or wrong API key. Send it as 'Authorization: Bearer <key>'."
+        super().__init__(message, status=401, type="authentication_error", code="invalid_api_key")
+
+
+class NoProviders(GatewayError):
+    def __init__(self) -> None:
+        message = (
+            "No enabled model has a usable key. Set a provider's key in the environment and restart, "
+            "or add or repair one with POST /api/keys."
+        )
+        super().__init__(message, status=503, type="routing_error", code="no_providers")
