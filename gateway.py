@@ -48,7 +48,7 @@ from engine.door import (
     with_request_id,
 )
 from engine.exchange import Engine, Exchange, session_key
-from protection import Protection, parse_levels
+from protection import parse_levels
 from providers import Providers, Timeouts
 from records.database import Connection, DatabaseError, Store, ping
 from records.eventlog import EventLog
@@ -60,6 +60,7 @@ from records.vault import StoreError
 from router import Router as ModelRouter
 from routing.catalog import is_demo
 from routing.scores import Stats, chances
+from routing.standing import Protection
 from transport.client import ClientGone, Receive, Send, read_body
 from transport.connection import ClientConnection
 from transport.deadlines import Deadlines

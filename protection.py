@@ -1,23 +1,22 @@
-"""What is allowed now: what a failure means, and what it blocks for whom.
+"""What a failure means and what it costs whom: decisions only.
 
-Owns the failure table (SPEC 5.2), the rules engine (SPEC 7.3) and the in-memory state both act on: sessions with
-their bans, cooldowns, and which sessions use what at the moment. It knows platforms and models only as ids, does no
-I/O, and reads no clock: `now` is always an argument, in seconds of one monotonic clock.
+Owns the failure table (SPEC 5.2), the rules engine (SPEC 7.3) and `costs`, which turns an attempt's end into effects.
+The state that effects change is in routing/standing.py and routing/sessions.py. It knows platforms and models only as
+ids, does no I/O and reads no clock: `now` is always an argument, in seconds of one monotonic clock.
 
-How a failure travels: `classify` names it once, `RULES` says what the name costs, `evaluate` says what it costs the
-session on a platform of a given protection level, and `Protection` keeps the result until it expires.
+How an attempt's end travels: `classify` names a failure once; `costs` turns any outcome into effects, by the failure
+table `RULES` and by `evaluate` for the session; `apply` in engine/settle.py changes state by them.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic, TypeVar
 
-SESSIONS_MAX = 10_000  # SPEC 7.1; about 4 MB
-COOLDOWNS_MAX = 10_000  # far above models x keys of any laptop's catalogue; a bound, not a budget
+HINTLESS_STEPS = 16  # the first rest after a 429 that names no time is this part of the longest (SPEC 7.9)
+RETRY_WAIT_MAX_S = 5.0  # a pinned route's Retry-After up to this is waited out (SPEC 5.1)
+RETRY_PAUSE_S = 0.4  # before a pinned route is asked again after a 500, 502 or a broken connection (SPEC 5.1)
 MESSAGE_CHARS_MAX = 500  # of a provider's words in a log row or an error body
 CODE_CHARS_MAX = 100
 
@@ -41,6 +40,15 @@ class Failure(StrEnum):
     EMPTY = "empty"
     MALFORMED = "malformed"
     WRAPPED = "wrapped"
+
+
+class KeyStatus(StrEnum):
+    """What is known of a credential (SPEC 2.3)."""
+
+    UNKNOWN = "unknown"
+    HEALTHY = "healthy"
+    RATE_LIMITED = "rate_limited"
+    INVALID = "invalid"
 
 
 class Scope(StrEnum):
@@ -254,257 +262,213 @@ def parse_levels(text: str, defaults: Mapping[str, Level]) -> tuple[dict[str, Le
     return levels, warnings
 
 
-K = TypeVar("K", bound=Hashable)
-
-
-class Cooldowns(Generic[K]):
-    """Until when each key rests. Entries expire by themselves and are pruned when read; the map is bounded."""
-
-    def __init__(self, entries_max: int = COOLDOWNS_MAX) -> None:
-        self._until: dict[K, float] = {}
-        self._entries_max = entries_max
-
-    def set(self, key: K, until: float, now: float) -> None:
-        """Rest until then. A later time already set knew more, so it stays."""
-        if until <= max(now, self._until.get(key, now)):
-            return
-        if key not in self._until and len(self._until) >= self._entries_max:
-            self._make_room(now)
-        self._until[key] = until
-
-    def left(self, key: K, now: float) -> float:
-        """Seconds of rest left; 0 when it may be used."""
-        if not self._until or (until := self._until.get(key)) is None:
-            return 0.0
-        if until <= now:
-            del self._until[key]
-            return 0.0
-        return until - now
-
-    def active(self, now: float) -> Iterator[tuple[K, float]]:
-        for key in list(self._until):
-            if left := self.left(key, now):
-                yield key, left
-
-    def clear(self) -> None:
-        self._until.clear()
-
-    def __len__(self) -> int:
-        return len(self._until)
-
-    def _make_room(self, now: float) -> None:
-        for key in [key for key, until in self._until.items() if until <= now]:
-            del self._until[key]
-        if len(self._until) >= self._entries_max:  # full of live ones: the soonest to end is the least loss
-            del self._until[min(self._until, key=self._until.__getitem__)]
-
-
-@dataclass(slots=True)
-class Session:
-    """What one conversation prefers and avoids. `last_used` moves with every touch."""
-
-    last_used: float
-    model: int | None = None
-    key: int | None = None
-    bans: frozenset[str] = frozenset()
-    avoid: frozenset[int] = frozenset()  # for the next request only
-
-
-class Sessions:
-    """Conversations by session key, oldest use first. The empty key is no session: every operation is a no-op."""
-
-    def __init__(self, ttl_s: float, entries_max: int = SESSIONS_MAX) -> None:
-        self._ttl_s = ttl_s
-        self._entries_max = entries_max
-        self._by_key: OrderedDict[str, Session] = OrderedDict()
-
-    def get(self, key: str, now: float) -> Session | None:
-        if not key or (session := self._by_key.get(key)) is None:
-            return None
-        if session.last_used + self._ttl_s <= now:
-            del self._by_key[key]
-            return None
-        return session
-
-    def pin(self, key: str, model: int, key_id: int, now: float) -> None:
-        if session := self._touch(key, now):
-            session.model, session.key = model, key_id
-
-    def ban(self, key: str, platform: str, now: float) -> None:
-        if session := self._touch(key, now):
-            session.bans |= {platform}
-
-    def avoid_next(self, key: str, model: int, now: float) -> None:
-        if session := self._touch(key, now):
-            session.avoid |= {model}
-
-    def clear_model(self, key: str, model: int, now: float) -> None:
-        """Forget the preference for this model and its key; bans stay."""
-        if (session := self.get(key, now)) and session.model == model:
-            session.model = session.key = None
-
-    def clear_key(self, key: str, key_id: int, now: float) -> None:
-        """Forget the preferred key; the preferred model stays."""
-        if (session := self.get(key, now)) and session.key == key_id:
-            session.key = None
-
-    def active(self, now: float) -> Iterator[tuple[str, Session]]:
-        self._prune(now)
-        yield from self._by_key.items()
-
-    def __len__(self) -> int:
-        return len(self._by_key)
-
-    def _touch(self, key: str, now: float) -> Session | None:
-        if not key:
-            return None
-        self._prune(now)
-        session = self.get(key, now)
-        if session is None:
-            while len(self._by_key) >= self._entries_max:
-                self._by_key.popitem(last=False)
-            session = self._by_key[key] = Session(last_used=now)
-        session.last_used = now
-        self._by_key.move_to_end(key)
-        return session
-
-    def _prune(self, now: float) -> None:
-        while self._by_key:
-            oldest = next(iter(self._by_key.values()))
-            if oldest.last_used + self._ttl_s > now:
-                return
-            self._by_key.popitem(last=False)
-
-
-class Uses:
-    """Who used a thing last: for each thing its two latest distinct sessions, which is all that
-    "did another session use this since then?" needs. Bounded by the catalogue."""
-
-    def __init__(self) -> None:
-        self._latest: dict[Hashable, tuple[tuple[str, float], tuple[str, float]]] = {}
-
-    def record(self, thing: Hashable, session: str, now: float) -> None:
-        never = ("", float("-inf"))
-        first, second = self._latest.get(thing, (never, never))
-        self._latest[thing] = ((session, now), second if first[0] == session else first)
-
-    def by_others(self, session: str, since: float) -> set[Hashable]:
-        """The things that some other session used after `since`."""
-        return {
-            thing
-            for thing, (first, second) in self._latest.items()
-            if (second if first[0] == session else first)[1] > since
-        }
-
-    def clear(self) -> None:
-        self._latest.clear()
-
-
-@dataclass(eq=False, slots=True)
-class Active:
-    """One attempt that is running now."""
-
-    session: str
-    platform: str
-    model: int
-    since: float
+# --- What an attempt's end costs --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
-    """What protection says of one request before it is routed. Ids of models; names of platforms."""
+class Answered:
+    """The provider answered to the end. `cut_short`: far below every length that was allowed (SPEC 7.8)."""
 
-    preferred_model: int | None = None
-    preferred_key: int | None = None
-    banned: Collection[str] = ()
-    avoided_models: Collection[int] = ()  # cut this session's last answer short
-    others_models: Collection[Hashable] = ()  # used by other sessions lately
-    others_platforms: Collection[Hashable] = ()
-    busy_platforms: Collection[Hashable] = ()  # serving another session right now
-
-    def holds_back(self, model: int, platform: str) -> bool:
-        """Whether this model comes last. It is not forbidden: it is tried when all others have failed (SPEC 7.7)."""
-        if platform in self.busy_platforms or model in self.avoided_models:
-            return True
-        return model != self.preferred_model and (model in self.others_models or platform in self.others_platforms)
+    cut_short: bool = False
 
 
-NO_STANDING = Standing()
+@dataclass(frozen=True, slots=True)
+class Failed:
+    error: UpstreamError
+    phase: Phase
 
 
-class Protection:
-    """All protection state of one gateway."""
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """The client left, or the server stopped."""
 
-    def __init__(self, *, levels: Mapping[str, Level], sticky_ttl_s: float, thread_cooldown_s: float) -> None:
-        self.levels = dict(levels)
-        self.sessions = Sessions(sticky_ttl_s)
-        self.transient: Cooldowns[int] = Cooldowns()
-        self.keys: Cooldowns[tuple[int, int]] = Cooldowns()  # (key, model)
-        self.active: set[Active] = set()
-        self._thread_cooldown_s = thread_cooldown_s
-        self._model_uses = Uses()
-        self._platform_uses = Uses()
 
-    def level(self, platform: str) -> Level:
-        return self.levels.get(platform, Level.MODEL_SKIP)
+@dataclass(frozen=True, slots=True)
+class LostRace:
+    """Another attempt of the same request answered first (SPEC 15)."""
 
-    def standing(self, session: str, now: float, *, auto: bool) -> Standing:
-        """How this request stands; a pinned one (`auto` false) is held back by nobody."""
-        if not auto:
-            return NO_STANDING
-        busy: set[Hashable] = {
-            entry.platform
-            for entry in self.active
-            if entry.session and entry.session != session and self.level(entry.platform) is Level.PROVIDER_BAN
-        }
-        if not session:
-            return Standing(busy_platforms=busy) if busy else NO_STANDING
-        own = self.sessions.get(session, now) or Session(now)
-        avoided, own.avoid = own.avoid, frozenset()
-        since = now - self._thread_cooldown_s
-        return Standing(
-            preferred_model=None if own.model in avoided else own.model,
-            preferred_key=own.key,
-            banned=own.bans,
-            avoided_models=avoided,
-            others_models=self._model_uses.by_others(session, since),
-            others_platforms=self._platform_uses.by_others(session, since),
-            busy_platforms=busy,
-        )
 
-    def begin(self, session: str, platform: str, model: int, now: float) -> Active:
-        """Note a running attempt; whoever began it gives the entry to `end` on every way out."""
-        entry = Active(session, platform, model, now)
-        self.active.add(entry)
-        return entry
+Outcome = Answered | Failed | Cancelled | LostRace
 
-    def end(self, entry: Active) -> None:
-        self.active.discard(entry)
 
-    def used(self, session: str, platform: str, model: int, now: float) -> None:
-        """A session was served here: others leave it alone for a while, as far as the level says (SPEC 7.5)."""
-        if not session:
-            return
-        level = self.level(platform)
-        if level is Level.PROVIDER_BAN:
-            self._platform_uses.record(platform, session, now)
-        elif level is Level.MODEL_SKIP:
-            self._model_uses.record(model, session, now)
+@dataclass(frozen=True, slots=True)
+class RestModel:
+    """The model rests for everybody until then."""
 
-    def punish(self, session: str, platform: str, model: int, kind: Kind, phase: Phase, now: float) -> Action:
-        """Apply `evaluate` to this session."""
-        action = evaluate(Context(self.level(platform), kind, phase))
-        if action.ban_provider:
-            self.sessions.ban(session, platform, now)
-        if action.clear_sticky_if_pinned:
-            self.sessions.clear_model(session, model, now)
-        if action.skip_model and phase is Phase.MID_STREAM:  # this request is over, so it acts on the next one
-            self.sessions.avoid_next(session, model, now)
-        return action
+    until: float
 
-    def bans(self, now: float) -> list[tuple[str, list[str]]]:
-        return [(key, sorted(session.bans)) for key, session in self.sessions.active(now) if session.bans]
 
-    def clear_cooldowns(self) -> None:
-        self.transient.clear()
-        self.keys.clear()
+@dataclass(frozen=True, slots=True)
+class RestKey:
+    """The key rests for this model until then. `firm`: the provider named that time, so nobody tries before it."""
+
+    until: float
+    firm: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EndRests:
+    """A success ends the rests of its model, and of its key for this model, that stood when it began."""
+
+
+@dataclass(frozen=True, slots=True)
+class MarkKey:
+    status: KeyStatus
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """What this request leaves alone. `again`: the reason passes, so it may be tried again later (SPEC 5.5)."""
+
+    scope: Scope
+    again: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ban:
+    """The session avoids the platform."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClearPin:
+    """The session forgets its preferred model, if it is this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClearKeyPin:
+    """The session forgets its preferred key, if it is this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class AvoidNext:
+    """The session's next request uses this model last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """The session prefers this model and key from now on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Penalise:
+    """The model has lost its last key to a 429 (SPEC 4.6)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """The model's penalty falls."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeedGate:
+    """The model's health gate hears of one outcome (SPEC 10.4)."""
+
+    ok: bool
+
+
+Effect = (
+    RestModel
+    | RestKey
+    | EndRests
+    | MarkKey
+    | Skip
+    | Ban
+    | ClearPin
+    | ClearKeyPin
+    | AvoidNext
+    | Pin
+    | Penalise
+    | Reward
+    | FeedGate
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rests:
+    """The two settings that say how long things rest, in seconds."""
+
+    transient_s: float
+    rate_limit_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What `costs` has to know beside the outcome."""
+
+    level: Level
+    keys_left: bool  # this request may still ask the model with another key
+    strikes: int  # earlier 429s in a row, of this key for this model, that named no time
+    rests: Rests
+
+
+SUCCESS = (EndRests(), MarkKey(KeyStatus.HEALTHY), Reward(), Pin(), FeedGate(ok=True))
+# Failures that say nothing of a model's health: the key's affair, or the request's own fault (SPEC 10.4).
+NOT_HEALTH = frozenset(
+    {
+        Failure.RATE_LIMITED, Failure.AUTH, Failure.FORBIDDEN, Failure.OUT_OF_CREDIT, Failure.BAD_REQUEST,
+        Failure.CONTEXT_LENGTH, Failure.CONTENT_FILTER,
+    }
+)  # fmt: skip
+
+
+def costs(outcome: Outcome, facts: Facts, now: float) -> tuple[Effect, ...]:
+    """Everything that one attempt's end changes, for this request, its session and everybody. The only place that
+    knows (SPEC 5.2, 7, 10.4)."""
+    if isinstance(outcome, Answered):
+        if not outcome.cut_short:
+            return SUCCESS
+        return (*SUCCESS, *session_costs(Kind.TRUNCATION, Phase.MID_STREAM, facts.level))
+    if not isinstance(outcome, Failed):
+        return ()
+    error, rule = outcome.error, outcome.error.rule
+    effects = [*rests(error, facts, now), Skip(rule.scope, again=rule.cooling in (Cooling.TRANSIENT, Cooling.KEY))]
+    if rule.scope is Scope.KEY and not facts.keys_left and error.failure is Failure.RATE_LIMITED:
+        effects.append(Penalise())
+    if error.kind is not None and not (rule.scope is Scope.KEY and facts.keys_left):
+        effects += session_costs(error.kind, outcome.phase, facts.level)
+    if error.failure not in NOT_HEALTH and not error.ours:
+        effects.append(FeedGate(ok=False))
+    return tuple(effects)
+
+
+def rests(error: UpstreamError, facts: Facts, now: float) -> list[Effect]:
+    """What rests for everybody after this failure, and what is known of the key."""
+    cooling = error.rule.cooling
+    if cooling is Cooling.TRANSIENT:
+        return [RestModel(now + facts.rests.transient_s)]
+    if cooling is Cooling.INVALID:
+        return [MarkKey(KeyStatus.INVALID, error.message), ClearKeyPin()]
+    if cooling is not Cooling.KEY:
+        return []
+    named_s = error.retry_after_s if error.retry_after_s is not None else error.rule.cooldown_s
+    if error.failure is not Failure.RATE_LIMITED:
+        return [RestKey(now + (named_s if named_s is not None else facts.rests.rate_limit_s), firm=True)]
+    if named_s is None:
+        rest_s = min(facts.rests.rate_limit_s, facts.rests.rate_limit_s / HINTLESS_STEPS * 2.0**facts.strikes)
+        return [RestKey(now + rest_s, firm=False), MarkKey(KeyStatus.RATE_LIMITED)]
+    return [RestKey(now + named_s, firm=True), MarkKey(KeyStatus.RATE_LIMITED)]
+
+
+def session_costs(kind: Kind, phase: Phase, level: Level) -> list[Effect]:
+    """What `evaluate` decides, as effects."""
+    action, effects = evaluate(Context(level, kind, phase)), list[Effect]()
+    if action.ban_provider:
+        effects.append(Ban(action.reason))
+    if action.clear_sticky_if_pinned:
+        effects.append(ClearPin())
+    if action.skip_model and phase is Phase.MID_STREAM:  # this request is over, so it acts on the next one
+        effects.append(AvoidNext())
+    return effects
+
+
+def retry_s(error: UpstreamError) -> float | None:
+    """How long to wait before a pinned route is asked once more; None when it is not (SPEC 5.1)."""
+    if error.failure is Failure.RATE_LIMITED:
+        named_s = error.retry_after_s
+        return named_s if named_s is not None and named_s <= RETRY_WAIT_MAX_S else None
+    if error.ours or error.failure is Failure.STALL or error.failure is Failure.TIMEOUT:
+        return None
+    return RETRY_PAUSE_S if error.failure is Failure.CONNECTION or error.status in (500, 502) else None

@@ -1,60 +1,80 @@
-"""Who could serve a request, and in which order.
+"""Who is asked, and in which order.
 
-Owns the plan and the choice of a key (SPEC 4), over the snapshot in catalog.py, what scores.py thinks of its models and
-what ledger.py counts. No I/O; `now` (monotonic seconds) and `rng` are arguments.
+Owns the plan and the ladder (SPEC 4), over the snapshot in routing/catalog.py, what scores.py thinks of its models, what
+ledger.py counts and what standing.py and gate.py remember. No I/O; `now` (monotonic seconds) and `rng` are arguments.
 
-A request gets a `Plan` from `Router.plan`: its models in order, and what failed so far. `Router.next_route` walks that
-plan: it skips what has been ruled out since, picks a key and reserves capacity. When nothing is left, `plan.blocked`
-says what stood in the way.
+A request gets a `Plan` from `Router.plan`: its models in order, and what failed so far. `Router.next_route` takes the
+best step that the plan has left: it picks a key, reserves capacity, and takes the trial's lease where the model is one
+to be careful with. When nothing is left, `plan.wait_s` says when something comes back and `plan.blocked` what stands in
+the way.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from random import Random
-from typing import Any
 
-from protection import NO_STANDING, RULES, Cooldowns, Cooling, Failure, Standing, UpstreamError
-from routing.catalog import KEYLESS, Catalog, Key, KeyStatus, Model, Pool, is_demo
+from protection import KeyStatus, Scope, Skip
+from routing.catalog import KEYLESS, Catalog, Key, Model, Pool, is_demo
+from routing.cooldowns import TRIAL_SPACING_S
+from routing.gate import RATE_UNSEEN, Gates
 from routing.ledger import Ledger, Penalties
-from routing.route import Route
-from routing.scores import Scores
+from routing.route import FIRST_TRIAL, Route, Rung
+from routing.scores import UNSEEN, Scores
+from routing.standing import NO_STANDING, Protection, Standing
 from wire.chat import Mode, Need
 from wire.errors import GatewayError, InvalidRequest, NoProviders
 
-WAITING = {f for f, rule in RULES.items() if rule.cooling in (Cooling.KEY, Cooling.INVALID)}
-REFUSAL_STATUSES = {400, 422}  # with these a provider calls the request itself bad
-TOO_LONG_OR_FILTERED = {Failure.CONTEXT_LENGTH, Failure.CONTENT_FILTER}
 PENALTY_WEIGHT = 0.05
-REFUSALS_MAX = 3  # platforms in a row that call a request bad are believed (SPEC 5.3)
+DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
+LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Blocked:
-    """Why a model was passed over when its turn came."""
+    """Why a model could not be asked when its turn came."""
 
-    transient: bool  # else its keys rest or are out of capacity
+    reason: str  # `transient`, `keys`, `trial` or `failed`
     left_s: float | None  # until it may be available again, where known
 
-    @property
-    def reason(self) -> str:
-        return "transient" if self.transient else "keys"
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What asking one model now would mean. Without a key it cannot be asked, for the reason in `blocked`."""
+
+    model: Model
+    rung: Rung
+    key: Key | None = None
+    until: float = 0.0  # when its rest ends: the soonest is tried first
+    blocked: Blocked | None = None
 
 
 @dataclass(slots=True)
 class Plan:
-    """One request's way through the models: the order, and what has been ruled out so far."""
+    """One request's way through the models: the order, and what has failed so far."""
 
-    order: list[Model]  # as far as it has been worked out
-    tokens: int
+    need: Need
+    order: list[Model] = field(default_factory=list)  # as far as it has been worked out
     more: Callable[[Plan], list[Model]] | None = None  # works out the rest, which most requests never need
     preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
-    banned: set[str] = field(default_factory=set)
+    asked_for: frozenset[int] = frozenset()  # the pinned model's rows: no gate keeps them back
+    held_back: set[int] = field(default_factory=set)
+    excluded: set[int] = field(default_factory=set)
+    banned: set[str] = field(default_factory=set)  # platforms
+    trial: int | None = None  # a model whose open gate this request tries first
+    attempts_left: int = 20
+    failed: dict[int, float] = field(default_factory=dict)  # models, and when each may be asked again; inf: never
+    failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
+    again_at: float = 0.0  # nothing that has failed is asked again before
     skipped: dict[int, Model] = field(default_factory=dict)
-    failed_keys: set[tuple[int, int]] = field(default_factory=set)  # (key, model)
+    platform_failures: Counter[str] = field(default_factory=Counter)
+    key_failures: Counter[int] = field(default_factory=Counter)  # by model
     blocked: dict[int, Blocked] = field(default_factory=dict)
-    cooling: list[str] = field(default_factory=list)  # labels of models left out by transient cooldowns and bans
+    wait_s: float | None = None  # until the soonest of what is blocked comes back
+    cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
 
     def complete(self) -> list[Model]:
         """The whole order."""
@@ -70,8 +90,25 @@ class Plan:
         if self.more is not None:
             yield from self.complete()[len(known) :]
 
-    def skip(self, model: Model) -> None:
+    def note_failure(self, route: Route, skip: Skip, now: float, pause_s: float | None) -> None:
+        """Leave alone what failed. `pause_s` is how long before it may be tried again; None: never."""
+        model, again = route.model, inf
+        if skip.again and pause_s is not None:
+            again = now + TRIAL_SPACING_S
+            if model.id in self.failed or (route.key.id, model.id) in self.failed_keys:  # tried again, in vain
+                self.again_at = max(self.again_at, now + pause_s)
+        self.platform_failures[model.platform.id] += 1
+        if skip.scope is Scope.KEY:
+            self.key_failures[model.id] += 1
+            self.failed_keys[route.key.id, model.id] = again
+        elif skip.scope is Scope.WINDOW:
+            self.skip_window(model)
+        else:
+            self.skip(model, again)
+
+    def skip(self, model: Model, again: float = inf) -> None:
         self.skipped[model.id] = model
+        self.failed[model.id] = again
 
     def skip_window(self, model: Model) -> None:
         """The request is too long for this model, so for every model that holds no more."""
@@ -83,51 +120,39 @@ class Plan:
     def ban(self, platform: str) -> None:
         self.banned.add(platform)
 
-    def allows(self, model: Model) -> bool:
-        return model.id not in self.skipped and model.platform.id not in self.banned
+    def rung(self, model: Model) -> Rung:
+        """Where it stands apart from what rests."""
+        if model.platform.id in self.banned:
+            return Rung.DOUBTED
+        if model.id in self.excluded:
+            return Rung.EXCLUDED
+        return Rung.HELD_BACK if model.id in self.held_back else Rung.FREE
+
+    def is_deep(self, model: Model) -> bool:
+        """Whether so much has failed around this model that others come first."""
+        if self.platform_failures[model.platform.id] >= DEEP_FAILURES:
+            return True
+        return self.key_failures[model.id] >= DEEP_FAILURES
 
     def skipped_labels(self) -> list[str]:
         return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
 
 
-@dataclass(frozen=True, slots=True)
-class Attempt:
-    """One call to a provider that failed."""
-
-    route: Route
-    error: UpstreamError
-    ms: int
-
-    @property
-    def calls_request_bad(self) -> bool:
-        return self.error.failure is Failure.BAD_REQUEST and self.error.status in REFUSAL_STATUSES
-
-    def as_json(self) -> dict[str, Any]:
-        model, error = self.route.model, self.error
-        return {
-            "platform": model.platform.id,
-            "model": model.model_id,
-            "status": error.status,
-            "kind": str(error.failure),
-            "ms": self.ms,
-            "message": error.message,
-        }
-
-
 class Router:
     """The catalogue in force, and what traffic has taught about its keys and models."""
 
-    def __init__(self, transient: Cooldowns[int], key_cooldowns: Cooldowns[tuple[int, int]]) -> None:
+    def __init__(self, protection: Protection) -> None:
         self.ledger = Ledger()
         self.penalties = Penalties()
         self.scores = Scores()
+        self.gates = Gates()
         self.key_status: dict[int, KeyStatus] = {}
-        self._transient = transient
-        self._key_cooldowns = key_cooldowns
+        self._protection = protection
         self._turn: dict[int, int] = {}  # model: where its round-robin goes on
         self.catalog = Catalog((), (), ())
         self._usable_keys: dict[str, list[Key]] = {}
         self._candidates: dict[Mode, list[Model]] = {}
+        self._excluded: dict[Mode, list[Model]] = {}
         self._others: list[Model] = []  # that follow a pinned model
 
     def load(self, catalog: Catalog, key_status: Mapping[int, KeyStatus]) -> None:
@@ -135,6 +160,7 @@ class Router:
         self.catalog = catalog
         self.key_status = dict(key_status)
         self.scores.learn(self.scores.stats)
+        self.gates.keep(set(catalog.by_id))
         self._index()
 
     def set_key_status(self, key: int, status: KeyStatus) -> bool:
@@ -154,10 +180,9 @@ class Router:
             keys = self.catalog.keys.get(platform.id, [])
             valid = [key for key in keys if self.key_status.get(key.id) is not KeyStatus.INVALID]
             self._usable_keys[platform.id] = valid or ([KEYLESS] if platform.keyless else [])
-        self._candidates = {
-            mode: [m for m in self.catalog.auto_chain if mode not in m.exclude_from and self.has_key(m)]
-            for mode in Mode
-        }
+        routable = [m for m in self.catalog.auto_chain if self.has_key(m)]
+        self._candidates = {mode: [m for m in routable if mode not in m.exclude_from] for mode in Mode}
+        self._excluded = {mode: [m for m in routable if mode in m.exclude_from] for mode in Mode}
         self._others = [m for m in self._candidates[Mode.BALANCED] if not is_demo(m.platform)]
 
     def has_key(self, model: Model) -> bool:
@@ -166,78 +191,202 @@ class Router:
     def count_usable_keys(self, model: Model, now: float) -> int:
         """How many of the platform's keys this model could be asked with now; no key needed counts as one."""
         keys = self._usable_keys.get(model.platform.id, [])
-        return sum(not self._key_cooldowns.left((key.id, model.id), now) for key in keys)
+        return sum(not self._protection.keys.left((key.id, model.id), now) for key in keys)
 
     def plan(self, need: Need, standing: Standing, now: float, rng: Random) -> Plan:
         """The models able to serve this request, best first.
 
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
-        preferred = (standing.preferred_model, standing.preferred_key)
-        plan = Plan([], need.tokens, preferred=preferred, banned=set(standing.banned))
-        chain = self._candidates[need.mode]
-
-        def ordered(models: list[Model], plan: Plan) -> list[Model]:  # given: one that held it would be a cycle
-            return self._ordered(models, need.mode, standing, plan, now, rng)
-
+        plan = Plan(need, preferred=(standing.preferred_model, standing.preferred_key), banned=set(standing.banned))
         if need.pinned is None:
-            plan.order = ordered(fit(need, chain), plan)
+            self._plan_auto(plan, standing, now, rng)
         else:
-            asked = [m for m in self.catalog.resolve(need.pinned) if self.has_key(m)]
-            others = [] if need.strict else self._others
-            if first := fitting(need, asked):
-                plan.order = first
-                plan.more = lambda plan: ordered(fitting(need, [m for m in others if m not in asked]), plan)
-            else:
-                plan.order = ordered(fit(need, asked + others), plan)
-        if plan.banned or len(self._transient):
-            plan.cooling = [m.label for m in plan.complete() if not plan.allows(m) or self._transient.left(m.id, now)]
+            self._plan_pinned(plan, need.pinned, now, rng)
+        if plan.banned or len(self._protection.transient):
+            resting = self._protection.transient
+            plan.cooling = [
+                m.label for m in plan.complete() if m.platform.id in plan.banned or resting.get(m.id, now) is not None
+            ]
         return plan
 
+    def _plan_auto(self, plan: Plan, standing: Standing, now: float, rng: Random) -> None:
+        need = plan.need
+        excluded = self._excluded[need.mode]
+        plan.order = self._ordered(fitting(need, self._candidates[need.mode]), need.mode, standing, plan, now, rng)
+        if excluded:
+            last = fitting(need, excluded)
+            plan.excluded = {m.id for m in last}
+            plan.order = plan.order + last
+        if not plan.order:
+            raise unfit(need, self._candidates[need.mode] + excluded)
+        self.gates.arrived()
+        if self.gates.any_open():
+            trials = self._protection.trials
+            due = [m for m in plan.order if self.gates.trial_due(m.id, now) and m.id not in trials]
+            if due and self._step(due[0], plan, now, gated=False).key is not None:
+                plan.trial = due[0].id
+                plan.order = [due[0], *(m for m in plan.order if m is not due[0])]
+
+    def _plan_pinned(self, plan: Plan, pinned: str, now: float, rng: Random) -> None:
+        need = plan.need
+        asked = [m for m in self.catalog.resolve(pinned) if self.has_key(m)]
+        others = [] if need.strict else [m for m in self._others if m not in asked]
+        excluded = [] if need.strict else [m for m in self._excluded[Mode.BALANCED] if m not in asked]
+        plan.asked_for = frozenset(m.id for m in asked)
+        first = fitting(need, asked)
+
+        def rest(plan: Plan) -> list[Model]:  # given: one that held it would be a cycle
+            last = [m for m in fitting(need, excluded) if not is_demo(m.platform)]
+            plan.excluded = {m.id for m in last}
+            return self._ordered(fitting(need, others), need.mode, NO_STANDING, plan, now, rng) + last
+
+        if first:
+            plan.order, plan.more = first, rest
+            return
+        plan.order = rest(plan)
+        if not plan.order:
+            raise unfit(need, asked + others + excluded)
+
     def next_route(self, plan: Plan, now: float) -> Route | None:
-        """The next (model, key) of this plan with its capacity reserved; None when nothing is left."""
+        """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""
         plan.blocked.clear()
-        for model in plan.models():
-            if not (plan.allows(model) and self.has_key(model)):
+        usual = plan.attempts_left > LAST_ATTEMPTS and not (plan.platform_failures and self._some_deep(plan))
+        steps: list[tuple[tuple[float, ...], Step]] = []
+        for place, model in enumerate(plan.models()):
+            if plan.failed.get(model.id) == inf or not self.has_key(model):
                 continue
-            if left_s := self._transient.left(model.id, now):
-                plan.blocked[model.id] = Blocked(transient=True, left_s=left_s)
-                continue
-            key, wait_s = self._available(model, plan, now)
-            if key is None:
-                plan.blocked[model.id] = Blocked(transient=False, left_s=wait_s)
-                continue
-            self._turn[model.id] = self._turn.get(model.id, 0) + 1
-            return Route(model, key, self.ledger.reserve(model, key.id, plan.tokens, now))
+            step = self._step(model, plan, now)
+            if step.key is None:
+                assert step.blocked is not None
+                plan.blocked[model.id] = step.blocked
+            elif usual and step.rung < FIRST_TRIAL:  # the order is by rung, so nothing behind it is better
+                return self._taken(step, plan, now)
+            else:
+                steps.append((self._rank(step, place, plan, usual=usual), step))
+        if steps:
+            return self._taken(min(steps, key=lambda ranked: ranked[0])[1], plan, now)
+        plan.wait_s = min((b.left_s for b in plan.blocked.values() if b.left_s is not None), default=None)
         return None
+
+    def keys_left(self, route: Route, plan: Plan, now: float) -> bool:
+        """Whether this request may still ask the model with another key than the route's."""
+        failed = plan.failed_keys
+        before = failed.get((route.key.id, route.model.id))
+        failed[route.key.id, route.model.id] = inf
+        try:
+            return self._available(route.model, plan, now)[0] is not None
+        finally:
+            if before is None:
+                del failed[route.key.id, route.model.id]
+            else:
+                failed[route.key.id, route.model.id] = before
 
     def usable_key(self, model: Model, plan: Plan, now: float) -> Key | None:
         """The key that this request would use for this model now."""
         return self._available(model, plan, now)[0]
 
-    def soonest_s(self, plan: Plan, now: float) -> float | None:
-        """When the first of the plan's models may be available again, if that is known."""
-        waits = [self._transient.left(m.id, now) or self._available(m, plan, now)[1] for m in plan.complete()]
-        return min((wait_s for wait_s in waits if wait_s), default=None)
+    def again(self, route: Route, tokens: int, now: float) -> Route | None:
+        """The same route once more, where its key has capacity for it."""
+        if self.ledger.wait_s(route.model, route.key.id, tokens, now) != 0:
+            return None
+        return Route(
+            route.model, route.key, self.ledger.reserve(route.model, route.key.id, tokens, now), route.rung, trial=False
+        )
 
-    def _available(self, model: Model, plan: Plan, now: float) -> tuple[Key | None, float | None]:
-        """A key with capacity whose turn it is, else the shortest known wait in seconds for one."""
+    def success_rate(self, model: Model) -> float:
+        """By the slow statistics, for the health gate."""
+        stats = self.scores.stats.get(model.id, UNSEEN)
+        return stats.successes / stats.total if stats.total else RATE_UNSEEN
+
+    def gates_hold(self, model: Model, now: float) -> bool:
+        """Whether one more open gate would mean that more than half of a mode's models broke within a minute: then the
+        fault is ours (SPEC 10.4)."""
+        lately = self.gates.opened_within(now) | {model.id}
+        return any(
+            sum(m.id in lately for m in models) * 2 > len(models)
+            for models in self._candidates.values()
+            if any(m.id == model.id for m in models)
+        )
+
+    @staticmethod
+    def _some_deep(plan: Plan) -> bool:
+        return max(plan.platform_failures.values()) >= DEEP_FAILURES
+
+    @staticmethod
+    def _rank(step: Step, place: int, plan: Plan, *, usual: bool) -> tuple[float, ...]:
+        """What is asked first; the smallest wins."""
+        asked = not usual and plan.attempts_left <= LAST_ATTEMPTS and step.model.platform.id in plan.platform_failures
+        return (asked, step.rung, plan.is_deep(step.model), step.until, place)
+
+    def _taken(self, step: Step, plan: Plan, now: float) -> Route:
+        model, key = step.model, step.key
+        assert key is not None
+        self._turn[model.id] = self._turn.get(model.id, 0) + 1
+        trial = step.rung >= FIRST_TRIAL or model.id == plan.trial
+        if trial:
+            self._protection.trials[model.id] = now
+            self.gates.trial_began(model.id, now)
+            plan.trial = None if model.id == plan.trial else plan.trial
+        reservation = self.ledger.reserve(model, key.id, plan.need.tokens, now)
+        return Route(model, key, reservation, step.rung, trial)
+
+    def _step(self, model: Model, plan: Plan, now: float, *, gated: bool = True) -> Step:
+        rung = plan.rung(model)
+        if gated and model.id != plan.trial and model.id not in plan.asked_for and self.gates.is_open(model.id):
+            rung = Rung.DOUBTED
+        wait_s, until, reason = 0.0, 0.0, "transient"
+        if (rest := self._protection.transient.get(model.id, now)) is not None:
+            rung, until, wait_s = Rung.RESTING, rest.until, rest.trial_at() - now
+        if (again := plan.failed.get(model.id)) is not None:
+            wait_s, reason = max(wait_s, again - now, plan.again_at - now), "failed" if rest is None else reason
+        if wait_s > 0:
+            return Step(model, rung, blocked=Blocked(reason, wait_s))
+        key, resting_until, key_wait_s = self._available(model, plan, now)
+        if key is None:
+            return Step(model, rung, blocked=Blocked("keys", key_wait_s))
+        if resting_until:
+            rung, until = Rung.KEY_RESTING, max(until, resting_until)
+        if (rung >= FIRST_TRIAL or model.id == plan.trial) and model.id in self._protection.trials:
+            return Step(model, rung, blocked=Blocked("trial", TRIAL_SPACING_S))
+        return Step(model, rung, key, until)
+
+    def _available(self, model: Model, plan: Plan, now: float) -> tuple[Key | None, float, float | None]:
+        """A key that may be used now, and until when it rests after a 429 that named no time (0: it does not, and such
+        a key is preferred). Without one, the shortest known wait in seconds."""
         keys = self._usable_keys[model.platform.id]
         start = self._turn.get(model.id, 0) % len(keys) if keys else 0
         if plan.preferred[0] == model.id:
             keys = sorted(keys[start:] + keys[:start], key=lambda key: key.id != plan.preferred[1])
             start = 0
         soonest: float | None = None
+        trial: Key | None = None
+        trial_until = inf
         for place in range(start - len(keys), start):  # from `start` on and around
             key = keys[place]
-            wait_s: float | None = self._key_cooldowns.left((key.id, model.id), now)
-            if not wait_s:
-                wait_s = self.ledger.wait_s(model, key.id, plan.tokens, now)
-            if wait_s == 0 and (key.id, model.id) not in plan.failed_keys:
-                return key, None
-            if wait_s and (soonest is None or wait_s < soonest):
-                soonest = wait_s
-        return None, soonest
+            wait_s, until = self._key_wait(key, model, plan, now)
+            if wait_s is None:
+                continue
+            if wait_s > 0:
+                soonest = wait_s if soonest is None else min(soonest, wait_s)
+            elif not until:
+                return key, 0.0, None
+            elif until < trial_until:
+                trial, trial_until = key, until
+        return (trial, trial_until, None) if trial is not None else (None, 0.0, soonest)
+
+    def _key_wait(self, key: Key, model: Model, plan: Plan, now: float) -> tuple[float | None, float]:
+        """Seconds until this key may be used for this model (None: never by this request), and until when it rests."""
+        wait_s, until = 0.0, 0.0
+        if (rest := self._protection.keys.get((key.id, model.id), now)) is not None:
+            wait_s, until = rest.trial_at() - now, rest.until
+        if plan.failed_keys and (again := plan.failed_keys.get((key.id, model.id))) is not None:
+            if again == inf:
+                return None, until
+            wait_s = max(wait_s, again - now, plan.again_at - now)
+        if wait_s > 0:
+            return wait_s, until
+        return self.ledger.wait_s(model, key.id, plan.need.tokens, now), until
 
     def _ordered(
         self, models: list[Model], mode: Mode, standing: Standing, plan: Plan, now: float, rng: Random
@@ -251,7 +400,8 @@ class Router:
         if standing is NO_STANDING:
             return ranked
         ranked = sorted(ranked, key=lambda m: m.id != standing.preferred_model)
-        return sorted(ranked, key=lambda m: standing.holds_back(m.id, m.platform.id))
+        plan.held_back = {m.id for m in ranked if standing.holds_back(m.id, m.platform.id)}
+        return sorted(ranked, key=lambda m: m.id in plan.held_back) if plan.held_back else ranked
 
     def _sampled(self, models: list[Model], mode: Mode, now: float, rng: Random) -> list[Model]:
         """Best first by Thompson sampling: each score draws anew from what is believed of the model."""
@@ -291,71 +441,19 @@ def fitting(need: Need, models: list[Model]) -> list[Model]:
     ]
 
 
-def fit(need: Need, models: list[Model]) -> list[Model]:
-    """The same; raises a GatewayError that says what is missing when there is none."""
-    if found := fitting(need, models):
-        return found
+def unfit(need: Need, models: list[Model]) -> GatewayError:
+    """What is missing when this request fits none of the models."""
     if not models:
-        raise NoProviders
+        return NoProviders()
     if need.vision and not (models := [m for m in models if m.vision]):
-        raise InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
+        return InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
     if need.tools and not (models := [m for m in models if m.tools]):
-        raise InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
+        return InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
     largest = max(m.context_window for m in models)
-    raise InvalidRequest(
+    return InvalidRequest(
         f"The request needs about {need.tokens} tokens, and the largest context window here is {largest}. "
         "Shorten the messages or lower max_tokens.",
         status=413,
         code="context_length_exceeded",
         param="messages",
     )
-
-
-def request_is_bad(attempts: Sequence[Attempt]) -> bool:
-    """Whether so many platforms in a row have called the request itself bad that they are believed."""
-    platforms = set()
-    for attempt in reversed(attempts):
-        if not attempt.calls_request_bad:
-            break
-        platforms.add(attempt.route.model.platform.id)
-    return len(platforms) >= REFUSALS_MAX
-
-
-def refusal(attempts: Sequence[Attempt]) -> GatewayError:
-    """The provider's own verdict on the request, as the client's 400."""
-    error = attempts[-1].error
-    codes = {Failure.CONTEXT_LENGTH: "context_length_exceeded", Failure.CONTENT_FILTER: "content_filter"}
-    return GatewayError(
-        error.message,
-        status=error.status if error.status and 400 <= error.status < 500 else 400,
-        type="invalid_request_error",
-        code=error.code or codes.get(error.failure, "bad_request"),
-        attempts=[attempt.as_json() for attempt in attempts],
-    )
-
-
-def exhausted(
-    plan: Plan, attempts: Sequence[Attempt], *, stream: bool, retry_after_s: float | None = None
-) -> GatewayError:
-    """What the client is told when nothing is left to try (SPEC 5.3)."""
-    failures = [attempt.error.failure for attempt in attempts]
-    waiting = all(f in WAITING for f in failures)  # a later request may find these keys usable again
-    blocked = plan.blocked.values()
-    details: dict[str, Any] = {"retry_after_s": retry_after_s, "attempts": [attempt.as_json() for attempt in attempts]}
-    refused = [a for a in attempts if a.calls_request_bad or a.error.failure in TOO_LONG_OR_FILTERED]
-    if request_is_bad(attempts) or (attempts and len(refused) == len(attempts)):
-        return refusal(attempts)
-    if waiting and (plan.banned or any(b.transient for b in blocked)):
-        message = "Every model that could serve this is resting after failures. Try again shortly."
-        return GatewayError(message, status=503, type="routing_error", code="all_models_exhausted", **details)
-    if waiting and (blocked or any(f is not Failure.AUTH for f in failures)):
-        message = "Every key that could serve this is rate-limited. Wait, or add another key or platform."
-        return GatewayError(message, status=429, type="rate_limit_error", code="rate_limited", **details)
-    if not failures:
-        return NoProviders()
-    if failures[-1] in (Failure.STALL, Failure.TIMEOUT):
-        name = "stream_timeout" if stream else "timeout"
-        message = "The last provider tried did not answer in time. Try again, or add another platform."
-        return GatewayError(message, status=504, type=name, code=name, **details)
-    message = "Every provider that could serve this failed. Try again; error.attempts says what each one answered."
-    return GatewayError(message, status=502, type="provider_error", code="all_attempts_failed", **details)

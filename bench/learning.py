@@ -28,13 +28,14 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dialects.chat import ChatDialect
-from protection import NO_STANDING, Cooldowns
 from records.database import Store
 from records.request_log import model_stats
 from records.rows import Row, insert_rows
 from router import Router
 from routing.catalog import Catalog, Key, KeyStatus, Model, Platform
+from routing.cooldowns import Cooldowns
 from routing.scores import Stats
+from routing.standing import NO_STANDING
 from wire.chat import Chat
 
 RATES = {"best": 0.95, "good": 0.8, "poor": 0.5, "bad": 0.1}

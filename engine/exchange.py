@@ -23,7 +23,7 @@ from adapters.base import Reply
 from adapters.stream import cut_short
 from config.catalog_files import CatalogFiles
 from config.settings import Settings
-from protection import Active, Cooling, Failure, Kind, Phase, Protection, Scope, UpstreamError
+from protection import Cooling, Failure, Kind, Phase, Scope, UpstreamError
 from providers import Providers
 from records.database import Connection, Store
 from records.eventlog import EventLog
@@ -34,6 +34,7 @@ from records.rows import Row
 from router import Attempt, Plan, Router, exhausted, refusal, request_is_bad
 from routing.catalog import KeyStatus
 from routing.route import Route
+from routing.standing import Active, Protection
 from transport.client import ClientGone, Receive, Send, Stopping, Watch, Watches, unless_disconnected
 from transport.deadlines import Deadlines, Limit
 from wire.chat import Chat, Dialect, Encoder, Mode, Tally

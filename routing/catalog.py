@@ -12,17 +12,11 @@ from enum import StrEnum
 from typing import Any
 
 from protection import LEVELS as LEVELS
+from protection import KeyStatus as KeyStatus
 from protection import Level as Level  # what a platform's `protection` says
 from wire.errors import ModelNotFound
 
 DEMO_ADAPTER = "demo"  # the built-in platform that serves only when there is nothing else (SPEC 1.5)
-
-
-class KeyStatus(StrEnum):
-    UNKNOWN = "unknown"
-    HEALTHY = "healthy"
-    RATE_LIMITED = "rate_limited"
-    INVALID = "invalid"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

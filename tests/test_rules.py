@@ -5,26 +5,23 @@ import itertools
 import pytest
 
 from protection import (
-    NO_STANDING,
     RULES,
-    SESSIONS_MAX,
     Action,
     Context,
-    Cooldowns,
     Cooling,
     Failure,
     Kind,
     Level,
     Phase,
-    Protection,
     Scope,
-    Sessions,
     UpstreamError,
-    Uses,
     classify,
     evaluate,
     parse_levels,
 )
+from routing.cooldowns import Cooldowns
+from routing.sessions import SESSIONS_MAX, Sessions, Uses
+from routing.standing import NO_STANDING, Protection
 
 TTL_S = 1800.0
 BEFORE, MID = Phase.BEFORE_STREAM, Phase.MID_STREAM

@@ -6,11 +6,12 @@ from random import Random
 import pytest
 
 from dialects.chat import ChatDialect
-from protection import NO_STANDING, Cooldowns, Standing
 from router import Router
 from routing.catalog import Catalog, Key, KeyStatus, Model, Platform, Pool, pools
+from routing.cooldowns import Cooldowns
 from routing.ledger import Penalties
 from routing.scores import Stats, Weights, Yardstick, belief, merit, quantiles, speed_score, ttfb_score
+from routing.standing import NO_STANDING, Standing
 from wire.chat import Chat, Mode
 
 NOW = 1000.0
