@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import time
 from dataclasses import dataclass
 from math import inf
@@ -24,7 +23,7 @@ from protection import Failure, UpstreamError
 from routing.catalog import Key, Model, Platform, is_demo
 from routing.route import Route
 from transport.deadlines import Limit
-from transport.upstream import BROKEN, Body, ConnectTimeout, Response, Upstream
+from transport.upstream import CallFailed, ConnectTimeout, NoFileLeft, Response, Upstream
 from wire.chat import Chat, Event, Tally, chunk_of, frame
 from wire.http import Endpoint
 from wire.jsontext import load_lenient
@@ -34,7 +33,6 @@ ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
 AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
-OUR_OWN = (errno.EMFILE, errno.ENFILE)  # no file is left for another connection, whosever it would be
 CHECK_S = 10.0  # for a list of models
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 
@@ -63,7 +61,6 @@ class LiveReply(Reply):
         super().__init__(tally, first=first)
         self._incoming = incoming
         self._response = response
-        self._content = response.content
         self._limit = limit
         self._stall_s = self._stall_left_s = stall_s
         self._at_end = False
@@ -85,12 +82,12 @@ class LiveReply(Reply):
             until = self._end_at if finished else stall_at if stall_at < idle_at else idle_at
             self._limit.set(until)
             try:
-                data = await self._content.readany() if until > now else None
+                data = await self._response.read() if until > now else None
             except asyncio.CancelledError:
                 if not self._limit.passed():
                     raise
                 data = None
-            except BROKEN as error:
+            except CallFailed as error:
                 data = self._broken(error)
             finally:
                 self._limit.due = inf
@@ -116,14 +113,13 @@ class LiveReply(Reply):
 
     def _is_ended(self) -> bool:
         incoming = self._incoming
-        return self._at_end or incoming.error is not None or (incoming.done and self._content.is_eof())
+        return self._at_end or incoming.error is not None or (incoming.done and self._response.complete)
 
-    def _broken(self, error: Exception) -> bytes:
+    def _broken(self, error: CallFailed) -> bytes:
         """The end of a stream whose connection has broken: that says nothing once the answer is complete."""
-        error.__traceback__ = None  # the body keeps it, and its frames keep the body: a cycle
         if self.tally.finish is not None:
             return b""
-        raise UpstreamError(Failure.CONNECTION, f"The connection broke: {type(error).__name__}") from None
+        raise UpstreamError(Failure.CONNECTION, f"The connection broke: {error.cause}") from None
 
     async def _ending(self) -> list[Event] | None:
         if error := self._incoming.error or self._incoming.ending():
@@ -132,9 +128,9 @@ class LiveReply(Reply):
             chunk = chunk_of(self.tally.head, {}, "tool_calls" if self.tally.has_tool_calls else "stop")
             note(chunk, self.tally)
             return [Event(frame(chunk), chunk)]
-        if self._incoming.done and not self._content.is_eof():  # lets the connection go back to the pool
-            with contextlib.suppress(TimeoutError, *BROKEN), self._limit.within(CONNECTION_END_S):
-                await self._content.readany()
+        if self._incoming.done and not self._response.complete:  # lets the connection go back to the pool
+            with contextlib.suppress(TimeoutError, CallFailed), self._limit.within(CONNECTION_END_S):
+                await self._response.read()
         return None
 
     def close(self) -> None:
@@ -173,11 +169,11 @@ class Providers:
                         raise refusal(response.status, response.headers, refused, route, time.time())
                     reply = whole_reply(rescued, adapter, chat, route, time.time())
                 elif deadline is None:
-                    reply = whole_reply(await read_body(response.content, b""), adapter, chat, route, time.time())
+                    reply = whole_reply(await read_body(response), adapter, chat, route, time.time())
                 else:
                     opening = Opening(self._timeouts, limit, deadline)
                     reply = await opening.reply(response, adapter, chat, route)
-        except BROKEN as error:
+        except (CallFailed, TimeoutError) as error:
             raise no_answer(error, route, deadline) from None
         finally:
             if response is not None and not isinstance(reply, LiveReply):
@@ -196,7 +192,7 @@ class Providers:
         headers = self._adapters[model.platform.adapter].headers(secret, model.quirks)
         try:
             response, raw = await self._get(Endpoint(url + (path or "/models"), headers))
-        except BROKEN as error:
+        except (CallFailed, TimeoutError) as error:
             raise no_answer(error, route, None) from None
         if not 200 <= response.status < 300:
             raise refusal(response.status, response.headers, said_instead(raw), route, time.time())
@@ -210,8 +206,8 @@ class Providers:
         headers = self._adapters[platform.adapter].headers(secret, platform.quirks)
         try:
             response, raw = await self._get(Endpoint(f"{url}/models", headers))
-        except BROKEN as error:
-            raise UpstreamError(Failure.CONNECTION, type(error).__name__) from None
+        except (CallFailed, TimeoutError) as error:
+            raise UpstreamError(Failure.CONNECTION, getattr(error, "cause", "") or type(error).__name__) from None
         if not 200 <= response.status < 300:
             raise UpstreamError(Failure.WRAPPED, f"HTTP {response.status}", status=response.status)
         return load_lenient(raw)
@@ -220,29 +216,27 @@ class Providers:
         async with asyncio.timeout(min(CHECK_S, self._timeouts.request_s)):
             response = await self._upstream.call("GET", endpoint)
             try:
-                return response, await read_body(response.content, b"")
+                return response, await read_body(response)
             finally:
                 response.close()
 
 
-def no_answer(error: Exception, route: Route, deadline: float | None) -> UpstreamError:
+def no_answer(error: CallFailed | TimeoutError, route: Route, deadline: float | None) -> UpstreamError:
     """Name what went wrong before an answer was committed; `deadline` is a stream's for its first token."""
-    error.__traceback__ = None  # as in LiveReply
     if isinstance(error, ConnectTimeout):
         return UpstreamError(Failure.TIMEOUT, "The provider could not be reached in time.", status=504)
     if isinstance(error, TimeoutError):
         if deadline is None or asyncio.get_running_loop().time() >= deadline - CLOCK_STEP_S:
             return UpstreamError(Failure.TIMEOUT, "The provider did not answer in time.", status=504)
         return UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
-    words = redact(f"{type(error).__name__}: {error}", route.key.secret)
-    ours = isinstance(error, OSError) and error.errno in OUR_OWN
+    words = redact(str(error), route.key.secret)
+    ours = isinstance(error, NoFileLeft)
     return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}", ours=ours)
 
 
-async def read_body(content: Body, begun: bytes, bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
+async def read_body(response: Response, begun: bytes = b"", bytes_max: int = COMPLETION_BYTES_MAX) -> bytes:
     pieces, size = [begun], len(begun)
-    while not content.at_eof():
-        data = await content.readany()
+    while data := await response.read():
         pieces.append(data)
         size += len(data)
         if size > bytes_max:
@@ -253,7 +247,7 @@ async def read_body(content: Body, begun: bytes, bytes_max: int = COMPLETION_BYT
 async def error_body(response: Response) -> object:
     """What came with a status other than 2xx."""
     raw = b""
-    while len(raw) < ERROR_BYTES_MAX and (data := await response.content.readany()):
+    while len(raw) < ERROR_BYTES_MAX and (data := await response.read()):
         raw += data
     return said_instead(raw)
 
@@ -268,15 +262,15 @@ class Opening:
         self._clock = asyncio.get_running_loop().time
 
     async def reply(self, response: Response, adapter: Adapter, chat: Chat, route: Route) -> Reply:
-        tally, content = Tally(), response.content
+        tally = Tally()
         is_sse = response.content_type == "text/event-stream"
         incoming = Incoming(adapter.translator(tally, chat), tally, route, time.time(), is_sse=is_sse)
         held: list[Event] = []
         held_bytes = 0
         while True:
-            data = await self._read(content)
+            data = await self._read(response)
             if not incoming.bytes_seen and data.lstrip()[:1] in (b"{", b"["):  # not a stream, whatever was asked
-                return whole_reply(await read_body(content, data), adapter, chat, route, time.time())
+                return whole_reply(await read_body(response, data), adapter, chat, route, time.time())
             events, meaningful = incoming.feed(data) if data else incoming.flush()
             held += events
             if meaningful or (tally.finish == "length" and not cut_short(tally, chat, route.model)):
@@ -294,12 +288,12 @@ class Opening:
     def _live(self, tally: Tally, held: list[Event], incoming: Incoming, response: Response) -> LiveReply:
         return LiveReply(tally, held, incoming, response, self._limit, self._timeouts.stall_s)
 
-    async def _read(self, content: Body) -> bytes:
+    async def _read(self, response: Response) -> bytes:
         now = self._clock()
         if now >= self._deadline:  # a provider that never pauses would never let the timer run
             raise TimeoutError
         self._limit.set(min(now + self._timeouts.stall_s, self._deadline))
-        return await content.readany()
+        return await response.read()
 
     @staticmethod
     def _cut(tally: Tally, chat: Chat, route: Route) -> UpstreamError | None:

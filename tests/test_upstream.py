@@ -3,12 +3,30 @@
 import asyncio
 import contextlib
 import gzip
+from collections.abc import AsyncIterator
 
 import pytest
 from conftest import case
-from fake_provider import CUT, RESET, Wait, answer, body, chunk, chunked, completion, error, head, raw, sse, until
+from fake_provider import (
+    CUT,
+    PAUSE,
+    RESET,
+    Every,
+    Wait,
+    answer,
+    body,
+    chunk,
+    chunked,
+    completion,
+    error,
+    head,
+    raw,
+    silent_url,
+    sse,
+    until,
+)
 
-from transport.upstream import BROKEN, Response, Upstream
+from transport.upstream import CallFailed, ConnectionBroken, ConnectTimeout, Response, Unsendable, Upstream
 from wire.http import Endpoint
 
 GOODBYE = b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
@@ -123,9 +141,14 @@ async def test_an_address_that_is_none_is_a_failure_like_others(fake, start_gate
     assert got.text == "from b"
 
 
+async def body_of(response: Response) -> AsyncIterator[bytes]:
+    while data := await response.read():
+        yield data
+
+
 async def read(response: Response) -> bytes:
     try:
-        return await response.content.read()
+        return b"".join([data async for data in body_of(response)])
     finally:
         response.close()
 
@@ -145,7 +168,7 @@ async def test_a_fresh_connection_that_breaks_is_a_failure(fake):
     async with Upstream(connect_s=1.0, stale_s=0.0) as upstream:
         endpoint = Endpoint(fake.url("a"), {})
         await read(await upstream.call("POST", endpoint, b"{}"))
-        with pytest.raises(BROKEN):  # on the fresh one it is the server's own doing
+        with pytest.raises(ConnectionBroken):  # on the fresh one it is the server's own doing
             await upstream.call("POST", endpoint, b"{}")
         assert fake.connections == 2
         assert b"fresh" in await read(await upstream.call("POST", endpoint, b"{}"))
@@ -156,7 +179,7 @@ async def test_a_connection_in_steady_use_that_breaks_is_a_failure_at_once(fake)
     async with Upstream(connect_s=1.0, stale_s=60.0) as upstream:
         endpoint = Endpoint(fake.url("a"), {})
         await read(await upstream.call("POST", endpoint, b"{}"))
-        with pytest.raises(BROKEN):
+        with pytest.raises(ConnectionBroken):
             await upstream.call("POST", endpoint, b"{}")
         assert fake.connections == 1
 
@@ -190,7 +213,7 @@ async def test_a_server_that_speaks_first_is_called_once():
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as server, Upstream(connect_s=1.0) as upstream:
         endpoint = Endpoint(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/", {})
-        with pytest.raises(BROKEN):
+        with pytest.raises(ConnectionBroken):
             await upstream.call("POST", endpoint, b"{}")
     assert len(connections) == 1
     connections[0].close()
@@ -199,7 +222,99 @@ async def test_a_server_that_speaks_first_is_called_once():
 @pytest.mark.parametrize("value", ["a\r\nX-Other: b", "a\nb", "a\0b", "a\rb"])
 async def test_no_header_can_bring_another_along(fake, value):
     async with Upstream(connect_s=1.0) as upstream:
-        with pytest.raises(BROKEN) as raised:
+        with pytest.raises(Unsendable) as raised:
             await upstream.call("POST", Endpoint(fake.url("a"), {"Authorization": value}), b"{}")
     assert fake.connections == 0
     assert value not in str(raised.value)
+
+
+# --- A call in two steps --------------------------------------------------------------------------------------------
+
+
+async def test_waiting_for_a_head_can_be_given_up_and_taken_up_again(fake):
+    later = asyncio.Event()
+    fake.script("a", raw(Wait(later), *completion("late").steps))
+    async with Upstream(connect_s=1.0) as upstream:
+        call = await upstream.start("POST", Endpoint(fake.url("a"), {}), b"{}")
+        for _ in range(2):
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await call.head()
+        later.set()
+        assert b"late" in await read(await call.head())
+    assert (fake.called, fake.connections) == (["a"], 1)
+
+
+async def test_a_call_that_is_closed_before_its_head_closes_its_connection(fake):
+    fake.script("a", raw(PAUSE))
+    async with Upstream(connect_s=1.0) as upstream:
+        call = await upstream.start("POST", Endpoint(fake.url("a"), {}), b"{}")
+        await fake.arrived()
+        call.close()
+        await fake.closed()
+
+
+async def test_a_stale_connection_is_replaced_within_the_wait_for_the_head(fake):
+    later = asyncio.Event()
+    fake.script("a", completion("first"), raw(CUT), raw(Wait(later), *completion("fresh").steps))
+    async with Upstream(connect_s=1.0, stale_s=0.0) as upstream:
+        endpoint = Endpoint(fake.url("a"), {})
+        await read(await upstream.call("POST", endpoint, b"{}"))
+        call = await upstream.start("POST", endpoint, b"{}")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await call.head()
+        later.set()
+        assert b"fresh" in await read(await call.head())
+    assert (len(fake.called), fake.connections) == (3, 2)
+
+
+async def test_a_body_that_breaks_raises_our_own_exception(fake):
+    promised = {"Content-Length": "99"}
+    fake.script("a", raw(head(200, promised), b"half", CUT), raw(head(200, promised), b"half", RESET))
+    async with Upstream(connect_s=1.0) as upstream:
+        for _ in range(2):
+            response = await upstream.call("GET", Endpoint(fake.url("a"), {}))
+            with pytest.raises(ConnectionBroken):
+                await read(response)
+            with pytest.raises(ConnectionBroken):  # also when it is read once more
+                await read(response)
+
+
+async def test_a_body_that_was_closed_raises_our_own_exception(fake):
+    fake.script("a", raw(head(200, {"Content-Length": "99"}), PAUSE))
+    async with Upstream(connect_s=1.0) as upstream:
+        response = await upstream.call("GET", Endpoint(fake.url("a"), {}))
+        response.close()
+        with pytest.raises(ConnectionBroken):
+            await read(response)
+
+
+async def test_a_connection_that_cannot_be_made_in_time_has_its_own_name():
+    with silent_url() as url:
+        async with Upstream(connect_s=0.05) as upstream:
+            with pytest.raises(ConnectTimeout):
+                await upstream.start("POST", Endpoint(url, {}), b"{}")
+
+
+@pytest.mark.parametrize("address", ["http://[::1", "http://" + "a" * 70 + ".example/v1", "not an address"])
+async def test_an_address_that_is_none_raises_our_own_exception(address):
+    async with Upstream(connect_s=1.0) as upstream:
+        with pytest.raises(CallFailed):
+            await upstream.start("POST", Endpoint(address, {}), b"{}")
+
+
+@pytest.mark.parametrize("size", [9_000, 60_000])
+async def test_headers_may_be_larger_than_8_kb(fake, size):
+    headers = {"content-security-policy": "x" * size} | {f"x-trace-{n}": "y" for n in range(100)}
+    fake.script("a", raw(head(200, headers | {"content-length": "2"}), b"{}"))
+    async with Upstream(connect_s=1.0) as upstream:
+        response = await upstream.call("GET", Endpoint(fake.url("a"), {}))
+        assert (len(response.headers["content-security-policy"]), await read(response)) == (size, b"{}")
+
+
+async def test_headers_without_end_are_a_broken_answer(fake):
+    fake.script("a", raw(b"HTTP/1.1 200 OK\r\nx: ", Every(0.0, b"x" * 65_536), b"\r\n\r\n"))
+    async with Upstream(connect_s=1.0) as upstream:
+        with pytest.raises(ConnectionBroken):
+            await upstream.call("GET", Endpoint(fake.url("a"), {}))

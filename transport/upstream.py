@@ -1,14 +1,21 @@
 """One HTTP call to a provider: aiohttp's pool of connections, its TLS and its parser, without its session.
 
 Nearly all of a call is the same in the next one: where it goes, the credential, the headers. `ClientSession.request`
-finds that anew each time, which costs more than the call itself (measured: half of a bare proxy's time). Here it is
-found once for each `Endpoint`, and a call is one write and one wait. What that needs of aiohttp (3.14) stands below its
-session: `BaseConnector.connect`, a `ClientRequest` that tells it where to, `ResponseHandler`. Look again at an upgrade.
+works that out each time, which costs more than the call itself (measured: half of a bare proxy's time). Here it is
+worked out once for each `Endpoint`, and a call is one write and one wait. What that needs of aiohttp (3.14) lies below
+its session: `BaseConnector.connect`, a `ClientRequest` that tells it where to, `ResponseHandler`. Check these at an
+upgrade.
+
+A call has two steps, `start` (connect and write) and `Call.head` (wait for the answer's head). The second may be
+cancelled and awaited again, so that a caller can stop waiting for a while without losing the request. Only exceptions
+of our own leave this module, all of them `CallFailed`: aiohttp's errors, OSError and aiohttp's RuntimeError are mapped
+where they are raised, so that a defect of ours is never taken for a broken connection.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
 from collections.abc import Mapping
 from functools import cached_property, lru_cache, partial
@@ -28,13 +35,45 @@ KEEPALIVE_S = 15.0  # idle connections; many servers close theirs after 20 s and
 STALE_S = 1.0  # the least patient servers in use close after 2 s; one that breaks sooner means it
 DNS_TTL_S = 300
 COPY_BYTES_MAX = 64 * 1024  # of a body that is joined to its head: one packet, mostly; a larger one is not copied
+HEADER_BYTES_MAX = 64 * 1024  # of one header; aiohttp allows 8 KB, which tracing and cookie headers exceed
+HEADERS_MAX = 256  # of one answer
 INTERIM = frozenset({*range(100, 200)} - {101})  # the answer is still to come
 UNSAFE = re.compile("[\r\n\0]")  # would let a header's value begin another header
-# What a read raises when the connection has ended before its body. RuntimeError is aiohttp's way to say that it has
-# been closed already.
-BROKEN = (aiohttp.ClientError, OSError, RuntimeError)
-ConnectTimeout = aiohttp.ConnectionTimeoutError
-Body = aiohttp.StreamReader
+NO_FILE = (errno.EMFILE, errno.ENFILE)  # this process, or this machine, may open no more files
+
+
+class CallFailed(Exception):
+    """A call came to nothing: it could not be sent, was not answered, or only in part.
+
+    `cause` names the foreign exception behind it, for messages that must not repeat its words.
+    """
+
+    def __init__(self, words: str, cause: str = "") -> None:
+        super().__init__(f"{cause}: {words}" if cause else words)
+        self.cause = cause
+
+
+class ConnectionBroken(CallFailed):
+    """No connection, no answer over it, or one that ended too early or was not HTTP."""
+
+
+class ConnectTimeout(CallFailed):
+    """No connection within the time for connecting."""
+
+
+class NoFileLeft(CallFailed):
+    """Our own limit of open files was reached; it says nothing about the provider."""
+
+
+class Unsendable(CallFailed):
+    """An address or a header that no request can carry."""
+
+
+def failed(error: Exception) -> CallFailed:
+    """The exception of ours for a foreign one."""
+    error.__traceback__ = None  # a body keeps its exception, whose frames would keep the body: a cycle
+    kind = NoFileLeft if isinstance(error, OSError) and error.errno in NO_FILE else ConnectionBroken
+    return kind(str(error), type(error).__name__)
 
 
 class Handler(ResponseHandler):
@@ -45,7 +84,7 @@ class Handler(ResponseHandler):
     def expect_response(self) -> None:
         """One parser reads all the answers of a connection; aiohttp would make one for each."""
         if self._parser is None:
-            self.set_response_params(read_until_eof=True)
+            self.set_response_params(read_until_eof=True, max_field_size=HEADER_BYTES_MAX, max_headers=HEADERS_MAX)
 
     def begin_idling(self) -> None:
         self.idle_since = self._loop.time()
@@ -77,18 +116,36 @@ class Target(aiohttp.ClientRequest):
 class Response:
     """A status, headers, and a body that is still arriving."""
 
-    __slots__ = ("_connection", "content", "headers", "status")
+    __slots__ = ("_connection", "_content", "headers", "status")
 
-    def __init__(self, status: int, headers: Mapping[str, str], content: Body, connection: Connection) -> None:
+    def __init__(
+        self, status: int, headers: Mapping[str, str], content: aiohttp.StreamReader, connection: Connection
+    ) -> None:
         self.status = status
         self.headers = headers
-        self.content = content
+        self._content = content
         self._connection = connection
         content.on_eof(partial(let_go, connection))
 
     @property
     def content_type(self) -> str:
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+    @property
+    def complete(self) -> bool:
+        """Whether the body's last byte has arrived, read or not."""
+        return self._content.is_eof()
+
+    async def read(self) -> bytes:
+        """The next bytes of the body, as soon as there are any; b"" at its end. Raises CallFailed."""
+        try:
+            return await self._content.readany()
+        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+            raise failed(error) from None
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # a RecursionError or the like is a defect of ours
+                raise
+            raise failed(error) from None  # aiohttp's way to say that the connection has been closed already
 
     def close(self) -> None:
         """Give the connection up, unless the body has been read to its end."""
@@ -105,15 +162,77 @@ def let_go(connection: Connection) -> None:
         connection.release()
 
 
+class Call:
+    """A request that has been written, and whose answer's head is still to come. Whoever started it closes it."""
+
+    __slots__ = ("_body", "_connection", "_head", "_idle_s", "_target", "_upstream")
+
+    def __init__(self, upstream: Upstream, target: Target, head: bytes, body: bytes) -> None:
+        self._upstream = upstream
+        self._target = target
+        self._head = head
+        self._body = body
+        self._connection: Connection | None = None
+        self._idle_s = 0.0  # how long its connection was idle before
+
+    async def send(self) -> None:
+        """Connect and write. Raises CallFailed."""
+        connection = self._connection = await self._upstream.connect(self._target)
+        protocol, transport = handler(connection), connection.transport
+        self._idle_s = asyncio.get_running_loop().time() - protocol.idle_since
+        protocol.expect_response()
+        if transport is None:  # lost in this moment, which `head` will notice
+            return
+        if len(self._body) <= COPY_BYTES_MAX:
+            transport.write(self._head + self._body)
+        else:
+            transport.writelines((self._head, self._body))
+
+    async def head(self) -> Response:
+        """The answer, as soon as its head is there. Redirects are answers like others.
+
+        May be cancelled and awaited again; the request is still on its way then. Raises CallFailed, and then the call
+        is over.
+        """
+        while True:
+            if self._connection is None:
+                await self.send()
+            connection = self._connection
+            assert connection is not None
+            try:
+                return await answered(connection)
+            except asyncio.CancelledError:
+                raise
+            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
+                connection.close()
+                if self._idle_s < self._upstream.stale_s:
+                    raise failed(error) from None
+                self._connection = None  # stale keep-alive: resend
+            except HttpProcessingError as error:
+                connection.close()
+                raise ConnectionBroken(error.message, type(error).__name__) from None
+            except (aiohttp.ClientError, OSError) as error:
+                connection.close()
+                raise failed(error) from None
+            except BaseException:
+                connection.close()
+                raise
+
+    def close(self) -> None:
+        """Give the connection up, unless its answer has been read to the end."""
+        if self._connection is not None:
+            self._connection.close()
+
+
 class Upstream:
     """All connections to providers. `async with Upstream(connect_s) as upstream`.
 
-    A connection that breaks at once after it was idle for `stale_s` has most likely been closed by a server that had
-    tired of it, in the moment in which it was used again: the request goes out anew.
+    A connection that breaks at once after it was idle for `stale_s` was most likely closed by its server in the moment
+    in which it was used again (a stale keep-alive): the request is sent once more.
     """
 
     def __init__(self, connect_s: float, stale_s: float = STALE_S) -> None:
-        self._stale_s = stale_s
+        self.stale_s = stale_s
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_s)
         self._prepared = lru_cache(maxsize=ENDPOINTS_MAX)(prepared)
 
@@ -126,63 +245,53 @@ class Upstream:
     async def __aexit__(self, *exc: object) -> None:
         await self._connector.close()
 
-    async def call(self, method: str, endpoint: Endpoint, body: bytes = b"") -> Response:
-        """Send a request; gives the response as soon as its head is there. Redirects are answers like others.
-
-        Raises what is in BROKEN.
-        """
+    async def start(self, method: str, endpoint: Endpoint, body: bytes = b"") -> Call:
+        """Connect and write a request. Raises CallFailed."""
         target, head = self._prepared(method, endpoint, self._loop)
         head = b"%bContent-Length: %d\r\n\r\n" % (head, len(body)) if body else head + b"\r\n"
-        while True:
-            connection = await self._connect(target)
-            idle_s = self._loop.time() - handler(connection).idle_since
-            try:
-                return await ask(connection, head, body)
-            except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-                if idle_s < self._stale_s:
-                    raise
+        call = Call(self, target, head, body)
+        await call.send()
+        return call
 
-    async def _connect(self, target: Target) -> Connection:
+    async def call(self, method: str, endpoint: Endpoint, body: bytes = b"") -> Response:
+        """Send a request and wait for the head of its answer. Raises CallFailed."""
+        call = await self.start(method, endpoint, body)
+        try:
+            return await call.head()
+        except BaseException:
+            call.close()
+            raise
+
+    async def connect(self, target: Target) -> Connection:
+        """A connection to write a request to, from the pool or new. Raises CallFailed."""
         while True:
             try:
                 connection = await self._connector.connect(target, [], self._timeout)
             except TimeoutError:
-                raise ConnectTimeout(f"Connection timeout to {target.host}") from None
+                raise ConnectTimeout(f"no connection to {target.host} in time") from None
             except UnicodeError:
-                raise aiohttp.InvalidUrlClientError(target.url, "not a host's name") from None
+                raise Unsendable("not a host's name") from None
+            except (aiohttp.ClientError, OSError) as error:
+                raise failed(error) from None
             protocol = handler(connection)
             if not protocol.should_close or protocol.idle_since == inf:
                 return connection
-            connection.close()  # while it was idle its server has said something that nobody asked
+            connection.close()  # while it was idle its server said something that nobody had asked for
 
 
-async def ask(connection: Connection, head: bytes, body: bytes) -> Response:
-    """Over a connection of its own, which is closed when no response comes of it."""
-    protocol, transport = handler(connection), connection.transport
-    try:
-        if transport is None:
-            raise aiohttp.ServerDisconnectedError
-        protocol.expect_response()
-        if len(body) <= COPY_BYTES_MAX:
-            transport.write(head + body)
-        else:
-            transport.writelines((head, body))
+async def answered(connection: Connection) -> Response:
+    """The answer that arrives over this connection, once its head is there."""
+    protocol = handler(connection)
+    message, content = await protocol.read()
+    while message.code in INTERIM:
         message, content = await protocol.read()
-        while message.code in INTERIM:
-            message, content = await protocol.read()
-        return Response(message.code, message.headers, content, connection)
-    except HttpProcessingError as error:
-        connection.close()
-        raise aiohttp.ClientPayloadError(f"{type(error).__name__}: {error.message}") from None
-    except BaseException:
-        connection.close()
-        raise
+    return Response(message.code, message.headers, content, connection)
 
 
 def prepared(method: str, endpoint: Endpoint, loop: asyncio.AbstractEventLoop) -> tuple[Target, bytes]:
     """Where the connector has to connect to, and the request's head up to its length.
 
-    Raises aiohttp.ClientError for an address or a header that cannot be sent.
+    Raises Unsendable.
     """
     try:
         target = Target(method, URL(endpoint.url), headers=endpoint.headers, loop=loop)
@@ -191,7 +300,7 @@ def prepared(method: str, endpoint: Endpoint, loop: asyncio.AbstractEventLoop) -
         lines += [f"{name}: {text}" for name, text in target.headers.items()]
         head = "".join(f"{line}\r\n" for line in lines).encode()
     except ValueError as error:
-        raise aiohttp.InvalidUrlClientError(endpoint.url, type(error).__name__) from None
+        raise Unsendable("not an address", type(error).__name__) from None
     if any(UNSAFE.search(line) for line in lines):
-        raise aiohttp.ClientError("A header holds a line break.")
+        raise Unsendable("a header holds a line break")
     return target, head
