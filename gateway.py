@@ -30,9 +30,10 @@ from starlette.routing import Route, Router
 
 from adapters.registry import ADAPTERS
 from admin.api import Admin, json_response, resource
+from admin.control import Control
 from admin.discovery import keep_discovering
 from admin.page import Page
-from config.catalog_files import CatalogFiles, load_catalog
+from config.catalog_files import load_catalog
 from config.settings import LOOPBACK_HOSTS, Settings, SettingsError, check_binding, load_settings
 from dialects.chat import ChatDialect
 from dialects.responses import ResponsesDialect
@@ -53,8 +54,7 @@ from providers import Providers, Timeouts
 from records.database import Connection, DatabaseError, Store, ping
 from records.eventlog import EventLog
 from records.eventlog import Handler as LibraryLog
-from records.keys import client_key, sync_environment_keys, sync_file_keys
-from records.models import Snapshot, sync_models
+from records.keys import client_key
 from records.request_log import delete_old_rows, model_stats, todays_use
 from records.vault import StoreError
 from router import Router as ModelRouter
@@ -81,10 +81,10 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.files: CatalogFiles = load_catalog(settings, ADAPTERS)
-        defaults = {p.id: p.protection for p in self.files.platforms.values()}
+        files = load_catalog(settings, ADAPTERS)
+        defaults = {p.id: p.protection for p in files.platforms.values()}
         levels, warnings = parse_levels(settings.thread_protection_platforms, defaults)
-        self.warnings = [*self.files.warnings, *warnings]
+        self.warnings = [*files.warnings, *warnings]
         self.log = EventLog(settings.log_level)
         self.store = Store(settings.db, settings.encryption_key)
         self.api_key, self.made_key = settings.api_key or "", False
@@ -98,9 +98,9 @@ class Gateway:
             thread_cooldown_s=settings.thread_cooldown_ms / 1000,
         )
         router = ModelRouter(protection.transient, protection.keys)
-        self.engine = Engine(settings, self.files, protection, router, self.store, self.log, Random())
-        snapshot = self.store.write_now(self._sync)
-        router.load(snapshot.catalog, snapshot.key_status)
+        self.engine = Engine(settings, protection, router, self.store, self.log, Random())
+        self.control = Control(files, self.store, router)
+        self.control.start()
         self._restore_ledger()
         dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(lambda: secrets.token_hex(24)))
         self._dialects = {path: dialect for dialect in dialects for path in dialect.paths}
@@ -114,20 +114,11 @@ class Gateway:
                 *(local_route(route) for dialect in dialects for route in dialect.extra_routes()),
                 Route("/healthz", self.healthz),
                 resource("/", GET=Page().show),
-                *Admin(self.engine).routes(),
+                *Admin(self.engine, self.control).routes(),
             ],
             redirect_slashes=False,
             default=self._not_found,
         )
-
-    def _sync(self, db: Connection) -> Snapshot:
-        """Bring catalogue and keys into the database; gives what routing needs out of it."""
-        sync_models(db, self.files.models)
-        vault = self.store.vault
-        keys = self.files.keys
-        sync_file_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if not key.env])
-        sync_environment_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if key.env])
-        return self.engine.snapshot(db)
 
     def _restore_ledger(self) -> None:
         """Quotas go on where the last process stopped."""
@@ -150,7 +141,7 @@ class Gateway:
             first_token_s=s.first_token_timeout_ms / 1000,
         )
         try:
-            jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine))
+            jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine, self.control))
             self.engine.deadlines = Deadlines()
             async with Upstream(s.connect_timeout_ms / 1000) as upstream, background(self.log, *jobs):
                 self.engine.providers = Providers(timeouts, upstream)

@@ -1,14 +1,15 @@
--- Today's whole schema. A file made by an earlier version reaches it through MIGRATIONS in store.py.
+-- Today's whole schema. A file made by an earlier version reaches it through records/migrations.py.
 -- Timestamps are ISO-8601 UTC with milliseconds and Z: julianday() reads them, and text order is time order.
 
 -- One row per model of the catalogue; facts come from catalog.json at every start, `enabled` belongs to the user.
+-- A rank of NULL: unranked (SPEC 2.4).
 CREATE TABLE models (
     id                INTEGER PRIMARY KEY,
     platform          TEXT NOT NULL,
     model_id          TEXT NOT NULL,
     display_name      TEXT NOT NULL,
-    intelligence_rank REAL NOT NULL,
-    speed_rank        REAL NOT NULL,
+    intelligence_rank REAL,
+    speed_rank        REAL,
     context_window    INTEGER NOT NULL,
     rpm_limit         INTEGER,
     rpd_limit         INTEGER,
@@ -19,6 +20,7 @@ CREATE TABLE models (
     enabled           INTEGER NOT NULL DEFAULT 1,
     -- NULL while the model is in the catalogue; afterwards what `enabled` was, to be restored when it comes back
     enabled_before    INTEGER,
+    kind              TEXT NOT NULL DEFAULT 'chat' CHECK (kind IN ('chat', 'embedding')),
     UNIQUE (platform, model_id)
 );
 
@@ -44,6 +46,8 @@ CREATE TABLE api_keys (
     gone          INTEGER NOT NULL DEFAULT 0,  -- disabled because its environment variable went, not by the user
     last_error    TEXT,
     created_at    TEXT NOT NULL,
+    -- Overrides what the catalogue says of the platform, for example on a paid plan; NULL: as the platform
+    trains_on_prompts INTEGER CHECK (trains_on_prompts IN (0, 1)),
     UNIQUE (platform, fingerprint)
 );
 
@@ -67,10 +71,33 @@ CREATE TABLE requests (
     ttfb_ms         INTEGER,
     attempt         INTEGER NOT NULL,
     streamed        INTEGER NOT NULL,
-    skipped_models  TEXT
+    skipped_models  TEXT,
+    client          INTEGER,                     -- clients.id; NULL for the gateway's own key
+    cached          INTEGER NOT NULL DEFAULT 0,  -- answered from memory (SPEC 18)
+    resumed_at      INTEGER,                     -- from which delivered character on; NULL on a first attempt (SPEC 14.8)
+    drill           INTEGER NOT NULL DEFAULT 0,  -- broken on purpose; feeds no statistics (SPEC 14.10)
+    waited_ms       INTEGER                      -- the request's wait for capacity before this attempt (SPEC 5.5)
 );
 CREATE INDEX requests_by_time ON requests (created_at);
 CREATE INDEX requests_by_request ON requests (request_id);
+
+-- Keys that the operator gives to clients (SPEC 19). Only a hash of each is kept: 256 random bits need no salt.
+-- AUTOINCREMENT: rows of the log go on naming a client that is gone.
+CREATE TABLE clients (
+    id         INTEGER PRIMARY KEY AUTOINCREMENT,
+    name       TEXT NOT NULL,
+    key_hash   BLOB NOT NULL UNIQUE,  -- SHA-256
+    masked     TEXT NOT NULL,
+    enabled    INTEGER NOT NULL DEFAULT 1,
+    rpm_limit  INTEGER,
+    rpd_limit  INTEGER,
+    tpd_limit  INTEGER,
+    models     TEXT,     -- a JSON list of models and modes; NULL: all
+    min_rank   INTEGER,  -- SPEC 21.3
+    privacy    TEXT CHECK (privacy IN ('no-train')),
+    expires_at TEXT,
+    created_at TEXT NOT NULL
+);
 
 -- What the gateway made for itself; secrets in here are encrypted like keys.
 CREATE TABLE settings (

@@ -1,8 +1,7 @@
 """The control plane: what the operator sees and changes over HTTP.
 
-Plain Starlette endpoints over the same state the engine serves from; a change is written by controls.py in one
-transaction and reaches routing as a new snapshot. Errors are raised as GatewayError and answered in one place, by
-gateway.py.
+Plain Starlette endpoints over the same state the engine serves from. A change goes through control.py: one transaction,
+then a new snapshot for routing. Errors are raised as GatewayError and answered in one place, by gateway.py.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from admin.control import Control
 from admin.discovery import discover
 from config.catalog_files import provider_key
 from config.settings import SettingsError, spelled
@@ -77,8 +77,9 @@ def resource(path: str, **methods: Endpoint) -> Route:
 class Admin:
     """The endpoints under /api, and /metrics."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, control: Control) -> None:
         self._engine = engine
+        self._control = control
         self._reports = Reports()
         self._started = time.monotonic()
         watch(engine)
@@ -216,7 +217,7 @@ class Admin:
         for needed in ("platform", "key"):
             if needed not in body:
                 raise InvalidRequest(f"'{needed}' is missing.", param=needed, code="missing_field")
-        platform = self._engine.files.platforms.get(body["platform"])
+        platform = self._control.files.platforms.get(body["platform"])
         if platform is None:
             message = f"There is no platform {body['platform'][:100]!r}. GET /api/platforms lists what there is."
             raise InvalidRequest(message, param="platform", code="unknown_platform")
@@ -226,7 +227,7 @@ class Admin:
             raise InvalidRequest(message, param="key", code="invalid_key")
         name = label(body["label"]) if "label" in body else None
         vault = self._engine.store.vault
-        key, is_new = await self._engine.apply(lambda db: put_key(db, vault, platform.id, secret, name))
+        key, is_new = await self._control.apply(lambda db: put_key(db, vault, platform.id, secret, name))
         self._note("key_added" if is_new else "key_known", key)
         return json_response(self._live(key), 201 if is_new else 200)
 
@@ -237,7 +238,7 @@ class Admin:
             raise InvalidRequest(message, param="status", code="invalid_value")
         name = label(body["label"]) if "label" in body else None
         id, vault = path_id(request), self._engine.store.vault
-        key = await self._engine.apply(
+        key = await self._control.apply(
             lambda db: change_key(db, vault, id, label=name, enabled=body.get("enabled"), reset="status" in body)
         )
         if key is None:
@@ -247,7 +248,7 @@ class Admin:
 
     async def delete_key(self, request: Request) -> Response:
         id = path_id(request)
-        if not await self._engine.apply(lambda db: delete_key(db, id)):
+        if not await self._control.apply(lambda db: delete_key(db, id)):
             raise unknown("key", id)
         self._engine.log.write("info", "key_deleted", key_id=id)
         return json_response({"id": id, "deleted": True})
@@ -275,7 +276,7 @@ class Admin:
             set_status(db, id, status, words)
             return show_key(db, vault, id)
 
-        key = await engine.apply(note)
+        key = await self._control.apply(note)
         if key is None:
             raise unknown("key", id)
         self._note("key_checked", key)
@@ -286,7 +287,7 @@ class Admin:
 
     async def discover_models(self, request: Request) -> Response:
         """Ask the servers that list their own models now, and not only from time to time."""
-        told = await discover(self._engine)
+        told = await discover(self._engine, self._control)
         return json_response([{"platform": platform, "models": count} for platform, count in told.items()])
 
     async def change_model(self, request: Request) -> Response:
@@ -296,7 +297,7 @@ class Admin:
             raise unknown("model", id)
         if "enabled" not in body:
             raise InvalidRequest("'enabled' is missing.", param="enabled", code="missing_field")
-        model = await self._engine.apply(lambda db: set_model_enabled(db, id, body["enabled"]))
+        model = await self._control.apply(lambda db: set_model_enabled(db, id, body["enabled"]))
         return json_response(model)
 
     async def show_chain(self, request: Request) -> Response:
@@ -311,7 +312,7 @@ class Admin:
         ids = Counter(link.model_db_id for link in links)
         if twice := [id for id, count in ids.items() if count > 1]:
             raise InvalidRequest(f"Model {twice[0]} occurs twice.", param="model_db_id", code="duplicate_id")
-        await self._engine.apply(lambda db: change_chain(db, links))
+        await self._control.apply(lambda db: change_chain(db, links))
         return json_response(self._chain())
 
     async def clear_cooldowns(self, request: Request) -> Response:

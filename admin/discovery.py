@@ -1,8 +1,8 @@
 """The models of servers that know best themselves: what a local server lists is added to the catalogue.
 
-Only platforms marked `discover` are asked, at start and again from time to time, off the request's path: a server on a
-laptop is started and stopped at will. One that does not answer keeps the models it had; its failures are routing's
-affair, not ours.
+Only platforms marked `discover` are asked, at start and then every minute, off the request's path: a server on a laptop
+is started and stopped at will. One that does not answer keeps the models it had; its failures matter to routing, not
+here.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from admin.control import Control
 from config.catalog_files import make_model
 from engine.exchange import Engine
 from protection import UpstreamError
-from records.database import Connection, DatabaseError
-from records.models import sync_models
+from records.database import DatabaseError
 from routing.catalog import KEYLESS, Model, Platform
 
 DISCOVER_S = 60.0  # a model pulled on the same machine is there within a minute
@@ -25,38 +25,27 @@ CONTEXT_FIELDS = ("context_window", "context_length", "max_model_len", "max_cont
 NOT_FOR_CHAT = ("embed", "rerank", "whisper", "tts")  # words in the ids of models that answer no chat
 
 
-async def keep_discovering(engine: Engine) -> None:
+async def keep_discovering(engine: Engine, control: Control) -> None:
     """For the lifespan: runs until it is cancelled."""
-    while any(platform.discover for platform in engine.files.platforms.values()):
+    while any(platform.discover for platform in control.files.platforms.values()):
         try:
-            await discover(engine)
+            await discover(engine, control)
         except DatabaseError as error:
             engine.log.write("warning", "discovery", message=str(error))
         await asyncio.sleep(DISCOVER_S)
 
 
-async def discover(engine: Engine) -> dict[str, int | None]:
-    """Ask every platform that wants it, and bring the catalogue up to date where something has changed.
+async def discover(engine: Engine, control: Control) -> dict[str, int | None]:
+    """Ask every platform that is marked for it, and bring the catalogue up to date where something has changed.
 
     Gives how many models each listed; None for one that could not be asked. Raises DatabaseError.
     """
-    asked = [platform for platform in engine.files.platforms.values() if platform.discover]
+    asked = [platform for platform in control.files.platforms.values() if platform.discover]
     answers = await asyncio.gather(*(listed(engine, platform) for platform in asked))
     found = {platform.id: answer for platform, answer in zip(asked, answers, strict=True) if answer is not None}
-    told = {
-        platform.id: None if answer is None else len(answer) for platform, answer in zip(asked, answers, strict=True)
-    }
-    models = merged(engine.files.models, found)
-    if models == engine.files.models:
-        return told
-
-    def sync(db: Connection) -> None:
-        sync_models(db, models)
-        engine.files.models[:] = models  # on the thread that reads it for snapshots
-
-    await engine.apply(sync)
-    engine.log.write("info", "discovery", models=len(models))
-    return told
+    if await control.revise_models(lambda models: merged(models, found)):
+        engine.log.write("info", "discovery", models=len(control.files.models))
+    return {platform.id: len(found[platform.id]) if platform.id in found else None for platform in asked}
 
 
 async def listed(engine: Engine, platform: Platform) -> list[Model] | None:

@@ -36,10 +36,10 @@ class GivenKey:
 class CatalogFiles:
     """The built-in catalogue with the operator's file and environment merged over it. Models have no id yet."""
 
-    platforms: dict[str, Platform]
-    models: list[Model]
-    keys: list[GivenKey]
-    warnings: list[str]
+    platforms: Mapping[str, Platform]
+    models: tuple[Model, ...]
+    keys: tuple[GivenKey, ...]
+    warnings: tuple[str, ...]
 
 
 JSON_TYPES = {list: "a list of texts", bool: "true or false", dict: "an object", int: "a whole number", str: "text"}
@@ -96,7 +96,8 @@ def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
     }
     for platform in made.values():
         keys += keys_from_environment(platform, settings.environ)
-    return CatalogFiles(made, [make_model(fields, made, warnings) for fields in models.values()], keys, warnings)
+    placed = tuple(make_model(fields, made, warnings) for fields in models.values())
+    return CatalogFiles(made, placed, tuple(keys), tuple(warnings))
 
 
 @lru_cache(maxsize=1)

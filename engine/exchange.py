@@ -9,27 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote
 
 import orjson
 
 from adapters.base import Reply
 from adapters.stream import cut_short
-from config.catalog_files import CatalogFiles
 from config.settings import Settings
 from protection import Cooling, Failure, Kind, Phase, Scope, UpstreamError
 from providers import Providers
-from records.database import Connection, Store
+from records.database import Store
 from records.eventlog import EventLog
 from records.keys import set_key_status
 from records.metrics import Metrics
-from records.models import Snapshot, load_snapshot
 from records.rows import Row
 from router import Attempt, Plan, Router, exhausted, refusal, request_is_bad
 from routing.catalog import KeyStatus
@@ -40,7 +37,6 @@ from transport.deadlines import Deadlines, Limit
 from wire.chat import Chat, Dialect, Encoder, Mode, Tally
 from wire.errors import GatewayError, NoProviders
 
-T = TypeVar("T")
 SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1)
 HEADER_SAFE = "".join(map(chr, range(33, 127))).replace("%", "") + " "
 STREAM_HEADERS = [
@@ -103,7 +99,6 @@ class Engine:
     def __init__(
         self,
         settings: Settings,
-        files: CatalogFiles,
         protection: Protection,
         router: Router,
         store: Store,
@@ -111,7 +106,6 @@ class Engine:
         rng: Random,
     ) -> None:
         self.settings = settings
-        self.files = files
         self.protection = protection
         self.router = router
         self.store = store
@@ -124,19 +118,6 @@ class Engine:
         self._idle_s = settings.keepalive_interval_ms / 1000
         self._watches = Watches()
         self._attempts_max = settings.max_fallback_attempts
-
-    async def apply(self, change: Callable[[Connection], T]) -> T:
-        """Make an operator's change, all of it or nothing; it holds from the next request on."""
-
-        def changed(db: Connection) -> tuple[T, Snapshot]:
-            return change(db), self.snapshot(db)
-
-        result, snapshot = await self.store.write(changed)
-        self.router.load(snapshot.catalog, snapshot.key_status)
-        return result
-
-    def snapshot(self, db: Connection) -> Snapshot:
-        return load_snapshot(db, self.store.vault, self.files.platforms, self.files.models)
 
     def exchange(self) -> Exchange:
         """A request that has just begun, in the current task. Whoever asks for it closes its limit."""

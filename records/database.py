@@ -1,8 +1,8 @@
-"""What survives a restart: SQLite, and the credentials encrypted in it.
+"""The database: one SQLite file, opened, migrated, written and read off the event loop.
 
 One thread owns the connection that writes; a second one reads, so that a long query never holds up the log. Request
 rows wait in a bounded queue and are written in batches, off the event loop; a locked or full database makes them wait
-longer and never fails a request. The only sqlite3 and cryptography.
+longer and never fails a request.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
+from records.migrations import MIGRATIONS, SCHEMA_VERSION
 from records.rows import UNSTORABLE, Row, insert_each, insert_rows
 from records.vault import StoreError, Vault, read_key_file
 
 SCHEMA = Path(__file__).parent.parent / "schema.sql"
-MIGRATIONS: Sequence[str] = ()  # the n-th brings a file from user_version n to n + 1; a fresh file starts at the last
-SCHEMA_VERSION = 1 + len(MIGRATIONS)
 ROWS_MAX = 20_000  # waiting to be written; about 10 MB, and hours of a laptop's traffic
 FLUSH_S = 0.04  # half of the 100 ms that a kill may cost (SPEC 12.2), the other half is for the write itself
 RETRY_S = 0.5  # after a write that failed
@@ -233,16 +232,22 @@ def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
 
 
 def migrate(db: sqlite3.Connection, vault: Vault) -> None:
+    """Bring the file to today's schema: all of it at once when it is new, else step by step."""
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if not version:
         with transaction(db):
             run_script(db, SCHEMA.read_text())
             db.execute("INSERT INTO settings VALUES ('key_check', ?)", (vault.seal("freeway"),))
             db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-    for number in range(max(version, 1), SCHEMA_VERSION if version else 0):
+        return
+    db.execute("PRAGMA foreign_keys = OFF")  # else DROP TABLE deletes what refers to the table; no transaction can
+    for number in range(version, SCHEMA_VERSION):
         with transaction(db):
             run_script(db, MIGRATIONS[number - 1])
+            if db.execute("PRAGMA foreign_key_check").fetchone() is not None:
+                raise sqlite3.IntegrityError(f"migration {number} left rows that refer to nothing")
             db.execute(f"PRAGMA user_version = {number + 1}")
+    db.execute("PRAGMA foreign_keys = ON")
 
 
 def run_script(db: sqlite3.Connection, script: str) -> None:

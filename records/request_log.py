@@ -10,14 +10,15 @@ from typing import Any
 from records.rows import iso
 from routing.scores import Stats
 
-# Recency: a row weighs 1 now and 0 at the window's far end (SPEC 10.1). One pass, the window bound once.
+# Recency: a row weighs 1 now and 0 at the window's far end (SPEC 10.1). One pass, the window bound once. Answers from
+# memory and drills say nothing of a model.
 STATS_QUERY = """
 WITH weighed AS (
     SELECT platform, model_id, status, output_tokens, latency_ms, ttfb_ms,
            MIN(1.0, MAX(0.0, 1.0 - (julianday('now') - julianday(created_at)) / :days)) AS weight
     FROM requests
     WHERE created_at >= strftime('%Y-%m-%dT%H:%M:%fZ', julianday('now') - :days)
-      AND platform IS NOT NULL AND status <> 'cancelled'
+      AND platform IS NOT NULL AND status <> 'cancelled' AND NOT cached AND NOT drill
 )
 SELECT platform, model_id,
        SUM(weight) AS total,
@@ -58,7 +59,8 @@ def todays_use(db: sqlite3.Connection, utc: float) -> list[tuple[int, int, float
             "SELECT m.id, r.key_id, julianday(:now) - julianday(MAX(r.created_at)), COUNT(*), "
             "SUM(COALESCE(r.input_tokens, 0) + COALESCE(r.output_tokens, 0)) "
             "FROM requests r JOIN models m ON m.platform = r.platform AND m.model_id = r.model_id "
-            "WHERE r.created_at >= :since AND COALESCE(m.rpm_limit, m.rpd_limit, m.tpm_limit, m.tpd_limit) IS NOT NULL "
+            "WHERE r.created_at >= :since AND NOT r.cached "
+            "AND COALESCE(m.rpm_limit, m.rpd_limit, m.tpm_limit, m.tpd_limit) IS NOT NULL "
             "GROUP BY m.id, r.key_id, CASE WHEN r.created_at >= :minute_ago THEN r.id END ORDER BY MAX(r.id)",
             {"now": iso(utc), "since": iso(min(utc - utc % 86_400, utc - 60)), "minute_ago": iso(utc - 60)},
         )

@@ -35,6 +35,11 @@ class Row:
     attempt: int = 0
     streamed: bool = False
     skipped_models: str | None = None
+    client: int | None = None  # clients.id
+    cached: bool = False
+    resumed_at: int | None = None  # characters that the client had before
+    drill: bool = False
+    waited_ms: int | None = None
 
     def values(self) -> tuple[Any, ...]:
         return (iso(self.created_at), *OTHER_COLUMNS_OF(self))

@@ -35,7 +35,7 @@ def test_the_whole_catalogue_loads_in_less_than_50_ms_and_without_a_warning(tmp_
         took.append(time.perf_counter() - began)
 
     assert min(took) < 0.05
-    assert files.warnings == []
+    assert files.warnings == ()
     assert len(files.models) == len(MODELS) > 170
 
 
