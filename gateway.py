@@ -44,11 +44,14 @@ from engine.door import (
     credential,
     host_name,
     send_error,
+    session_key,
     tidy_path,
     traced,
+    wait_seconds,
     with_request_id,
 )
-from engine.exchange import Engine, Exchange, session_key
+from engine.exchange import Engine
+from engine.record import Exchange
 from protection import parse_levels
 from providers import Providers, Timeouts
 from records.database import Connection, DatabaseError, Store, ping
@@ -63,7 +66,6 @@ from routing.scores import Stats, chances
 from routing.standing import Protection
 from transport.client import ClientGone, Receive, Send, read_body
 from transport.connection import ClientConnection
-from transport.deadlines import Deadlines
 from transport.process import allow_many_files, listen, spare_the_collector, trim_memory
 from transport.upstream import Upstream
 from wire.chat import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, LocalRoute
@@ -97,7 +99,7 @@ class Gateway:
             sticky_ttl_s=settings.sticky_ttl_ms / 1000,
             thread_cooldown_s=settings.thread_cooldown_ms / 1000,
         )
-        router = ModelRouter(protection.transient, protection.keys)
+        router = ModelRouter(protection)
         self.engine = Engine(settings, protection, router, self.store, self.log, Random())
         self.control = Control(files, self.store, router)
         self.control.start()
@@ -142,7 +144,6 @@ class Gateway:
         )
         try:
             jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine, self.control))
-            self.engine.deadlines = Deadlines()
             async with Upstream(s.connect_timeout_ms / 1000) as upstream, background(self.log, *jobs):
                 self.engine.providers = Providers(timeouts, upstream)
                 await send({"type": "lifespan.startup.complete"})
@@ -157,7 +158,7 @@ class Gateway:
 
     async def _drain(self) -> None:
         """The server has waited for running requests; what it has cancelled since gets a moment to settle."""
-        tasks = [exchange.limit.task for exchange in self.engine.running]
+        tasks = [exchange.task for exchange in self.engine.running]
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
 
@@ -196,9 +197,9 @@ class Gateway:
             trim_memory()
             now = time.monotonic()
             for exchange in list(self.engine.running):
-                blocked = exchange.blocked_since
+                blocked = exchange.delivery.blocked_since if exchange.delivery is not None else None
                 if blocked is not None and now - blocked > CLIENT_STALL_S:
-                    exchange.limit.task.cancel()
+                    exchange.task.cancel()
             if self.store.dropped > dropped:
                 self.log.write("error", "rows_dropped", count=self.store.dropped - dropped)
                 dropped = self.store.dropped
@@ -252,11 +253,9 @@ class Gateway:
             self.log.write(
                 "error", "defect", request_id=exchange.id, type=type(error).__name__, traceback=traced(error)
             )
-            if exchange.first_event_ms is not None:
+            if exchange.begun:
                 raise  # the server cuts the connection: a broken answer must not look like a finished one
             await send_error(send, GatewayError("Internal error.", code="internal_error"), exchange)
-        finally:
-            exchange.limit.close()
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Refuse foreign hosts (DNS rebinding), and everyone without the path's key."""
@@ -274,9 +273,11 @@ class Gateway:
         """One request of any dialect."""
         # The body has no name here: it would live as long as its answer.
         exchange.chat = chat = dialect.parse(
-            await read_body(headers, receive, self.settings.max_body_bytes, exchange.limit), exchange.utc
+            await read_body(headers, receive, self.settings.max_body_bytes), exchange.utc
         )
         exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
+        if (wait := headers.get(b"x-max-wait")) is not None:
+            exchange.wait_max_s = wait_seconds(wait)
         if headers.get(b"x-fallback", b"").strip().lower() == b"none":
             exchange.chat = chat = replace(chat, need=replace(chat.need, strict=True))
         try:

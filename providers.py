@@ -1,16 +1,16 @@
-"""How to ask: a call to a platform, and what comes back turned into a committed `Reply` or a failure.
+"""How to ask: a call to a platform, and what comes back turned into a committed answer or a failure.
 
-`Providers.open` returns when the answer is committed: whole, or with its first meaningful event decoded. Everything
-that goes wrong, before or after, leaves here as an `UpstreamError` that protection.classify has named. The connection
-lives until the reply is closed.
+`Attempt` is one call. It is committed when the answer is whole, or when the first meaningful event of a stream has been
+decoded. Everything that goes wrong, before or after, leaves here as an `UpstreamError` that protection.classify has
+named. What is neither the provider's nor the network's doing is a defect of ours and leaves as it is.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from dataclasses import dataclass
+from enum import StrEnum
 from math import inf
 
 from adapters.base import Adapter, Reply, base_url
@@ -19,19 +19,19 @@ from adapters.openai import failed_generation
 from adapters.plain import note
 from adapters.registry import ADAPTERS
 from adapters.stream import Incoming, checked_answer, cut_short, loaded, refusal, said_instead, whole_reply
-from protection import Failure, UpstreamError
+from protection import Failure, Outcome, UpstreamError
 from routing.catalog import Key, Model, Platform, is_demo
 from routing.route import Route
-from transport.deadlines import Limit
-from transport.upstream import CallFailed, ConnectTimeout, NoFileLeft, Response, Upstream
-from wire.chat import Chat, Event, Tally, chunk_of, frame
+from transport.upstream import Call, CallFailed, ConnectTimeout, NoFileLeft, Response, Upstream
+from wire.chat import Chat, Completion, Event, Tally, chunk_of, frame
 from wire.http import Endpoint
 from wire.jsontext import load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
 ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
+ERROR_BODY_S = 2.0  # for an error's body: its status and headers say enough without it (SPEC 5.3)
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
-AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker
+AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker (SPEC 8.9)
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
 CHECK_S = 10.0  # for a list of models
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
@@ -46,139 +46,282 @@ class Timeouts:
     first_token_s: float
 
 
-class LiveReply(Reply):
-    """A stream that is still arriving. `limit` is that of the task that reads it."""
+class State(StrEnum):
+    OPENING = "opening"  # nothing has been committed: another route may still take over unnoticed
+    COMMITTED = "committed"
+    ENDED = "ended"
 
-    def __init__(
-        self,
-        tally: Tally,
-        first: list[Event],
-        incoming: Incoming,
-        response: Response,
-        limit: Limit,
-        stall_s: float,
-    ) -> None:
-        super().__init__(tally, first=first)
-        self._incoming = incoming
-        self._response = response
-        self._limit = limit
-        self._stall_s = self._stall_left_s = stall_s
-        self._at_end = False
-        self._end_at = inf  # for what may come behind the finish
+
+class Attempt:
+    """One call to a provider, from the question to the end of its answer. Whoever makes it closes it.
+
+    Each wait gets its limit with the call, so that any task can drive an attempt, one at a time. Times are the event
+    loop's, which are monotonic seconds.
+    """
+
+    def __init__(self, providers: Providers, route: Route, chat: Chat, number: int) -> None:
+        self.route = route
+        self.chat = chat
+        self.number = number  # among this request's attempts, from 1
+        self.state = State.OPENING
+        self.outcome: Outcome | None = None  # set once, by whoever judges it
+        self.tally = Tally()
+        self.completion: Completion | None = None  # a committed answer is this, or a stream
+        self.ended = False  # with the last batch: nothing more has to be waited for
+        self.started = time.monotonic()
+        self.ttfb_ms: int | None = None
+        self._adapter = providers.adapter(route.model.platform)
+        self._upstream = providers.upstream
+        self._timeouts = providers.timeouts
         self._clock = asyncio.get_running_loop().time
-        self.ended = self._is_ended()
+        self._began = self._heard_at = self._clock()
+        self._whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
+        self._call: Call | None = None
+        self._response: Response | None = None
+        self._refused = False  # the status is not 2xx
+        self._incoming: Incoming | None = None
+        self._pieces: list[bytes] = []  # of a body that is read whole
+        self._size = 0
+        self._first: list[Event] = []  # decoded before the answer was committed
+        self._quiet_s = 0.0  # waited since the last meaningful event
+        self._end_at = inf  # until when something may come behind the finish
+        self._at_end = False
 
-    async def next_batch(self, idle_s: float) -> list[Event] | None:
+    # Until it is committed.
+
+    async def open(self, late_at: float = inf) -> bool:
+        """Wait until the answer is committed. False when `late_at` came first; then it may be called again.
+
+        Raises UpstreamError.
+        """
+        if (reply := self._adapter.reply_here(self.chat)) is not None:
+            self._commit_reply(reply)
+        try:
+            while self.state is State.OPENING:
+                if not await self._advance(late_at):
+                    return False
+        except (CallFailed, TimeoutError) as error:
+            silent = not self._whole and self._clock() < self._began + self._timeouts.first_token_s - CLOCK_STEP_S
+            raise no_answer(error, self.route, silent=silent) from None
+        return True
+
+    async def _advance(self, late_at: float) -> bool:
+        """Wait once, and judge what has come. False when it has become late."""
+        limit = self._limit()
+        if self._clock() >= limit:  # a provider that never pauses would never let the timer run
+            raise TimeoutError
+        data = b""
+        try:
+            async with asyncio.timeout_at(min(limit, late_at)):
+                if self._response is None:
+                    self._response = await self._ask()
+                    if not self._whole or self._refused:  # the next wait has another limit
+                        return True
+                while data := await self._response.read():
+                    if not self._whole and not self._refused:
+                        break
+                    self._keep(data)
+        except TimeoutError:
+            if late_at < limit:
+                return False
+            if not self._refused:
+                raise
+        except CallFailed:
+            if not self._refused:
+                raise
+        self._heard_at = self._clock()
+        self._judge(data)
+        return True
+
+    def _limit(self) -> float:
+        """Until when the next wait may last."""
+        if self._refused:
+            return self._heard_at + ERROR_BODY_S
+        if self._whole:
+            return self._began + self._timeouts.request_s
+        return min(self._heard_at + self._timeouts.stall_s, self._began + self._timeouts.first_token_s)
+
+    async def _ask(self) -> Response:
+        if self._call is None:
+            request = self._adapter.request(self.route.model, self.route.key, self.chat)
+            self._call = await self._upstream.start("POST", request.endpoint, request.body)
+        response = await self._call.head()
+        self._heard_at = self._clock()
+        self._refused = not 200 <= response.status < 300
+        if not self._whole and not self._refused:
+            is_sse = response.content_type == "text/event-stream"
+            translator = self._adapter.translator(self.tally, self.chat)
+            self._incoming = Incoming(translator, self.tally, self.route, time.time(), is_sse=is_sse)
+        return response
+
+    def _keep(self, data: bytes) -> None:
+        """One more piece of a body that is read whole."""
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._refused and self._size > ERROR_BYTES_MAX:
+            self._judge_refusal()
+        if self._size > COMPLETION_BYTES_MAX:
+            message = f"The answer is larger than {COMPLETION_BYTES_MAX} bytes."
+            raise UpstreamError(Failure.MALFORMED, message, status=200)
+
+    def _judge(self, data: bytes) -> None:
+        """What the whole body is, or the next bytes of a stream. Raises UpstreamError."""
+        if self._refused:
+            self._judge_refusal()
+        elif self._whole or self._incoming is None:
+            self._answered_whole(b"".join(self._pieces))
+        elif not self._incoming.bytes_seen and data.lstrip()[:1] in (b"{", b"["):  # not a stream, whatever was asked
+            self._whole = True
+            self._keep(data)
+        else:
+            self._judge_opening(self._incoming, data)
+
+    def _judge_refusal(self) -> None:
+        response, body = self._response, said_instead(b"".join(self._pieces)[:ERROR_BYTES_MAX])
+        assert response is not None
+        if (rescued := failed_generation(body, self.chat)) is None:
+            raise refusal(response.status, response.headers, body, self.route, time.time())
+        self._answered_whole(rescued)
+
+    def _answered_whole(self, raw: bytes) -> None:
+        self._commit_reply(whole_reply(raw, self._adapter, self.chat, self.route, time.time()))
+
+    def _commit_reply(self, reply: Reply) -> None:
+        self.tally, self.completion, self._first = reply.tally, reply.completion, reply.first or []
+        self.state, self.ended, self._at_end = State.COMMITTED, True, True
+
+    def _judge_opening(self, incoming: Incoming, data: bytes) -> None:
+        """A stream's next bytes, from its head to its first meaningful event. Raises UpstreamError."""
+        tally = self.tally
+        events, meaningful = incoming.feed(data) if data else incoming.flush()
+        self._first += events
+        if meaningful or (tally.finish == "length" and not cut_short(tally, self.chat, self.route.model)):
+            self._commit_stream(incoming)
+        elif incoming.error:
+            raise incoming.error
+        elif incoming.done or not data:
+            if error := incoming.ending() or self._cut():
+                raise error
+            self._commit_stream(incoming)
+        else:
+            self._size += len(data)
+            if self._size > HELD_BYTES_MAX:
+                raise UpstreamError(Failure.EMPTY, "The provider sent 1 MiB without a word of an answer.", status=200)
+
+    def _commit_stream(self, incoming: Incoming) -> None:
+        self.state = State.COMMITTED
+        self.ended = self._is_ended(incoming)
+
+    def _cut(self) -> UpstreamError | None:
+        tally = self.tally
+        if not tally.has_text and not tally.has_tool_calls and cut_short(tally, self.chat, self.route.model):
+            return UpstreamError(Failure.TRUNCATED, "The provider cut the answer off before its first word.")
+        return None
+
+    # Once it is committed.
+
+    async def next_batch(self, quiet_s: float) -> list[Event] | None:
+        """The next events, those that arrived together; None at the end. `quiet_s` is the longest time without a
+        meaningful event.
+
+        Raises UpstreamError.
+        """
         if self._first:
-            return await super().next_batch(idle_s)
+            events, self._first = self._first, []
+            return events
         incoming = self._incoming
-        now = self._clock()
-        idle_at = now + idle_s
+        if incoming is None:
+            return None
         while not (self._at_end or incoming.done or incoming.error):
             finished = self.tally.finish is not None
-            if finished and self._end_at == inf:
-                self._end_at = now + min(self._stall_s, AFTER_FINISH_S)
-            stall_at = now + self._stall_left_s
-            until = self._end_at if finished else stall_at if stall_at < idle_at else idle_at
-            self._limit.set(until)
-            try:
-                data = await self._response.read() if until > now else None
-            except asyncio.CancelledError:
-                if not self._limit.passed():
-                    raise
-                data = None
-            except CallFailed as error:
-                data = self._broken(error)
-            finally:
-                self._limit.due = inf
-            waited_since, now = now, self._clock()
+            data = await self._read(quiet_s, finished=finished)
             if data:
-                self._stall_left_s = self._stall_s
-                events, _ = incoming.feed(data)
+                events, meaningful = incoming.feed(data)
+                if meaningful:
+                    self._quiet_s = 0.0
                 if events and finished:  # it goes on after all
                     self._end_at = inf
-            elif data is not None or finished:
+            else:
                 self._at_end = True
                 events, _ = incoming.flush()
-            else:  # only this waiting counts as a stall, never the time our client takes
-                self._stall_left_s -= now - waited_since
-                if self._stall_left_s <= 0:
-                    raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
-                events = []
-            if events or now >= idle_at:
-                if incoming.done or incoming.error or self._at_end:
-                    self.ended = self._is_ended()
+            if events:
+                self.ended = self._is_ended(incoming)
                 return events
-        return await self._ending()
+        return await self._ending(incoming)
 
-    def _is_ended(self) -> bool:
-        incoming = self._incoming
-        return self._at_end or incoming.error is not None or (incoming.done and self._response.complete)
+    async def _read(self, quiet_s: float, *, finished: bool) -> bytes:
+        """The next bytes; b"" at the end, and when a finished answer says no more.
 
-    def _broken(self, error: CallFailed) -> bytes:
-        """The end of a stream whose connection has broken: that says nothing once the answer is complete."""
-        if self.tally.finish is not None:
-            return b""
-        raise UpstreamError(Failure.CONNECTION, f"The connection broke: {error.cause}") from None
+        Only waiting counts as silence, never the time that our client takes.
+        """
+        assert self._response is not None
+        now = self._clock()
+        if finished:
+            self._end_at = min(self._end_at, now + min(self._timeouts.stall_s, AFTER_FINISH_S))
+            until = self._end_at
+        else:
+            until = now + min(self._timeouts.stall_s, quiet_s - self._quiet_s)
+        try:
+            if until <= now:
+                raise TimeoutError
+            async with asyncio.timeout_at(until):
+                data = await self._response.read()
+        except TimeoutError:
+            if finished:
+                return b""
+            raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504) from None
+        except CallFailed as error:
+            if finished:  # a broken connection says nothing once the answer is complete
+                return b""
+            words = redact(str(error), self.route.key.secret)
+            raise UpstreamError(Failure.CONNECTION, f"The connection broke: {words}") from None
+        self._quiet_s += self._clock() - now
+        return data
 
-    async def _ending(self) -> list[Event] | None:
-        if error := self._incoming.error or self._incoming.ending():
+    def _is_ended(self, incoming: Incoming) -> bool:
+        if self._at_end or incoming.error is not None:
+            return True
+        return incoming.done and self._response is not None and self._response.complete
+
+    async def _ending(self, incoming: Incoming) -> list[Event] | None:
+        if error := incoming.error or incoming.ending():
             raise error
         if self.tally.finish is None:  # [DONE] alone: clients want to be told how it ended
             chunk = chunk_of(self.tally.head, {}, "tool_calls" if self.tally.has_tool_calls else "stop")
             note(chunk, self.tally)
             return [Event(frame(chunk), chunk)]
-        if self._incoming.done and not self._response.complete:  # lets the connection go back to the pool
-            with contextlib.suppress(TimeoutError, CallFailed), self._limit.within(CONNECTION_END_S):
-                await self._response.read()
+        response = self._response
+        if incoming.done and response is not None and not response.complete:  # lets the connection go to the pool
+            try:
+                async with asyncio.timeout(CONNECTION_END_S):
+                    await response.read()
+            except (TimeoutError, CallFailed):
+                pass
         return None
 
     def close(self) -> None:
-        self._response.close()  # goes back to the pool where the body has been read to its end
+        """Let go of the provider: its connection is free or closed. May be called again."""
+        self.state = State.ENDED
+        if self._response is not None:
+            self._response.close()  # goes back to the pool where the body has been read to its end
+        elif self._call is not None:
+            self._call.close()
 
 
 class Providers:
     """All platforms over one pool of connections."""
 
     def __init__(self, timeouts: Timeouts, upstream: Upstream) -> None:
-        self._timeouts = timeouts
-        self._upstream = upstream
+        self.timeouts = timeouts
+        self.upstream = upstream
         self._adapters = {name: make(time.time) for name, make in ADAPTERS.items()}
 
-    async def open(self, route: Route, chat: Chat, limit: Limit) -> Reply:
-        """Call the route's provider; gives its committed answer, which the caller closes. `limit` is the caller's own,
-        for all that it waits for here and with the reply.
+    def adapter(self, platform: Platform) -> Adapter:
+        return self._adapters[platform.adapter]
 
-        Raises UpstreamError, then and while it is read.
-        """
-        adapter = self._adapters[route.model.platform.adapter]
-        if (made_here := adapter.reply_here(chat)) is not None:
-            return made_here
-        request = adapter.request(route.model, route.key, chat)
-        whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
-        wait_s = self._timeouts.request_s if whole else min(self._timeouts.stall_s, self._timeouts.first_token_s)
-        deadline = None if whole else asyncio.get_running_loop().time() + self._timeouts.first_token_s
-        response: Response | None = None
-        reply: Reply | None = None
-        try:
-            with limit.within(wait_s):
-                response = await self._upstream.call("POST", request.endpoint, request.body)
-                if not 200 <= response.status < 300:
-                    refused = await error_body(response)
-                    if (rescued := failed_generation(refused, chat)) is None:
-                        raise refusal(response.status, response.headers, refused, route, time.time())
-                    reply = whole_reply(rescued, adapter, chat, route, time.time())
-                elif deadline is None:
-                    reply = whole_reply(await read_body(response), adapter, chat, route, time.time())
-                else:
-                    opening = Opening(self._timeouts, limit, deadline)
-                    reply = await opening.reply(response, adapter, chat, route)
-        except (CallFailed, TimeoutError) as error:
-            raise no_answer(error, route, deadline) from None
-        finally:
-            if response is not None and not isinstance(reply, LiveReply):
-                response.close()  # a no-op once the body has been read to its end
-        return reply
+    def attempt(self, route: Route, chat: Chat, number: int) -> Attempt:
+        """One call of this route; nothing is sent before it is opened."""
+        return Attempt(self, route, chat, number)
 
     async def check_key(self, model: Model, key: Key) -> bool:
         """Ask the model's platform for its list of models, which uses no quota. Raises UpstreamError when it refuses.
@@ -189,11 +332,11 @@ class Providers:
             return True
         route, path = Route(model, key, None), model.quirks.get("check_path", "/models")
         url, secret = base_url(model.platform, key)
-        headers = self._adapters[model.platform.adapter].headers(secret, model.quirks)
+        headers = self.adapter(model.platform).headers(secret, model.quirks)
         try:
             response, raw = await self._get(Endpoint(url + (path or "/models"), headers))
         except (CallFailed, TimeoutError) as error:
-            raise no_answer(error, route, None) from None
+            raise no_answer(error, route) from None
         if not 200 <= response.status < 300:
             raise refusal(response.status, response.headers, said_instead(raw), route, time.time())
         if not raw.lstrip().startswith(b"["):  # some give a bare list
@@ -203,7 +346,7 @@ class Providers:
     async def list_models(self, platform: Platform, key: Key) -> object:
         """What GET {base_url}/models says; discovery.py reads it. Raises UpstreamError, or ValueError for no JSON."""
         url, secret = base_url(platform, key)
-        headers = self._adapters[platform.adapter].headers(secret, platform.quirks)
+        headers = self.adapter(platform).headers(secret, platform.quirks)
         try:
             response, raw = await self._get(Endpoint(f"{url}/models", headers))
         except (CallFailed, TimeoutError) as error:
@@ -213,22 +356,22 @@ class Providers:
         return load_lenient(raw)
 
     async def _get(self, endpoint: Endpoint) -> tuple[Response, bytes]:
-        async with asyncio.timeout(min(CHECK_S, self._timeouts.request_s)):
-            response = await self._upstream.call("GET", endpoint)
+        async with asyncio.timeout(min(CHECK_S, self.timeouts.request_s)):
+            response = await self.upstream.call("GET", endpoint)
             try:
                 return response, await read_body(response)
             finally:
                 response.close()
 
 
-def no_answer(error: CallFailed | TimeoutError, route: Route, deadline: float | None) -> UpstreamError:
-    """Name what went wrong before an answer was committed; `deadline` is a stream's for its first token."""
+def no_answer(error: CallFailed | TimeoutError, route: Route, *, silent: bool = False) -> UpstreamError:
+    """Name what went wrong before an answer was committed. `silent`: a stream that has stopped, not a slow answer."""
     if isinstance(error, ConnectTimeout):
         return UpstreamError(Failure.TIMEOUT, "The provider could not be reached in time.", status=504)
     if isinstance(error, TimeoutError):
-        if deadline is None or asyncio.get_running_loop().time() >= deadline - CLOCK_STEP_S:
-            return UpstreamError(Failure.TIMEOUT, "The provider did not answer in time.", status=504)
-        return UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
+        if silent:
+            return UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
+        return UpstreamError(Failure.TIMEOUT, "The provider did not answer in time.", status=504)
     words = redact(str(error), route.key.secret)
     ours = isinstance(error, NoFileLeft)
     return UpstreamError(Failure.CONNECTION, f"No answer from the provider: {words}", ours=ours)
@@ -242,61 +385,3 @@ async def read_body(response: Response, begun: bytes = b"", bytes_max: int = COM
         if size > bytes_max:
             raise UpstreamError(Failure.MALFORMED, f"The answer is larger than {bytes_max} bytes.", status=200)
     return b"".join(pieces)
-
-
-async def error_body(response: Response) -> object:
-    """What came with a status other than 2xx."""
-    raw = b""
-    while len(raw) < ERROR_BYTES_MAX and (data := await response.read()):
-        raw += data
-    return said_instead(raw)
-
-
-class Opening:
-    """The time between a stream's headers and its first meaningful event, in which it can still be swapped."""
-
-    def __init__(self, timeouts: Timeouts, limit: Limit, first_token_deadline: float) -> None:
-        self._timeouts = timeouts
-        self._limit = limit
-        self._deadline = first_token_deadline
-        self._clock = asyncio.get_running_loop().time
-
-    async def reply(self, response: Response, adapter: Adapter, chat: Chat, route: Route) -> Reply:
-        tally = Tally()
-        is_sse = response.content_type == "text/event-stream"
-        incoming = Incoming(adapter.translator(tally, chat), tally, route, time.time(), is_sse=is_sse)
-        held: list[Event] = []
-        held_bytes = 0
-        while True:
-            data = await self._read(response)
-            if not incoming.bytes_seen and data.lstrip()[:1] in (b"{", b"["):  # not a stream, whatever was asked
-                return whole_reply(await read_body(response, data), adapter, chat, route, time.time())
-            events, meaningful = incoming.feed(data) if data else incoming.flush()
-            held += events
-            if meaningful or (tally.finish == "length" and not cut_short(tally, chat, route.model)):
-                return self._live(tally, held, incoming, response)
-            if incoming.error:
-                raise incoming.error
-            if incoming.done or not data:
-                if error := incoming.ending() or self._cut(tally, chat, route):
-                    raise error
-                return self._live(tally, held, incoming, response)
-            held_bytes += len(data)
-            if held_bytes > HELD_BYTES_MAX:
-                raise UpstreamError(Failure.EMPTY, "The provider sent 1 MiB without a word of an answer.", status=200)
-
-    def _live(self, tally: Tally, held: list[Event], incoming: Incoming, response: Response) -> LiveReply:
-        return LiveReply(tally, held, incoming, response, self._limit, self._timeouts.stall_s)
-
-    async def _read(self, response: Response) -> bytes:
-        now = self._clock()
-        if now >= self._deadline:  # a provider that never pauses would never let the timer run
-            raise TimeoutError
-        self._limit.set(min(now + self._timeouts.stall_s, self._deadline))
-        return await response.read()
-
-    @staticmethod
-    def _cut(tally: Tally, chat: Chat, route: Route) -> UpstreamError | None:
-        if not tally.has_text and not tally.has_tool_calls and cut_short(tally, chat, route.model):
-            return UpstreamError(Failure.TRUNCATED, "The provider cut the answer off before its first word.")
-        return None

@@ -1,7 +1,8 @@
 """Who is asked, and in which order.
 
-Owns the plan and the ladder (SPEC 4), over the snapshot in routing/catalog.py, what scores.py thinks of its models, what
-ledger.py counts and what standing.py and gate.py remember. No I/O; `now` (monotonic seconds) and `rng` are arguments.
+Owns the plan and the ladder (SPEC 4), over the snapshot in routing/catalog.py, what scores.py thinks of its models,
+what ledger.py counts and what standing.py and gate.py remember. No I/O; `now` (monotonic seconds) and `rng` are
+arguments.
 
 A request gets a `Plan` from `Router.plan`: its models in order, and what failed so far. `Router.next_route` takes the
 best step that the plan has left: it picks a key, reserves capacity, and takes the trial's lease where the model is one
@@ -31,6 +32,21 @@ from wire.errors import GatewayError, InvalidRequest, NoProviders
 PENALTY_WEIGHT = 0.05
 DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
 LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
+
+
+BLOCKED_WORDS = {
+    "transient": "rests after a failure",
+    "keys": "no key with capacity",
+    "trial": "another request is trying it",
+    "failed": "failed in this request",
+}
+RUNG_WORDS = {
+    Rung.HELD_BACK: "held back: other conversations use it",
+    Rung.EXCLUDED: "excluded from this mode",
+    Rung.DOUBTED: "banned for this session, or its health gate is open",
+    Rung.RESTING: "rests after a failure",
+    Rung.KEY_RESTING: "its keys rest after rate limits",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +301,43 @@ class Router:
     def usable_key(self, model: Model, plan: Plan, now: float) -> Key | None:
         """The key that this request would use for this model now."""
         return self._available(model, plan, now)[0]
+
+    def asked_for_left(self, plan: Plan, now: float) -> bool:
+        """Whether the pinned model can still be asked somewhere, without a trial."""
+        models = [self.catalog.by_id[id] for id in plan.asked_for]
+        steps = [self._step(m, plan, now) for m in models if plan.failed.get(m.id) != inf and self.has_key(m)]
+        return any(step.key is not None and step.rung < FIRST_TRIAL for step in steps)
+
+    def soonest_s(self, plan: Plan, now: float) -> float | None:
+        """When the first of the plan's models may be available to a request again, if that is known."""
+        waits = [wait_s for m in plan.complete() if self.has_key(m) for wait_s in self._waits(m, plan, now)]
+        return min(waits, default=None)
+
+    def _waits(self, model: Model, plan: Plan, now: float) -> list[float]:
+        """Seconds until each key of this model may be used again, whatever this request has met with."""
+        rest = self._protection.transient.get(model.id, now)
+        model_wait_s = rest.trial_at() - now if rest is not None else 0.0
+        waits = []
+        for key in self._usable_keys[model.platform.id]:
+            resting = self._protection.keys.get((key.id, model.id), now)
+            wait_s = self.ledger.wait_s(model, key.id, plan.need.tokens, now)
+            if wait_s is not None:
+                waits.append(max(wait_s, model_wait_s, resting.trial_at() - now if resting is not None else 0.0))
+        return [wait_s for wait_s in waits if wait_s > 0]
+
+    def reasons(self, plan: Plan, now: float) -> dict[str, str]:
+        """Why each model that would not be asked at once is left alone, by its label."""
+        reasons = {}
+        for model in plan.complete():
+            if plan.failed.get(model.id) == inf:
+                reasons[model.label] = "failed in this request"
+                continue
+            step = self._step(model, plan, now)
+            if step.blocked is not None:
+                reasons[model.label] = BLOCKED_WORDS[step.blocked.reason]
+            elif step.rung is not Rung.FREE:
+                reasons[model.label] = RUNG_WORDS[step.rung]
+        return reasons
 
     def again(self, route: Route, tokens: int, now: float) -> Route | None:
         """The same route once more, where its key has capacity for it."""

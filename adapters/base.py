@@ -93,22 +93,10 @@ class Adapter(Protocol):
     def translator(self, tally: Tally, chat: Chat) -> Translator: ...
 
 
+@dataclass(slots=True)
 class Reply:
-    """A committed answer: whole, or a stream that has begun."""
+    """A committed answer that is all there: whole, or as the events of a stream."""
 
-    def __init__(self, tally: Tally, *, completion: Completion | None = None, first: list[Event] | None = None) -> None:
-        self.tally = tally
-        self.completion = completion
-        self.ended = True  # with the last batch: nothing more has to be waited for
-        self._first = first
-
-    async def next_batch(self, idle_s: float) -> list[Event] | None:
-        """The next events, those that arrived together; [] when none came for `idle_s`, None at the end.
-
-        Raises UpstreamError.
-        """
-        events, self._first = self._first, None
-        return events
-
-    def close(self) -> None:
-        """Whoever opened it calls this once; nothing is read afterwards, and the connection is free or closed."""
+    tally: Tally
+    completion: Completion | None = None
+    first: list[Event] | None = None

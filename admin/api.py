@@ -44,7 +44,6 @@ from records.request_log import FILTERS, list_requests
 from routing.catalog import Key, KeyStatus, Model, pools
 from routing.scores import UNSEEN
 from transport.client import read_body
-from transport.deadlines import Deadlines
 from wire.errors import GatewayError, InvalidRequest
 
 VERSION = "0.1.0"
@@ -99,6 +98,7 @@ class Admin:
             resource("/api/requests", GET=self.requests),
             resource("/api/protection", GET=self.protection),
             resource("/api/protection/cooldowns", DELETE=self.clear_cooldowns),
+            resource("/api/protection/bans", DELETE=self.lift_bans),
             resource("/metrics", GET=self.metrics),
         ]
 
@@ -156,7 +156,38 @@ class Admin:
                     "count": len(sessions),
                     "by_model": [{**named(model), "count": count} for model, count in by_model.most_common()],
                 },
-                "bans": [{"session": key, "platforms": platforms} for key, platforms in protection.bans(now)],
+                "bans": [
+                    {
+                        "session": key,
+                        "platforms": [
+                            {"platform": platform, "reason": ban.reason, "ms_left": round((ban.until - now) * 1000)}
+                            for platform, ban in bans.items()
+                        ],
+                    }
+                    for key, bans in protection.bans(now)
+                ],
+                "gates": [
+                    {
+                        "model_db_id": model,
+                        **named(model),
+                        "since_ms": round((now - (gate.opened_at or now)) * 1000),
+                        "next_trial_ms": max(0, round((gate.trial_at - now) * 1000)),
+                        "trials_failed": gate.trials_failed,
+                    }
+                    for model, gate in self._engine.router.gates.open_gates()
+                ],
+                "waiting": [
+                    {
+                        "request_id": waiter.request_id,
+                        "since_ms": round((now - waiter.since) * 1000),
+                        "eta_ms": max(0, round((waiter.eta - now) * 1000)),
+                    }
+                    for waiter in self._engine.waiting.waiters()
+                ],
+                "trials": [
+                    {"model_db_id": model, "since_ms": round((now - since) * 1000)}
+                    for model, since in protection.trials.items()
+                ],
                 "active": [{**named(a.model), "ms": round((now - a.since) * 1000)} for a in protection.active],
                 "transient_cooldowns": [
                     {"model_db_id": model, **named(model), "ms_left": round(left * 1000)}
@@ -213,7 +244,7 @@ class Admin:
 
     async def add_key(self, request: Request) -> Response:
         """201 with the new key; 200 with the existing one where it was known already."""
-        body = fields(await read_json(request, self._engine.deadlines), platform=str, key=str, label=str)
+        body = fields(await read_json(request), platform=str, key=str, label=str)
         for needed in ("platform", "key"):
             if needed not in body:
                 raise InvalidRequest(f"'{needed}' is missing.", param=needed, code="missing_field")
@@ -232,7 +263,7 @@ class Admin:
         return json_response(self._live(key), 201 if is_new else 200)
 
     async def change_key(self, request: Request) -> Response:
-        body = fields(await read_json(request, self._engine.deadlines), label=str, enabled=bool, status=str)
+        body = fields(await read_json(request), label=str, enabled=bool, status=str)
         if body.get("status", KeyStatus.UNKNOWN) != KeyStatus.UNKNOWN:
             message = "'status' can only be set to 'unknown', to have the key tried again."
             raise InvalidRequest(message, param="status", code="invalid_value")
@@ -291,7 +322,7 @@ class Admin:
         return json_response([{"platform": platform, "models": count} for platform, count in told.items()])
 
     async def change_model(self, request: Request) -> Response:
-        body = fields(await read_json(request, self._engine.deadlines), enabled=bool)
+        body = fields(await read_json(request), enabled=bool)
         id = path_id(request)
         if id not in self._engine.router.catalog.by_id:
             raise unknown("model", id)
@@ -305,7 +336,7 @@ class Admin:
 
     async def change_chain(self, request: Request) -> Response:
         """All of the changes or none; gives the chain as it is then."""
-        changes = await read_json(request, self._engine.deadlines)
+        changes = await read_json(request)
         if not isinstance(changes, list):
             raise InvalidRequest("The body must be a list of {model_db_id, priority, enabled}.", code="invalid_type")
         links = [self._link(index, change) for index, change in enumerate(changes)]
@@ -319,8 +350,16 @@ class Admin:
         protection = self._engine.protection
         count = len(protection.transient) + len(protection.keys)
         protection.clear_cooldowns()
+        self._engine.router.gates.close_all()
+        self._engine.waiting.wake()
         self._engine.log.write("info", "cooldowns_cleared", count=count)
         return json_response({"cleared": count})
+
+    async def lift_bans(self, request: Request) -> Response:
+        lifted = self._engine.protection.lift_bans(time.monotonic())
+        self._engine.waiting.wake()
+        self._engine.log.write("info", "bans_lifted", count=lifted)
+        return json_response({"lifted": lifted})
 
     def _link(self, index: int, change: Any) -> Link:
         place = f"[{index}]"
@@ -392,7 +431,7 @@ def watch(engine: Engine) -> None:
     gauge("freeway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
     gauge("freeway_sessions", "Conversations remembered.", lambda: count(protection.sessions.active(clock())))
     gauge(
-        "freeway_bans", "Platforms banned, over all sessions.", lambda: sum(len(p) for _, p in protection.bans(clock()))
+        "freeway_bans", "Platforms banned, over all sessions.", lambda: sum(len(b) for _, b in protection.bans(clock()))
     )
     gauge("freeway_transient_cooldowns", "Models resting for all.", lambda: count(protection.transient.active(clock())))
     gauge("freeway_key_cooldowns", "Pairs of key and model resting.", lambda: count(protection.keys.active(clock())))
@@ -401,18 +440,16 @@ def watch(engine: Engine) -> None:
         "Models of the chain that have a usable key.",
         lambda: count(model for model in router.catalog.auto_chain if router.has_key(model)),
     )
+    gauge("freeway_waiting", "Requests that wait for a route to come back.", lambda: len(engine.waiting))
+    gauge("freeway_gates_open", "Models whose health gate is open.", lambda: count(router.gates.open_gates()))
     gauge("freeway_log_queue_rows", "Rows of the request log waiting to be written.", lambda: rows.pending)
     gauge("freeway_log_dropped_rows_total", "Rows of the request log that were lost.", lambda: rows.dropped)
     gauge("freeway_log_dropped_lines_total", "Lines of the event log that were lost.", lambda: engine.log.dropped)
 
 
 # Reading what the operator sent. Each raises InvalidRequest naming the field.
-async def read_json(request: Request, deadlines: Deadlines) -> Any:
-    limit = deadlines.limit()
-    try:
-        raw = await read_body(dict(request.scope["headers"]), request.receive, BODY_BYTES_MAX, limit)
-    finally:
-        limit.close()
+async def read_json(request: Request) -> Any:
+    raw = await read_body(dict(request.scope["headers"]), request.receive, BODY_BYTES_MAX)
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:

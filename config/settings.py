@@ -42,7 +42,9 @@ class Settings:
     first_token_timeout_ms: int = 120_000
     connect_timeout_ms: int = 5_000
     request_timeout_ms: int = 120_000
-    max_fallback_attempts: int = 10
+    max_fallback_attempts: int = 20
+    wait_for_capacity_ms: int = 20_000
+    first_heartbeat_ms: int = 30_000
     request_budget_ms: int = 300_000
     analytics_window_days: int = 7
     stats_refresh_ms: int = 60_000
@@ -57,8 +59,9 @@ WHOLE = (
     "TRANSIENT_COOLDOWN_MS", "THREAD_COOLDOWN_MS", "STICKY_TTL_MS", "RATE_LIMIT_COOLDOWN_MS", "KEEPALIVE_INTERVAL_MS",
     "MAX_STREAM_STALL_MS", "FIRST_TOKEN_TIMEOUT_MS", "CONNECT_TIMEOUT_MS", "REQUEST_TIMEOUT_MS",
     "MAX_FALLBACK_ATTEMPTS", "REQUEST_BUDGET_MS", "ANALYTICS_WINDOW_DAYS", "STATS_REFRESH_MS", "MAX_BODY_BYTES",
-    "LOG_RETENTION_DAYS",
+    "LOG_RETENTION_DAYS", "FIRST_HEARTBEAT_MS",
 )  # fmt: skip
+WHOLE_OR_NONE = ("WAIT_FOR_CAPACITY_MS",)  # 0 switches it off
 CHOICES = {"CONTENT_FILTER": ("propagate", "failover"), "LOG_LEVEL": ("debug", "info", "warning", "error")}
 DIGITS_MAX = 18  # int() refuses thousands of them by itself, with a traceback
 QUOTED_CHARS_MAX = 100  # of a malformed value in the one line that the operator gets
@@ -75,6 +78,9 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], cwd: Path) ->
     for name in WHOLE:
         if name in given:
             values[name.lower()] = whole(name, given[name], 1, WHOLE_MAX)
+    for name in WHOLE_OR_NONE:
+        if name in given:
+            values[name.lower()] = whole(name, given[name], 0, WHOLE_MAX)
     for name, accepted in CHOICES.items():
         if name in given:
             values[name.lower()] = choice(name, given[name], accepted)

@@ -6,16 +6,41 @@ import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from engine.exchange import JSON_HEADERS, Exchange, response_start, route_headers
+from engine.delivery import JSON_HEADERS, response_start
+from engine.record import Exchange, route_headers
 from transport.client import Send
-from wire.errors import GatewayError
+from wire.chat import Chat, Mode
+from wire.errors import GatewayError, InvalidRequest
 
 PATH_CHARS_MAX = 200  # of an address in the log
 OPEN_PATHS = frozenset({"/healthz", "/"})  # everything else needs a key; the page holds no secret
+SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1)
+WAIT_S_MAX = 86_400.0  # the request's budget ends it long before
 ADMIN_PREFIXES = ("/api", "/metrics")
+
+
+def session_key(chat: Chat, session_id: str) -> str:
+    """A conversation's key: its mode and the client's own id, else its first user message. Empty: no session."""
+    text = session_id or chat.first_user_text
+    if chat.need.pinned is not None or chat.need.mode not in SESSION_MODES or not text:
+        return ""
+    source = "id" if session_id else "text"
+    return blake2b(f"{chat.need.mode}\0{source}\0{text}".encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def wait_seconds(text: bytes) -> float:
+    """How long a request may wait for a route, as its X-Max-Wait says. Raises InvalidRequest."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= WAIT_S_MAX:
+        raise InvalidRequest("X-Max-Wait must be a number of seconds, 0 or more.", param="X-Max-Wait")
+    return seconds
 
 
 def tidy_path(path: str) -> str:

@@ -8,7 +8,7 @@ here but asked for at that moment. Labels are platforms, models and kinds: never
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -66,6 +66,8 @@ class Metrics:
         self._failovers = 0
         self._exhausted = 0
         self._malformed = 0
+        self._waits: dict[str, int] = {}
+        self._trials: dict[str, int] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -96,6 +98,14 @@ class Metrics:
     def malformed(self, events: int) -> None:
         """Count events of providers' streams that were not JSON and were skipped (SPEC 6.3)."""
         self._malformed += events
+
+    def waited(self, result: str) -> None:
+        """Count a request that waited for a route: `served`, `in_vain`, or `left` by its client."""
+        self._waits[result] = self._waits.get(result, 0) + 1
+
+    def trial(self, result: str) -> None:
+        """Count a trial of something that rests: `success`, `error` or `cancelled`."""
+        self._trials[result] = self._trials.get(result, 0) + 1
 
     def exhausted(self) -> None:
         """Count a request for which nothing was left to try (SPEC 5.4)."""
@@ -130,6 +140,8 @@ class Metrics:
         yield CounterMetricFamily("freeway_failovers_total", help, value=self._failovers)
         help = "Requests for which no route was left to try."
         yield CounterMetricFamily("all_models_exhausted_total", help, value=self._exhausted)
+        yield by_result("freeway_waits_total", "Requests that waited for a route to come back.", self._waits)
+        yield by_result("freeway_trials_total", "Trials of models and keys that rest.", self._trials)
         help = "Events in providers' streams that were not JSON and were skipped."
         yield CounterMetricFamily("freeway_malformed_events_total", help, value=self._malformed)
 
@@ -152,3 +164,10 @@ class Metrics:
             for family, histogram in ((latency, totals.latency), (first, totals.first_token)):
                 family.add_metric(labels, histogram.buckets(), histogram.sum_ms / 1000)
         yield from (attempts, tokens, latency, first)
+
+
+def by_result(name: str, help: str, counts: Mapping[str, int]) -> Metric:
+    family = CounterMetricFamily(name, help, labels=["result"])
+    for result, count in counts.items():
+        family.add_metric([result], count)
+    return family

@@ -13,8 +13,6 @@ import pytest
 from fake_provider import CUT, PAUSE, RESET, Wait, body, chunk, error, event, head, raw, sse, until
 from test_imports import MODULES
 
-from transport.client import WATCH_AFTER_S
-
 
 @pytest.fixture
 def garbage() -> Iterator[Counter]:
@@ -60,7 +58,7 @@ async def test_a_long_stream_whose_client_is_watched_leaves_no_cycle(fake, start
     later = asyncio.Event()
     fake.script("a", sse(chunk(role="assistant"), chunk("Hel"), Wait(later), chunk("lo"), chunk(finish="stop")))
     gateway = await start_gateway(["a"])
-    asyncio.get_running_loop().call_later(WATCH_AFTER_S * 3, later.set)
+    asyncio.get_running_loop().call_later(0.05, later.set)
     assert (await gateway.stream("hi")).text == "Hello"
     await at_rest(gateway)
     collect(garbage)

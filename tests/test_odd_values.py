@@ -17,9 +17,11 @@ from adapters.openai import OpenAIAdapter
 from adapters.stream import Incoming, named_failure, whole_reply
 from dialects.chat import ChatDialect
 from dialects.responses import ResponsesDialect
+from engine.refusals import FailedAttempt, exhausted
 from protection import UpstreamError
-from router import Attempt, Plan, Route, exhausted
+from router import Plan
 from routing.catalog import KEYLESS, Model, Platform
+from routing.route import Route
 from wire.chat import Tally, frame
 from wire.errors import GatewayError
 from wire.jsontext import load_lenient
@@ -240,7 +242,7 @@ def frames(stream: bytes) -> None:
 
 def told(error: UpstreamError) -> None:
     """What the client and the log get to see of a failure."""
-    attempt = Attempt(ROUTES["openai"], error, 1)
+    attempt = FailedAttempt(ROUTES["openai"], error, 1)
     readable(exhausted(Plan([], 1), [attempt], stream=True, retry_after_s=error.retry_after_s).body())
     assert error.message.encode()
     assert error.status is None or 100 <= error.status <= 599

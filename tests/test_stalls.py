@@ -12,7 +12,6 @@ from protection import Failure
 from providers import no_answer
 from router import Route
 from routing.catalog import KEYLESS
-from transport.deadlines import Deadlines
 
 HEARTBEAT = b": keep-alive"
 STALL_MS = 80
@@ -234,20 +233,3 @@ async def test_a_slow_client_that_leaves_frees_its_provider(start_gateway, fake)
 
     await fake.closed(0)
     assert (await gateway.row())["status"] == "cancelled"
-
-
-async def test_a_limit_that_passes_while_its_wait_fails_by_itself_leaves_no_cancellation_behind():
-    limit = Deadlines().limit()
-
-    async def failing_when_stopped() -> None:
-        try:
-            await asyncio.sleep(9)
-        except asyncio.CancelledError:
-            raise ConnectionError from None
-
-    with pytest.raises(ConnectionError), limit.within(0.001):
-        await failing_when_stopped()
-    assert limit.task.cancelling() == 0
-    with pytest.raises(TimeoutError), limit.within(0.001):
-        await asyncio.sleep(9)
-    limit.close()

@@ -7,20 +7,16 @@ gone, a server that stops. Knows ASGI, and nothing of what is done for the clien
 from __future__ import annotations
 
 import asyncio
-import time
 import zlib
-from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
-from transport.deadlines import Limit
 from wire.errors import GatewayError, InvalidRequest
 
 Receive = Callable[[], Awaitable[Any]]
 Send = Callable[[Any], Awaitable[None]]
 T = TypeVar("T")
 BODY_READ_S = 60.0  # for a client to send its request; a laptop's slowest upload of 32 MB is faster
-WATCH_AFTER_S = 0.03  # well within the 100 ms in which a client's leaving must reach the provider (SPEC 8.6)
 
 
 class ClientGone(Exception):
@@ -36,7 +32,7 @@ class Stopping(GatewayError):
         super().__init__(self.words, status=503, type="routing_error", code="gateway_stopping")
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int, limit: Limit) -> bytes:
+async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
     """The request's body, refused as soon as it is too large."""
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > bytes_max:
@@ -44,7 +40,7 @@ async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: in
     pieces: list[bytes] = []
     size, more = 0, True
     try:
-        with limit.within(BODY_READ_S):
+        async with asyncio.timeout(BODY_READ_S):
             while more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
@@ -85,84 +81,39 @@ def unpacked(raw: bytes, encoding: bytes, bytes_max: int) -> bytes:
     return unpacked
 
 
-class Watch:
-    """A client whose leaving cancels the work that is done for it."""
-
-    __slots__ = ("_receive", "_task", "_watcher", "gone", "over", "since")
-
-    def __init__(self, receive: Receive, task: asyncio.Task[Any], since: float) -> None:
-        self.since = since
-        self.gone = False
-        self.over = False
-        self._receive = receive
-        self._task = task
-        self._watcher: asyncio.Task[None] | None = None
-
-    def begin(self) -> None:
-        self._watcher = asyncio.create_task(self._wait())
-
-    def end(self) -> None:
-        self.over = True
-        watcher, self._watcher = self._watcher, None  # which holds this one in turn, until it is forgotten
-        if watcher is not None:
-            watcher.cancel()
-
-    async def _wait(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.gone = True
-        self._task.cancel()
-
-
-class Watches:
-    """Who is still being served after WATCH_AFTER_S gets a task that watches: one for each request would cost more
-    than a quick answer."""
-
-    def __init__(self) -> None:
-        self._fresh: deque[Watch] = deque()  # oldest first
-        self._timer: asyncio.TimerHandle | None = None
-
-    def add(self, watch: Watch) -> None:
-        self._fresh.append(watch)
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, self._look)
-
-    def _look(self) -> None:
-        self._timer = None
-        now = time.monotonic()
-        while self._fresh:
-            left_s = self._fresh[0].since + WATCH_AFTER_S - now
-            if left_s > 0 and not self._fresh[0].over:
-                self._timer = asyncio.get_running_loop().call_later(left_s, self._look)
-                return
-            watch = self._fresh.popleft()
-            if not watch.over:
-                watch.begin()
-
-
-async def unless_disconnected(watch: Watch, task: asyncio.Task[Any], work: Coroutine[Any, Any, T]) -> T:
-    """Run the work in `task`, the current one; a client's disconnect cancels it and raises ClientGone.
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Run the work in the current task; a client's disconnect cancels it and raises ClientGone.
 
     uvicorn neither cancels the app nor fails send() when the client leaves: only receive() tells.
     """
+    task = asyncio.current_task()
+    assert task is not None
+    watcher = asyncio.create_task(watch(receive, task))
     try:
         result = await work
     except asyncio.CancelledError:
-        if not watch.gone or task.uncancel() > 0:  # somebody else's cancellation goes on
+        if not watcher.done() or task.uncancel() > 0:  # somebody else's cancellation goes on
             raise
         raise ClientGone from None
     except BaseException:
-        if not watch.gone:
+        if not watcher.done():
             raise
         await absorb_cancellation(task)
         raise ClientGone from None
     else:
-        if watch.gone:
+        if watcher.done():
             await absorb_cancellation(task)
             raise ClientGone
         return result
     finally:
-        watch.end()
+        watcher.cancel()
+
+
+async def watch(receive: Receive, task: asyncio.Task[Any]) -> None:
+    """Cancel the task when the client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    task.cancel()
 
 
 async def absorb_cancellation(task: asyncio.Task[Any]) -> None:

@@ -1,0 +1,110 @@
+"""What one client is sent: headers once, then bytes, and heartbeats while there is nothing to say (SPEC 8.1, 8.3).
+
+Owns the client's side of a stream from its headers on. Heartbeats come from a timer, so that whoever works on the
+answer may wait for whatever it needs: a provider, a route that comes back, a second provider's first words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote
+
+from transport.client import Send
+from wire.chat import Encoder, Tally
+
+Headers = list[tuple[bytes, bytes]]
+HEADER_SAFE = "".join(map(chr, range(33, 127))).replace("%", "") + " "
+STREAM_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
+CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
+
+
+class Delivery:
+    """One response on its way. `headers` gives those that tell how the request was routed, as far as that is known."""
+
+    def __init__(
+        self, send: Send, encoder: Encoder, headers: Callable[[], Headers], *, interval_s: float, silence_s: float
+    ) -> None:
+        self.encoder = encoder
+        self.started = False  # headers are out: nothing can be told by a status any more
+        self.streams = False  # and the body is a stream, in which it can
+        self.tally = Tally()  # of the answer that the client is given
+        self.blocked_since: float | None = None  # by the loop's clock, while the client takes no bytes
+        self._send = send
+        self._headers = headers
+        self._interval_s = interval_s  # between two heartbeats
+        self._silence_s = silence_s  # before headers go out without an answer
+        self._loop = asyncio.get_running_loop()
+        self._written_at = self._loop.time()
+        self._timer: asyncio.TimerHandle | None = None
+        self._heartbeat: asyncio.Task[None] | None = None
+
+    def keep_alive(self) -> None:
+        """From now on the client hears something at least every so often. Whoever asks for it calls `rest`."""
+        self._timer = self._loop.call_later(self._silence_s, self._beat)
+
+    def rest(self) -> None:
+        """No more heartbeats."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+            self._heartbeat = None
+
+    async def begin_whole(self, length: int) -> None:
+        """The head of a whole answer; its body is the last thing sent."""
+        await self._begin([*JSON_HEADERS, (b"content-length", str(length).encode())])
+
+    async def begin_stream(self) -> None:
+        """The head of a stream, unless it is out already."""
+        if not self.started:
+            self.streams = True
+            await self._begin(STREAM_HEADERS)
+            if self._timer is not None and self._interval_s < self._silence_s:
+                self._timer.cancel()
+                self._timer = self._loop.call_later(self._interval_s, self._beat)
+
+    async def write(self, body: bytes) -> None:
+        """The next bytes of a stream."""
+        self.blocked_since = self._loop.time()
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self.blocked_since, self._written_at = None, self._loop.time()
+
+    async def _begin(self, headers: Headers) -> None:
+        self.started = True
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*headers, *self._headers()]})
+        self._written_at = self._loop.time()
+
+    def _beat(self) -> None:
+        now = self._loop.time()
+        due = self._written_at + (self._interval_s if self.started else self._silence_s)
+        if now >= due - CLOCK_STEP_S:
+            due = now + self._interval_s
+            if self.blocked_since is None:
+                self._heartbeat = self._loop.create_task(self._say_something())
+        self._timer = self._loop.call_at(due, self._beat)
+
+    def fail(self, message: str, type: str, code: int) -> bytes | None:
+        """The last bytes of a stream that broke; None where the connection has to break off."""
+        return self.encoder.fail(message, type, code, self.tally)
+
+    async def _say_something(self) -> None:
+        await self.begin_stream()
+        await self.write(self.encoder.heartbeat())
+
+
+def response_start(status: int, headers: Headers) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": headers}
+
+
+@lru_cache(maxsize=1024)  # models, and the trails of a bad hour
+def header_value(text: str) -> bytes:
+    """Printable ASCII; everything else percent-encoded."""
+    return quote(text, safe=HEADER_SAFE).encode()

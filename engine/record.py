@@ -1,0 +1,70 @@
+"""`Exchange`: the one mutable record of a request, from its first byte to its last."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine.delivery import Delivery, header_value
+from engine.refusals import FailedAttempt
+from router import Plan
+from routing.cooldowns import TRIAL_SPACING_S
+from routing.route import Route
+from wire.chat import Chat
+
+
+@dataclass(eq=False, slots=True)
+class Exchange:
+    """One request."""
+
+    id: str
+    started: float  # monotonic seconds
+    utc: float  # seconds since 1970, at the same moment
+    deadline: float  # no new attempt starts after this
+    task: asyncio.Task[Any]  # that serves it
+    wait_max_s: float  # for routes that are coming back
+    session: str = ""
+    chat: Chat | None = None
+    plan: Plan | None = None
+    delivery: Delivery | None = None
+    attempts: int = 0  # begun so far
+    failures: list[FailedAttempt] = field(default_factory=list)
+    route: Route | None = None  # of the attempt that is running or has answered
+    retry: tuple[Route, float] | None = None  # a pinned route to ask once more, and when
+    retried: bool = False
+    waited_s: float = 0.0
+    waiting_since: float | None = None
+    begun: bool = False  # the client has been sent a part of the response
+    status: str = "error"
+    first_event_ms: int | None = None
+
+    def wait_left_s(self, now: float) -> float:
+        """How much longer it may wait for a route."""
+        return min(self.wait_max_s - self.waited_s, self.deadline - now)
+
+    def pause_s(self, now: float) -> float | None:
+        """Before what has failed twice in this request is asked again: the attempts that are left are spread over the
+        wait that is left. None where it may not wait, so nothing is asked again."""
+        left_s = self.wait_left_s(now)
+        if self.wait_max_s <= 0 or left_s <= 0 or self.plan is None:
+            return None
+        return max(TRIAL_SPACING_S, left_s / max(1, self.plan.attempts_left))
+
+
+def trail(exchange: Exchange) -> str:
+    """Which attempts failed and how: `platform/model=kind; …`."""
+    return "; ".join(f"{attempt.route.model.label}={attempt.error.failure}" for attempt in exchange.failures)
+
+
+def route_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
+    """The headers that tell how a request was routed (SPEC 3.8)."""
+    headers = [(b"x-request-id", exchange.id.encode())]
+    if exchange.route is not None:
+        headers.append((b"x-routed-via", header_value(exchange.route.model.label)))
+    if exchange.failures:
+        headers.append((b"x-fallback-attempts", str(len(exchange.failures)).encode()))
+        headers.append((b"x-fallback-trail", header_value(trail(exchange))))
+    if exchange.waited_s:
+        headers.append((b"x-waited-ms", str(round(exchange.waited_s * 1000)).encode()))
+    return headers

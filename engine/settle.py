@@ -1,0 +1,215 @@
+"""The books of an attempt, closed exactly once however it ended: outcome, costs, effects, ledger, row, metrics.
+
+`protection.costs` decides; `apply` is the only code that changes state because of an attempt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from random import Random
+
+import orjson
+
+from config.settings import Settings
+from engine.record import Exchange
+from engine.refusals import FailedAttempt
+from protection import (
+    Answered,
+    AvoidNext,
+    Ban,
+    ClearKeyPin,
+    ClearPin,
+    Effect,
+    EndRests,
+    Facts,
+    Failed,
+    FeedGate,
+    KeyStatus,
+    LostRace,
+    MarkKey,
+    Penalise,
+    Pin,
+    RestKey,
+    RestModel,
+    Rests,
+    Reward,
+    Skip,
+    costs,
+)
+from providers import Attempt
+from records.database import Store
+from records.eventlog import EventLog
+from records.keys import set_key_status
+from records.metrics import Metrics
+from records.rows import Row
+from router import Router
+from routing.standing import Active, Protection
+from wire.chat import Chat
+
+PAUSE_S_MIN = 1.0  # between two of a waiting request's own trials
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What goes with an attempt until it is settled."""
+
+    attempt: Attempt
+    active: Active
+    skipped: list[str]  # what had been ruled out when it began
+
+
+class Books:
+    """Settles attempts. `freed` is called when something has come back that others may be waiting for."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        protection: Protection,
+        router: Router,
+        store: Store,
+        log: EventLog,
+        metrics: Metrics,
+        rng: Random,
+        freed: Callable[[], None],
+    ) -> None:
+        self._protection = protection
+        self._router = router
+        self._store = store
+        self._log = log
+        self._metrics = metrics
+        self._rng = rng
+        self._freed = freed
+        self._rests = Rests(settings.transient_cooldown_ms / 1000, settings.rate_limit_cooldown_ms / 1000)
+
+    def settle(self, exchange: Exchange, running: Running) -> None:
+        """Let go of the provider and account for one attempt, whose outcome has been set."""
+        attempt = running.attempt
+        attempt.close()
+        self._protection.end(running.active)
+        now = time.monotonic()
+        route, outcome = attempt.route, attempt.outcome
+        assert outcome is not None
+        row = self._row(exchange, running, now)
+        if not isinstance(outcome, LostRace):  # its answer is assumed to be billed, so the estimate stays
+            self._router.ledger.settle(route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0))
+        if isinstance(outcome, Failed):
+            error = outcome.error
+            error.__traceback__ = error.__context__ = None  # their frames hold this exchange: nothing would be freed
+            exchange.failures.append(FailedAttempt(route, error, row.latency_ms or 0))
+            row.error_kind, row.http_status, row.error = str(error.failure), error.status, error.message
+        elif isinstance(outcome, Answered):
+            row.status, row.http_status = "success", 200
+            self._protection.used(exchange.session, route.model.platform.id, route.model.id, now)
+        else:
+            row.status = "cancelled"
+            row.error_kind = "lost_race" if isinstance(outcome, LostRace) else None
+        for effect in costs(outcome, self._facts(exchange, attempt, now), now):
+            self.apply(effect, exchange, attempt, now)
+        if route.trial:
+            self._protection.trials.pop(route.model.id, None)
+            self._metrics.trial(row.status)
+            self._freed()
+        exchange.status = row.status
+        self._metrics.attempt(row)
+        self._store.log(row)
+
+    def apply(self, effect: Effect, exchange: Exchange, attempt: Attempt, now: float) -> None:
+        """Change state by one effect of this attempt."""
+        model, key, session = attempt.route.model, attempt.route.key, exchange.session
+        protection, sessions = self._protection, self._protection.sessions
+        match effect:
+            case RestModel(until):
+                protection.transient.set(model.id, until, now)
+                self._log.write("info", "cooldown", model=model.label)
+            case RestKey():
+                protection.rest_key(key.id, model.id, effect, now)
+            case EndRests():
+                if protection.end_rests(key.id, model.id, attempt.started):
+                    self._freed()
+            case MarkKey(status, error):
+                self._mark_key(key.id, status, error)
+            case Skip():
+                if exchange.plan is not None:
+                    exchange.plan.note_failure(attempt.route, effect, now, exchange.pause_s(now))
+            case Ban(reason):
+                sessions.ban(session, model.platform.id, reason, now)
+                if exchange.plan is not None:
+                    exchange.plan.ban(model.platform.id)
+                self._log.write("info", "ban", platform=model.platform.id, reason=reason, request_id=exchange.id)
+            case ClearPin():
+                sessions.clear_model(session, model.id, now)
+            case ClearKeyPin():
+                sessions.clear_key(session, key.id, now)
+            case AvoidNext():
+                sessions.avoid_next(session, model.id, now)
+            case Pin():
+                sessions.pin(session, model.id, key.id, now)
+            case Penalise():
+                self._router.penalties.add(model.id, now)
+            case Reward():
+                self._router.penalties.success(model.id, now)
+            case FeedGate(ok):
+                self._feed_gate(attempt, ok, now)
+
+    def _facts(self, exchange: Exchange, attempt: Attempt, now: float) -> Facts:
+        route, keys_left = attempt.route, False
+        if isinstance(attempt.outcome, Failed) and exchange.plan is not None:
+            keys_left = self._router.keys_left(route, exchange.plan, now)
+        level = self._protection.level(route.model.platform.id)
+        strikes = self._protection.strikes.get((route.key.id, route.model.id), 0)
+        return Facts(level, keys_left, strikes, self._rests)
+
+    def _feed_gate(self, attempt: Attempt, ok: bool, now: float) -> None:
+        router, model = self._router, attempt.route.model
+        hold = not ok and router.gates_hold(model, now)
+        change = router.gates.feed(model.id, ok=ok, rate=router.success_rate(model), hold=hold, now=now, rng=self._rng)
+        if change is not None:
+            self._log.write("info", f"gate_{change}", model=model.label)
+            if change == "closed":
+                self._freed()
+
+    def _mark_key(self, key: int, status: KeyStatus, error: str | None) -> None:
+        """Remember it; tell the database when it is news. A success that began before does not lift invalid."""
+        if not key or (status is KeyStatus.HEALTHY and self._router.key_status.get(key) is KeyStatus.INVALID):
+            return
+        if self._router.set_key_status(key, status):
+            self._store.write_later(key, partial(set_key_status, id=key, status=status, last_error=error))
+
+    def _row(self, exchange: Exchange, running: Running, now: float) -> Row:
+        attempt = running.attempt
+        route, chat, tally = attempt.route, attempt.chat, attempt.tally
+        row = Row(
+            request_id=exchange.id,
+            created_at=exchange.utc + attempt.started - exchange.started,
+            platform=route.model.platform.id,
+            model_id=route.model.model_id,
+            key_id=route.key.id or None,
+            requested_model=chat.model or "auto",
+            routing_mode=str(chat.need.mode),
+            latency_ms=round((now - attempt.started) * 1000),
+            ttfb_ms=attempt.ttfb_ms,
+            attempt=attempt.number,
+            streamed=chat.stream,
+            skipped_models=orjson.dumps(running.skipped).decode() if running.skipped else None,
+        )
+        if exchange.waited_s:
+            row.waited_ms = round(exchange.waited_s * 1000)
+        if attempt.ttfb_ms is not None:  # it was committed: somebody counted tokens for it
+            row.input_tokens = tally.usage.input_tokens if tally.usage else chat.prompt_tokens
+            row.output_tokens = tally.output_tokens()
+            if tally.malformed:
+                self._metrics.malformed(tally.malformed)
+        return row
+
+
+def refused_row(exchange: Exchange, chat: Chat, status: int, message: str, skipped: list[str]) -> Row:
+    """The row of a request that was refused before any attempt."""
+    row = Row(request_id=exchange.id, created_at=exchange.utc, requested_model=chat.model or "auto")
+    row.routing_mode, row.streamed = str(chat.need.mode), chat.stream
+    row.http_status, row.error = status, message
+    row.latency_ms = round((time.monotonic() - exchange.started) * 1000)
+    row.skipped_models = orjson.dumps(skipped).decode() if skipped else None
+    return row
