@@ -183,7 +183,7 @@ async def test_what_a_model_does_not_say_has_the_defaults(start_gateway, fake, t
 
     (row,) = execute(running.db, "SELECT * FROM models WHERE platform = 'a'")
 
-    assert (row["intelligence_rank"], row["speed_rank"], row["context_window"]) == (50, 50, 32_768)
+    assert (row["intelligence_rank"], row["speed_rank"], row["context_window"]) == (None, None, 32_768)
     assert [row[name] for name in ("rpm_limit", "rpd_limit", "tpm_limit", "tpd_limit")] == [None] * 4
     assert (row["supports_tools"], row["supports_vision"], row["enabled"]) == (1, 0, 1)
 
