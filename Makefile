@@ -2,26 +2,34 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed-from-requirements
-SOURCES := *.py tests bench
+RUNTIME := $(VENV)/.installed-requirements
+DEV := $(VENV)/.installed-requirements-dev
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := .
 SECONDS ?= 300
 
 .PHONY: all run test test-browser browser check fmt clean bench soak hostile
 
 all: check test
 
-$(STAMP): requirements.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME): requirements.txt | $(BIN)/pip
+	$(PIP) -r requirements.txt
 	touch $@
 
-run: $(STAMP)
+$(DEV): requirements-dev.txt $(RUNTIME)
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+run: $(RUNTIME)
 	$(BIN)/python gateway.py
 
-test: $(STAMP)
+test: $(DEV)
 	$(BIN)/python -m pytest
 
-test-browser: $(STAMP) browser
+test-browser: $(DEV) browser
 	$(BIN)/python -m pytest tests/browser
 
 # Chromium and its driver are the system's own packages; root gets them where they are missing.
@@ -31,22 +39,22 @@ browser:
 		"to install them with. Install both and run it again." >&2; exit 1; }; \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null
 
-check: $(STAMP)
+check: $(DEV)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 
-fmt: $(STAMP)
+fmt: $(DEV)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-bench: $(STAMP)
+bench: $(DEV)
 	$(BIN)/python bench/run.py
 
-soak: $(STAMP)
+soak: $(DEV)
 	$(BIN)/python bench/soak.py --seconds $(SECONDS)
 
-hostile: $(STAMP)
+hostile: $(DEV)
 	$(BIN)/python bench/hostile.py
 
 clean:

@@ -62,7 +62,7 @@ from records.request_log import delete_old_rows, model_stats, todays_use
 from records.vault import StoreError
 from router import Router as ModelRouter
 from routing.catalog import is_demo
-from routing.scores import Stats, chances
+from routing.scores import Stats, success_probabilities
 from routing.standing import Protection
 from transport.client import ClientGone, Receive, Send, read_body
 from transport.connection import ClientConnection
@@ -170,7 +170,7 @@ class Gateway:
             began = time.thread_time()
             by_name = model_stats(db, days)
             for stats in by_name.values():
-                chances(stats)
+                success_probabilities(stats)
             return by_name, time.thread_time() - began
 
         while True:

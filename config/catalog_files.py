@@ -43,7 +43,7 @@ class CatalogFiles:
 
 
 JSON_TYPES = {list: "a list of texts", bool: "true or false", dict: "an object", int: "a whole number", str: "text"}
-NUMBER, TEXT, FLAG, TEXTS, OBJECT, COUNT = "a number", "text", "true or false", "a list of texts", "an object", (
+RANK, TEXT, FLAG, TEXTS, OBJECT, COUNT = "a number or null", "text", "true or false", "a list of texts", "an object", (
     "a whole number ≥ 1 or null"
 )  # fmt: skip
 PLATFORM_FIELDS = {
@@ -51,8 +51,8 @@ PLATFORM_FIELDS = {
     "quirks": OBJECT, "signup_url": TEXT, "key_format": TEXT, "discover": FLAG, "opt_in": FLAG,
 }  # fmt: skip
 MODEL_FIELDS = {
-    "platform": TEXT, "model_id": TEXT, "name": TEXT, "family": TEXT, "intelligence_rank": NUMBER,
-    "speed_rank": NUMBER, "context_window": COUNT, "max_output": COUNT, "rpm": COUNT, "rpd": COUNT, "tpm": COUNT,
+    "platform": TEXT, "model_id": TEXT, "name": TEXT, "family": TEXT, "intelligence_rank": RANK,
+    "speed_rank": RANK, "context_window": COUNT, "max_output": COUNT, "rpm": COUNT, "rpd": COUNT, "tpm": COUNT,
     "tpd": COUNT, "tools": FLAG, "vision": FLAG, "exclude_from": TEXTS, "prefer_in": TEXTS, "quirks": OBJECT,
 }  # fmt: skip
 KEY_FIELDS = {"platform": TEXT, "key": TEXT, "label": TEXT}
@@ -169,7 +169,7 @@ def has_type(value: object, expected: str) -> bool:
         return isinstance(value, dict)
     if expected == COUNT:
         return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
 
 
 def make_platform(
@@ -232,8 +232,8 @@ def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform], warnin
         platform=platform,
         model_id=fields["model_id"],
         name=fields.get("name", fields["model_id"]),
-        intelligence_rank=fields.get("intelligence_rank", 50),
-        speed_rank=fields.get("speed_rank", 50),
+        intelligence_rank=fields.get("intelligence_rank"),
+        speed_rank=fields.get("speed_rank"),
         context_window=fields.get("context_window") or 32_768,
         max_output=fields.get("max_output"),
         rpm=fields.get("rpm"),

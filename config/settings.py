@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dotenv.parser import parse_stream
+
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 KEY_CHARS_MIN = 16  # of a client key, wherever others can reach the port (SPEC 13.1)
+DIGITS_MAX = 18  # int() refuses thousands of them by itself, with a traceback
+QUOTED_CHARS_MAX = 100  # of a malformed value in the one line that the operator gets
+WHOLE_MAX = 10**12  # 31 years in milliseconds: above it a clock would overflow, and it is a typing error anyway
+CACHE_MB_MAX = 1_000_000  # more memory than any machine has
 
 
 class SettingsError(Exception):
@@ -43,9 +49,20 @@ class Settings:
     connect_timeout_ms: int = 5_000
     request_timeout_ms: int = 120_000
     max_fallback_attempts: int = 20
-    wait_for_capacity_ms: int = 20_000
-    first_heartbeat_ms: int = 30_000
+    wait_for_capacity_ms: int = 20_000  # 0: never
+    first_heartbeat_ms: int = 30_000  # of a stream that has sent nothing (SPEC 8.3)
     request_budget_ms: int = 300_000
+    key_recheck_ms: int = 60_000
+    rescue: bool = True
+    rescue_after_ms: int = 15_000
+    tool_calls: str = "whole"
+    hedge_percent: int = 5  # 0: never
+    cache_mb: int = 0  # 0: no cache
+    cache_ttl_ms: int = 3_600_000
+    state: str | None = field(default=None, repr=False)  # its address may hold a password, like the next one's
+    log: str | None = field(default=None, repr=False)
+    privacy: str | None = None
+    origins: tuple[str, ...] = ()
     analytics_window_days: int = 7
     stats_refresh_ms: int = 60_000
     max_body_bytes: int = 32 * 1024 * 1024
@@ -55,17 +72,124 @@ class Settings:
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # for the names the catalogue gives
 
 
-WHOLE = (
-    "TRANSIENT_COOLDOWN_MS", "THREAD_COOLDOWN_MS", "STICKY_TTL_MS", "RATE_LIMIT_COOLDOWN_MS", "KEEPALIVE_INTERVAL_MS",
-    "MAX_STREAM_STALL_MS", "FIRST_TOKEN_TIMEOUT_MS", "CONNECT_TIMEOUT_MS", "REQUEST_TIMEOUT_MS",
-    "MAX_FALLBACK_ATTEMPTS", "REQUEST_BUDGET_MS", "ANALYTICS_WINDOW_DAYS", "STATS_REFRESH_MS", "MAX_BODY_BYTES",
-    "LOG_RETENTION_DAYS", "FIRST_HEARTBEAT_MS",
-)  # fmt: skip
-WHOLE_OR_NONE = ("WAIT_FOR_CAPACITY_MS",)  # 0 switches it off
-CHOICES = {"CONTENT_FILTER": ("propagate", "failover"), "LOG_LEVEL": ("debug", "info", "warning", "error")}
-DIGITS_MAX = 18  # int() refuses thousands of them by itself, with a traceback
-QUOTED_CHARS_MAX = 100  # of a malformed value in the one line that the operator gets
-WHOLE_MAX = 10**12  # 31 years in milliseconds: above it a clock would overflow, and it is a typing error anyway
+# Readers: each gives the value of a setting, or raises SettingsError with one line that says what is accepted.
+Reader = Callable[[str, str], Any]
+
+
+def spelled(text: str) -> int | None:
+    """The whole number that these digits spell; None for anything else, and for more digits than SQLite can hold."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= DIGITS_MAX else None
+
+
+def whole(low: int, high: int = WHOLE_MAX) -> Reader:
+    def read(name: str, text: str) -> int:
+        number = spelled(text)
+        if number is None or not low <= number <= high:
+            raise SettingsError(f"{name}={text[:QUOTED_CHARS_MAX]!r}: expected a whole number from {low} to {high}")
+        return number
+
+    return read
+
+
+def one_of(*accepted: str) -> Reader:
+    def read(name: str, text: str) -> str:
+        if text.lower() not in accepted:
+            raise SettingsError(f"{name}={text[:QUOTED_CHARS_MAX]!r}: expected {' or '.join(accepted)}")
+        return text.lower()
+
+    return read
+
+
+def on_or_off(name: str, text: str) -> bool:
+    return bool(one_of("on", "off")(name, text) == "on")
+
+
+def as_text(name: str, text: str) -> str:
+    return text
+
+
+def as_path(name: str, text: str) -> Path:
+    return Path(text)
+
+
+def host(name: str, text: str) -> str:
+    if not printable(text):
+        raise SettingsError(f"{name}={text[:QUOTED_CHARS_MAX]!r}: expected a host name or an address, without spaces")
+    return text
+
+
+def credential(name: str, text: str) -> str:
+    """A key that fits into one HTTP header. It is never quoted back."""
+    if not printable(text):
+        raise SettingsError(f"{name}: expected printable ASCII without spaces (the value is not shown)")
+    return text
+
+
+def printable(text: str) -> bool:
+    return all(33 <= ord(char) <= 126 for char in text)
+
+
+def hex_key(name: str, text: str) -> bytes:
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        raise SettingsError(f"{name}: expected 64 hex digits (the value is not shown)")
+    return bytes.fromhex(text)
+
+
+def address(*schemes: str) -> Reader:
+    """The address of a server that needs a login. It is never quoted back."""
+
+    def read(name: str, text: str) -> str:
+        scheme, _, rest = text.partition("://")
+        if scheme.lower() not in schemes or not rest.strip("/") or not printable(text):
+            wanted = f"an address that begins with {' or '.join(f'{scheme}://' for scheme in schemes)}"
+            raise SettingsError(f"{name}: expected {wanted} (the value is not shown: it may hold a password)")
+        return text
+
+    return read
+
+
+def web_origins(name: str, text: str) -> tuple[str, ...]:
+    """`https://host:port`, separated by commas; browsers send an origin in lower case and without a path."""
+    origins = [part.strip().rstrip("/").lower() for part in text.split(",") if part.strip()]
+    for origin in origins:
+        if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s?#@]+", origin):
+            accepted = "web origins like https://chat.example:8443, separated by commas, or *"
+            raise SettingsError(f"{name}={origin[:QUOTED_CHARS_MAX]!r}: expected {accepted}")
+    return tuple(origins)
+
+
+# By the names in the environment; a field of Settings is named likewise, in lower case and without GATEWAY_.
+READERS: Mapping[str, Reader] = {
+    "GATEWAY_HOST": host,
+    "GATEWAY_PORT": whole(0, 65_535),
+    "GATEWAY_DB": as_path,
+    "GATEWAY_CATALOG": as_path,
+    "GATEWAY_API_KEY": credential,
+    "GATEWAY_ADMIN_KEY": credential,
+    "ENCRYPTION_KEY": hex_key,
+    "THREAD_PROTECTION_PLATFORMS": as_text,  # read by protection.py, which forgives malformed pairs (SPEC 7.2)
+    **dict.fromkeys(
+        (
+            "TRANSIENT_COOLDOWN_MS", "THREAD_COOLDOWN_MS", "STICKY_TTL_MS", "RATE_LIMIT_COOLDOWN_MS",
+            "KEEPALIVE_INTERVAL_MS", "MAX_STREAM_STALL_MS", "FIRST_TOKEN_TIMEOUT_MS", "CONNECT_TIMEOUT_MS",
+            "REQUEST_TIMEOUT_MS", "MAX_FALLBACK_ATTEMPTS", "REQUEST_BUDGET_MS", "KEY_RECHECK_MS", "RESCUE_AFTER_MS",
+            "FIRST_HEARTBEAT_MS",
+            "CACHE_TTL_MS", "ANALYTICS_WINDOW_DAYS", "STATS_REFRESH_MS", "MAX_BODY_BYTES", "LOG_RETENTION_DAYS",
+        ),
+        whole(1),
+    ),
+    "WAIT_FOR_CAPACITY_MS": whole(0),
+    "HEDGE_PERCENT": whole(0, 100),
+    "CACHE_MB": whole(0, CACHE_MB_MAX),
+    "RESCUE": on_or_off,
+    "TOOL_CALLS": one_of("whole", "stream"),
+    "CONTENT_FILTER": one_of("propagate", "failover"),
+    "LOG_LEVEL": one_of("debug", "info", "warning", "error"),
+    "GATEWAY_STATE": address("redis", "rediss"),
+    "GATEWAY_LOG": address("postgresql", "postgres"),
+    "GATEWAY_PRIVACY": one_of("no-train"),
+    "GATEWAY_ORIGINS": web_origins,
+}  # fmt: skip
 
 
 def load_settings(argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> Settings:
@@ -74,30 +198,12 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], cwd: Path) ->
     given = {**read_dotenv(cwd / ".env"), **environ}
     given.update({f"GATEWAY_{name.upper()}": value for name, value in flags.items() if value is not None})
     given = {name: value.strip() for name, value in given.items() if value.strip()}
-    values: dict[str, Any] = {"environ": given}
-    for name in WHOLE:
-        if name in given:
-            values[name.lower()] = whole(name, given[name], 1, WHOLE_MAX)
-    for name in WHOLE_OR_NONE:
-        if name in given:
-            values[name.lower()] = whole(name, given[name], 0, WHOLE_MAX)
-    for name, accepted in CHOICES.items():
-        if name in given:
-            values[name.lower()] = choice(name, given[name], accepted)
-    if "GATEWAY_PORT" in given:
-        values["port"] = whole("GATEWAY_PORT", given["GATEWAY_PORT"], 0, 65_535)
-    for name in ("GATEWAY_HOST", "GATEWAY_API_KEY", "GATEWAY_ADMIN_KEY"):
-        if name in given:
-            values[name.removeprefix("GATEWAY_").lower()] = printable(name, given[name])
-    for name in ("GATEWAY_DB", "GATEWAY_CATALOG"):
-        if name in given:
-            values[name.removeprefix("GATEWAY_").lower()] = cwd / given[name]
-    if "THREAD_PROTECTION_PLATFORMS" in given:
-        values["thread_protection_platforms"] = given["THREAD_PROTECTION_PLATFORMS"]
-    if "ENCRYPTION_KEY" in given:
-        values["encryption_key"] = hex_key("ENCRYPTION_KEY", given["ENCRYPTION_KEY"])
-    values.setdefault("db", cwd / "gateway.db")
-    return Settings(**values)
+    read = {name: reader(name, given[name]) for name, reader in READERS.items() if name in given}
+    values = {name.removeprefix("GATEWAY_").lower(): value for name, value in read.items()}
+    values["db"] = cwd / values.get("db", Settings().db)
+    if "catalog" in values:
+        values["catalog"] = cwd / values["catalog"]
+    return Settings(**values, environ=given)
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, str | None]:
@@ -109,64 +215,19 @@ def parse_flags(argv: Sequence[str]) -> dict[str, str | None]:
     return dict(vars(parser.parse_args(argv)))
 
 
-DOTENV_LINE = re.compile(r"^(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*)$")
-
-
 def read_dotenv(path: Path) -> dict[str, str]:
-    """NAME=value lines; `#` begins a comment, quotes are taken off."""
+    """The values of a `.env` file. python-dotenv's parser alone, because its loader skips malformed lines."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open(encoding="utf-8-sig") as file:
+            lines = list(parse_stream(file))
     except FileNotFoundError:
         return {}
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f".env cannot be read: {error}") from None
-    values = {}
-    for line_number, raw in enumerate(text.splitlines(), 1):
-        line = raw.strip()
-        if not line or line.startswith("#"):
-            continue
-        found = DOTENV_LINE.match(line)
-        if not found:
-            raise SettingsError(f".env line {line_number}: expected NAME=value")
-        name, value = found.groups()
-        if value[:1] in ("'", '"') and value.find(value[0], 1) > 0:
-            value = value[1 : value.index(value[0], 1)]
-        else:
-            value = re.split(r"\s+#", value, maxsplit=1)[0].strip()
-        values[name] = value
-    return values
-
-
-def spelled(text: str) -> int | None:
-    """The whole number that these digits spell; None for anything else, and for more digits than SQLite can hold."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) <= DIGITS_MAX else None
-
-
-def whole(name: str, text: str, low: int, high: int) -> int:
-    number = spelled(text)
-    if number is None or not low <= number <= high:
-        raise SettingsError(f"{name}={text[:QUOTED_CHARS_MAX]!r}: expected a whole number from {low} to {high}")
-    return number
-
-
-def choice(name: str, text: str, accepted: Sequence[str]) -> str:
-    if text.lower() not in accepted:
-        raise SettingsError(f"{name}={text!r}: expected one of {', '.join(accepted)}")
-    return text.lower()
-
-
-def printable(name: str, text: str) -> str:
-    """A value that fits into one HTTP header or one address. A key is not quoted back."""
-    if not all(33 <= ord(char) <= 126 for char in text):
-        given = f"{name}={text!r}" if name == "GATEWAY_HOST" else name
-        raise SettingsError(f"{given}: expected printable ASCII without spaces")
-    return text
-
-
-def hex_key(name: str, text: str) -> bytes:
-    if not re.fullmatch(r"[0-9a-fA-F]{64}", text):
-        raise SettingsError(f"{name}: expected 64 hex digits (the value is not shown)")
-    return bytes.fromhex(text)
+    for line in lines:
+        if line.error or (line.key is not None and line.value is None):
+            raise SettingsError(f".env line {line.original.line}: expected NAME=value")
+    return {line.key: line.value or "" for line in lines if line.key is not None}
 
 
 def check_binding(host: str, keys: Sequence[str]) -> None:

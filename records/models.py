@@ -7,15 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from records.vault import Vault
-from routing.catalog import Catalog, Key, KeyStatus, Model, Platform
+from routing.catalog import Catalog, Key, KeyStatus, Model, Platform, by_rank
 
 
 def sync_models(db: sqlite3.Connection, models: Sequence[Model]) -> None:
     """Bring the tables to the catalogue's facts; what the user changed stays, what has gone is disabled (SPEC 2.1)."""
     known = {(row[1], row[2]): row[0] for row in db.execute("SELECT id, platform, model_id FROM models")}
-    by_rank = sorted(models, key=lambda m: (m.intelligence_rank, m.speed_rank))  # stable: then catalogue order
     last = db.execute("SELECT COALESCE(MAX(priority), 0) FROM fallback_config").fetchone()[0]
-    for model in by_rank:
+    for model in by_rank(models):
         facts = (
             model.name, model.intelligence_rank, model.speed_rank, model.context_window, model.rpm, model.rpd,
             model.tpm, model.tpd, model.tools, model.vision,

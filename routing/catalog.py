@@ -38,14 +38,14 @@ class Platform:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Model:
-    """A `model_id` on a platform. Ranks: lower is better. A limit of None is no limit."""
+    """A `model_id` on a platform. Ranks: lower is better, None is unranked (SPEC 2.4). A limit of None is no limit."""
 
     id: int
     platform: Platform
     model_id: str
     name: str
-    intelligence_rank: float
-    speed_rank: float
+    intelligence_rank: float | None
+    speed_rank: float | None
     context_window: int
     max_output: int | None
     rpm: int | None
@@ -106,8 +106,13 @@ class Catalog:
             self.by_name.setdefault(model.model_id, []).append(model)
         self.chain = sorted((m for m in self.models if m.enabled and m.in_chain), key=lambda m: m.priority)
         self.pools = pools(self.chain)
+        self._median_rank = median(m.intelligence_rank for m in self.chain) or 0.0
         demo_only = not any(self.keys.get(p.id) or p.keyless for p in self.platforms.values() if not is_demo(p))
         self.auto_chain = [m for m in self.chain if demo_only or not is_demo(m.platform)]
+
+    def intelligence(self, model: Model) -> float:
+        """The rank that a model counts as where a limit is set on ranks: the chain's median for an unranked one."""
+        return self._median_rank if model.intelligence_rank is None else model.intelligence_rank
 
     def resolve(self, name: str) -> list[Model]:
         """The enabled models a client means by this name: on the platform it named, then elsewhere under the same id.
@@ -139,16 +144,40 @@ def spread(values: Sequence[float]) -> Callable[[float], float]:
     return (lambda value: (value - low) / width) if width else (lambda value: 0.0)
 
 
+def median(ranks: Iterable[float | None]) -> float | None:
+    """What an unranked model counts as among these (SPEC 2.4); None when nothing is ranked."""
+    known = sorted(rank for rank in ranks if rank is not None)
+    return (known[(len(known) - 1) // 2] + known[len(known) // 2]) / 2 if known else None
+
+
+def by_rank(models: Sequence[Model]) -> list[Model]:
+    """Best first: by intelligence, then speed, then the order they have."""
+    intelligence = median(m.intelligence_rank for m in models) or 0.0
+    speed = median(m.speed_rank for m in models) or 0.0
+
+    def ranks(model: Model) -> tuple[float, float]:
+        return (
+            intelligence if model.intelligence_rank is None else model.intelligence_rank,
+            speed if model.speed_rank is None else model.speed_rank,
+        )
+
+    return sorted(models, key=ranks)
+
+
 def pools(chain: Sequence[Model]) -> dict[int, Pool]:
-    """Which pool each model of the enabled chain belongs to (SPEC 4.8)."""
-    speed = spread([m.speed_rank for m in chain])
-    intelligence = spread([m.intelligence_rank for m in chain])
-    speed_varies = len({m.speed_rank for m in chain}) > 1
-    intelligence_varies = len({m.intelligence_rank for m in chain}) > 1
+    """Which pool each model of the enabled chain belongs to (SPEC 4.8). An unranked model takes no part in the
+    comparison, so it moves no other; one with only one of its ranks counts as unranked."""
+    ranks = [(m.speed_rank, m.intelligence_rank) for m in chain]
+    ranked = [(speed, wits) for speed, wits in ranks if speed is not None and wits is not None]
+    speeds, intelligences = [speed for speed, _ in ranked], [wits for _, wits in ranked]
+    speed, intelligence = spread(speeds), spread(intelligences)
+    speed_varies, intelligence_varies = len(set(speeds)) > 1, len(set(intelligences)) > 1
 
     def pool(model: Model) -> Pool:
         if Pool.SMART in model.prefer_in:
             return Pool.SMART
+        if model.speed_rank is None or model.intelligence_rank is None:
+            return Pool.BALANCED
         if speed_varies and speed(model.speed_rank) <= 0.4:
             return Pool.FAST
         if intelligence_varies and intelligence(model.intelligence_rank) <= 0.4:

@@ -1,8 +1,8 @@
 """How good a model seems: what the log says of it, and scores drawn from that (SPEC 4.2, 10.3).
 
-Owns the statistics in force. A score is chance, how likely the model is to answer, plus merit, what an answer of its is
-worth. Chance is drawn anew for every request and every model (Thompson sampling), so everything else is worked out when
-statistics or catalogue change. No I/O; `rng` is an argument.
+Owns the statistics in force. A score is the model's success probability plus the value of an answer from it: speed,
+time to first token, intelligence. The probability is sampled for every request and model (Thompson sampling);
+everything else is computed once, when statistics or catalogue change. No I/O; `rng` is an argument.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from itertools import accumulate
 from math import exp, log, sqrt
 from random import Random
 
-from routing.catalog import Model
+from routing.catalog import Model, median
 from wire.chat import Mode
 
-STEPS = 128  # of a distribution's table of quantiles, between which a draw is linear
-POINTS = 512  # at which its density is looked at
+STEPS = 128  # of a table of quantiles; a draw is linear between two of them
+POINTS = 512  # at which the density is computed for the table
 SPREAD = 8  # standard deviations to either side; what lies beyond happens less than once in ten thousand draws
-SHEETS_MAX = 64  # sets of candidates in use: modes, times what requests ask for
+SHEETS_MAX = 64  # sets of candidates in use: modes times kinds of request (tools, vision, length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,34 +68,36 @@ WEIGHTS = {
     Mode.SMART: Weights(speed=0.2, ttfb=0.2, intelligence=0.6),
     Mode.FAST: Weights(speed=2.0, ttfb=2.0, intelligence=0.0),
 }
-UNSEEN_SPEED, UNSEEN_TTFB = 0.3, 0.25 * 0.75  # hope, so that new models are tried
+UNSEEN_SPEED, UNSEEN_TTFB = 0.3, 0.25 * 0.75  # an optimistic prior, so that new models are tried
 
 
 @dataclass(frozen=True, slots=True)
 class Yardstick:
-    """What scores are relative to: the fastest, the best and the worst of the models compared."""
+    """What scores are relative to: the fastest, the best and the worst of the models compared, and their median."""
 
     tok_s_max: float
     rank_best: float
     rank_worst: float
+    rank_median: float  # what an unranked one counts as (SPEC 2.4)
 
     @classmethod
     def of(cls, models: Sequence[Model], stats: Mapping[int, Stats]) -> Yardstick:
-        ranks = [m.intelligence_rank for m in models]
-        return cls(max((stats.get(m.id, UNSEEN).tok_per_sec for m in models), default=0.0), min(ranks), max(ranks))
+        ranks = [m.intelligence_rank for m in models if m.intelligence_rank is not None]
+        tok_s_max = max((stats.get(m.id, UNSEEN).tok_per_sec for m in models), default=0.0)
+        return cls(tok_s_max, min(ranks, default=0.0), max(ranks, default=0.0), median(ranks) or 0.0)
 
-    def intelligence(self, rank: float) -> float:
+    def intelligence(self, rank: float | None) -> float:
         width = self.rank_worst - self.rank_best
-        return (self.rank_worst - rank) / width if width else 1.0
+        return (self.rank_worst - (self.rank_median if rank is None else rank)) / width if width else 1.0
 
 
-def merit(model: Model, stats: Stats, weights: Weights, yardstick: Yardstick, *, hope: bool = True) -> float:
-    """The part of a score that is not chance: speed, time to first token, intelligence (SPEC 4.2)."""
+def value(model: Model, stats: Stats, weights: Weights, yardstick: Yardstick, *, optimistic: bool = True) -> float:
+    """What an answer of this model is worth: speed, time to first token, intelligence (SPEC 4.2)."""
     if stats.raw_successes:
         speed = speed_score(stats.tok_per_sec, yardstick.tok_s_max)
         ttfb = ttfb_score(stats.avg_ttfb_ms) if stats.avg_ttfb_ms is not None else 0.0
     else:
-        seen = stats.raw_total > 0 or not hope
+        seen = stats.raw_total > 0 or not optimistic
         speed, ttfb = (0.0, 0.0) if seen else (UNSEEN_SPEED, UNSEEN_TTFB)
     intelligence = yardstick.intelligence(model.intelligence_rank)
     return weights.speed * speed + weights.ttfb * ttfb + weights.intelligence * intelligence
@@ -106,17 +108,17 @@ def belief(stats: Stats) -> tuple[float, float]:
     return 2 + max(0.1, stats.successes), 2 + max(0.1, stats.total - stats.successes)
 
 
-def chances(stats: Stats) -> tuple[float, ...]:
-    """The table to draw this model's chance from. Working it out takes a fifth of a millisecond the first time, which
-    whoever brings new statistics spends beforehand."""
+def success_probabilities(stats: Stats) -> tuple[float, ...]:
+    """The table to sample this model's success probability from. It is cached and takes 0.2 ms to compute, so the job
+    that brings new statistics computes it before a request needs it."""
     alpha, beta = belief(stats)
     return quantiles(round(alpha, 2), round(beta, 2))
 
 
 @lru_cache(maxsize=512)  # of 4 KB each
 def quantiles(alpha: float, beta: float) -> tuple[float, ...]:
-    """Beta(alpha, beta) as the values that 0/STEPS, 1/STEPS … of all draws do not exceed. A look into this table costs
-    a tenth of a draw by the book, and there is one for every candidate of every request."""
+    """Quantiles 0/STEPS, 1/STEPS … of Beta(alpha, beta). Sampling from the table costs a tenth of `betavariate`, and
+    every request samples once for each candidate."""
     mean = alpha / (alpha + beta)
     reach = SPREAD * sqrt(mean * (1 - mean) / (alpha + beta + 1))
     low, high = max(0.0, mean - reach), min(1.0, mean + reach)
@@ -143,18 +145,18 @@ class Scores:
         self._sheets: dict[tuple[Mode, tuple[int, ...]], list[tuple[float, tuple[float, ...]]]] = {}
 
     def learn(self, stats: Mapping[int, Stats]) -> None:
-        """Go by these from now on. Also called with the same ones when the models themselves have changed."""
+        """Use these statistics from now on. Also called with the same ones when the models have changed."""
         self.stats = stats
         self._sheets.clear()
 
     def drawn(self, models: Sequence[Model], mode: Mode, rng: Random) -> list[float]:
-        """A score for each model, its chance drawn anew."""
+        """A score for each model, with a fresh sample of its success probability."""
         random, scores = rng.random, []
-        for merit, table in self._sheet(models, mode):
+        for worth, table in self._sheet(models, mode):
             place = random() * STEPS
             step = int(place)
-            chance = table[step]
-            scores.append(merit + chance + (place - step) * (table[step + 1] - chance))
+            low = table[step]
+            scores.append(worth + low + (place - step) * (table[step + 1] - low))
         return scores
 
     def expected(self, models: Sequence[Model]) -> list[float]:
@@ -165,12 +167,12 @@ class Scores:
         for model in models:
             stats = self.stats.get(model.id, UNSEEN)
             alpha, beta = belief(stats)
-            worth = merit(model, stats, WEIGHTS[Mode.BALANCED], yardstick, hope=False)
+            worth = value(model, stats, WEIGHTS[Mode.BALANCED], yardstick, optimistic=False)
             scores.append(alpha / (alpha + beta) + worth)
         return scores
 
     def _sheet(self, models: Sequence[Model], mode: Mode) -> list[tuple[float, tuple[float, ...]]]:
-        """Merit and chances of each of these candidates."""
+        """For each of these candidates: the value of its answer, and the table of its success probability."""
         key = (mode, tuple([m.id for m in models]))
         sheet = self._sheets.get(key)
         if sheet is None:
@@ -178,6 +180,6 @@ class Scores:
                 self._sheets.clear()
             weights, yardstick = WEIGHTS[mode], Yardstick.of(models, self.stats)
             known = [(m, self.stats.get(m.id, UNSEEN)) for m in models]
-            sheet = [(merit(m, stats, weights, yardstick), chances(stats)) for m, stats in known]
+            sheet = [(value(m, stats, weights, yardstick), success_probabilities(stats)) for m, stats in known]
             self._sheets[key] = sheet
         return sheet

@@ -4,13 +4,15 @@ import json
 from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dialects.chat import ChatDialect
 from router import Router
-from routing.catalog import Catalog, Key, KeyStatus, Model, Platform, Pool, pools
+from routing.catalog import Catalog, Key, KeyStatus, Model, Platform, Pool, by_rank, pools
 from routing.cooldowns import Cooldowns
 from routing.ledger import Penalties
-from routing.scores import Stats, Weights, Yardstick, belief, merit, quantiles, speed_score, ttfb_score
+from routing.scores import Stats, Weights, Yardstick, belief, quantiles, speed_score, ttfb_score, value
 from routing.standing import NO_STANDING, Standing
 from wire.chat import Chat, Mode
 
@@ -21,26 +23,26 @@ DRAWS = 200  # of a random choice that must hold each time
 # --- A catalogue --------------------------------------------------------------------------------------------------
 
 
-def a_model(id: int, platform: Platform, **given) -> Model:
+def a_model(id: int, platform: Platform, **own) -> Model:
     """A model like any other but for what is given."""
     facts = {
         "model_id": f"m{id}", "name": f"m{id}", "intelligence_rank": 10, "speed_rank": 10, "context_window": 100_000,
         "max_output": None, "tools": True, "vision": False, "exclude_from": frozenset(), "prefer_in": frozenset(),
         "enabled": True, "priority": id, "in_chain": True, **NO_LIMITS,
     }  # fmt: skip
-    marks = {name: frozenset(given[name]) for name in ("exclude_from", "prefer_in") if name in given}
-    return Model(id=id, platform=platform, **{**facts, **given, **marks})
+    marks = {name: frozenset(own[name]) for name in ("exclude_from", "prefer_in") if name in own}
+    return Model(id=id, platform=platform, **{**facts, **own, **marks})
 
 
 def a_platform(id: str) -> Platform:
     return Platform(id=id, name=id, adapter="openai", base_url="http://127.0.0.1:1/v1")
 
 
-def models_of(*given: dict) -> list[Model]:
+def models_of(*all_facts: dict) -> list[Model]:
     """One model for each dict, numbered from 1, each on a platform of its own unless one is named."""
     platforms: dict[str, Platform] = {}
     models = []
-    for id, facts in enumerate(given, start=1):
+    for id, facts in enumerate(all_facts, start=1):
         name = facts.get("platform", f"p{id}")
         platform = platforms.setdefault(name, a_platform(name))
         models.append(a_model(id, platform, **{k: v for k, v in facts.items() if k != "platform"}))
@@ -50,8 +52,8 @@ def models_of(*given: dict) -> list[Model]:
 class World:
     """A router over these models, each platform with one key; a key's id is 100 + its platform's number."""
 
-    def __init__(self, *given: dict) -> None:
-        self.models = models_of(*given)
+    def __init__(self, *all_facts: dict) -> None:
+        self.models = models_of(*all_facts)
         self.transient, self.key_cooldowns = Cooldowns[int](), Cooldowns[tuple[int, int]]()
         self.router = Router(self.transient, self.key_cooldowns)
         platforms = list(dict.fromkeys(model.platform for model in self.models))
@@ -169,7 +171,49 @@ def test_intelligence_is_1_when_all_are_equal():
     assert Yardstick.of(models_of({}, {}), {}).intelligence(10) == 1.0
 
 
-MERITS = {
+UNRANKED = {"intelligence_rank": None, "speed_rank": None}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "score"),
+    [
+        ([1, 2, 11, None], 0.9),
+        ([1, 5, 7, 11, None], 0.5),
+        ([7, None], 1.0),
+        ([None, None], 1.0),
+        ([1, 11, None, None], 0.5),
+    ],
+)
+def test_an_unranked_model_counts_as_the_median_of_the_ranked_candidates(ranks, score):
+    yardstick = Yardstick.of(models_of(*({"intelligence_rank": rank} for rank in ranks)), {})
+
+    assert yardstick.intelligence(None) == pytest.approx(score)
+
+
+def test_an_unranked_candidate_changes_no_other_candidates_score():
+    ranked = [{"intelligence_rank": 1}, {"intelligence_rank": 4}, {"intelligence_rank": 90}]
+    before, after = World(*ranked), World(*ranked, UNRANKED)
+
+    scores = after.router.displayed_scores(NOW)
+
+    assert {id: scores[id] for id in (1, 2, 3)} == before.router.displayed_scores(NOW)
+    assert scores[4] == scores[2]
+
+
+def test_the_order_of_new_models_puts_an_unranked_one_at_the_median():
+    models = models_of({"intelligence_rank": 9}, UNRANKED, {"intelligence_rank": 1}, {"intelligence_rank": 5})
+
+    assert [model.id for model in by_rank(models)] == [3, 2, 4, 1]
+    assert [model.id for model in by_rank(models_of(UNRANKED, UNRANKED))] == [1, 2]
+
+
+def test_where_a_limit_is_set_on_ranks_an_unranked_model_counts_as_the_chains_median():
+    world = World({"intelligence_rank": 2}, UNRANKED, {"intelligence_rank": 6}, {"enabled": False})
+
+    assert [world.router.catalog.intelligence(model) for model in world.models[:3]] == [2, 4, 6]
+
+
+VALUES = {
     "never seen": (Stats(), 0.3, 0.25 * 0.75),
     "seen, never successful": (seen(0, 5), 0.0, 0.0),
     "successful": (seen(5, 5, tok_s=50.0, ttfb_ms=1000.0), 0.15, 0.15),
@@ -178,14 +222,14 @@ MERITS = {
 }
 
 
-@pytest.mark.parametrize(("stats", "speed", "ttfb"), MERITS.values(), ids=MERITS)
+@pytest.mark.parametrize(("stats", "speed", "ttfb"), VALUES.values(), ids=VALUES)
 @pytest.mark.parametrize("weights", [Weights(1, 0, 0), Weights(0, 1, 0), Weights(0, 0, 1), Weights(0.2, 3, 0.6)])
-def test_merit_weighs_speed_first_token_and_intelligence(stats, speed, ttfb, weights):
+def test_the_value_of_an_answer_weighs_speed_first_token_and_intelligence(stats, speed, ttfb, weights):
     (model,) = models_of({"intelligence_rank": 8})
-    yardstick = Yardstick(tok_s_max=100.0, rank_best=3, rank_worst=13)
+    yardstick = Yardstick(tok_s_max=100.0, rank_best=3, rank_worst=13, rank_median=8)
 
     expected = weights.speed * speed + weights.ttfb * ttfb + weights.intelligence * 0.5
-    assert merit(model, stats, weights, yardstick) == pytest.approx(expected)
+    assert value(model, stats, weights, yardstick) == pytest.approx(expected)
 
 
 # --- The score of each mode ---------------------------------------------------------------------------------------
@@ -281,6 +325,21 @@ def test_pools_are_relative_to_the_enabled_chain():
     world = World({"speed_rank": 1, "enabled": False}, {"speed_rank": 50}, {"speed_rank": 99, "in_chain": False})
 
     assert world.router.catalog.pools == {2: Pool.BALANCED}
+
+
+@given(
+    ranks=st.lists(st.tuples(st.integers(1, 60), st.integers(1, 60)), max_size=12),
+    missing=st.sampled_from(["both", "intelligence_rank", "speed_rank"]),
+    other=st.integers(1, 1000),
+)
+def test_an_unranked_model_is_balanced_and_changes_the_pool_of_no_other(ranks, missing, other):
+    ranked = [{"intelligence_rank": intelligence, "speed_rank": speed} for intelligence, speed in ranks]
+    unranked = UNRANKED if missing == "both" else {"intelligence_rank": other, "speed_rank": other, missing: None}
+
+    with_it = pools(models_of(*ranked, unranked))
+
+    assert with_it.pop(len(ranked) + 1) is Pool.BALANCED
+    assert with_it == pools(models_of(*ranked))
 
 
 def test_an_empty_chain_has_no_pools():

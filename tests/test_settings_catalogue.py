@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 from pathlib import Path
@@ -12,7 +13,7 @@ from conftest import case, catalog_of, client_of, default_key, stored_keys
 from fake_provider import until
 
 import gateway
-from config.settings import SettingsError, load_settings
+from config.settings import READERS, SettingsError, load_settings, read_dotenv
 
 KEY = {"GATEWAY_API_KEY": "fw-test-0123456789abcdef"}
 
@@ -26,25 +27,22 @@ def execute(db: Path, statement: str, *values: object) -> list[dict]:
 # --- Settings ---------------------------------------------------------------------------------------------------
 
 DURATIONS = [
-    "TRANSIENT_COOLDOWN_MS",
-    "THREAD_COOLDOWN_MS",
-    "STICKY_TTL_MS",
-    "RATE_LIMIT_COOLDOWN_MS",
-    "KEEPALIVE_INTERVAL_MS",
-    "MAX_STREAM_STALL_MS",
-    "FIRST_TOKEN_TIMEOUT_MS",
-    "CONNECT_TIMEOUT_MS",
-    "REQUEST_TIMEOUT_MS",
-    "REQUEST_BUDGET_MS",
-    "STATS_REFRESH_MS",
-    "ANALYTICS_WINDOW_DAYS",
-    "LOG_RETENTION_DAYS",
-    "MAX_FALLBACK_ATTEMPTS",
-    "MAX_BODY_BYTES",
-]
+    "TRANSIENT_COOLDOWN_MS", "THREAD_COOLDOWN_MS", "STICKY_TTL_MS", "RATE_LIMIT_COOLDOWN_MS", "KEEPALIVE_INTERVAL_MS",
+    "MAX_STREAM_STALL_MS", "FIRST_TOKEN_TIMEOUT_MS", "CONNECT_TIMEOUT_MS", "REQUEST_TIMEOUT_MS", "REQUEST_BUDGET_MS",
+    "STATS_REFRESH_MS", "ANALYTICS_WINDOW_DAYS", "LOG_RETENTION_DAYS", "MAX_FALLBACK_ATTEMPTS", "MAX_BODY_BYTES",
+    "KEY_RECHECK_MS", "RESCUE_AFTER_MS", "CACHE_TTL_MS",
+]  # fmt: skip
+ZERO_IS_OFF = ["WAIT_FOR_CAPACITY_MS", "HEDGE_PERCENT", "CACHE_MB"]
 NO_DURATIONS = ["0", "-5", "1.5", "ten", "10ms", "0x10", "1_000", "NaN"]
 MALFORMED = [
     *[(name, value) for name in DURATIONS for value in NO_DURATIONS],
+    *[(name, value) for name in ZERO_IS_OFF for value in NO_DURATIONS if value != "0"],
+    ("HEDGE_PERCENT", "101"),
+    ("RESCUE", "maybe"),
+    ("TOOL_CALLS", "pieces"),
+    ("GATEWAY_PRIVACY", "trust-me"),
+    ("GATEWAY_ORIGINS", "chat.example"),
+    ("GATEWAY_ORIGINS", "https://chat.example/path"),
     ("GATEWAY_PORT", "65536"),
     ("GATEWAY_PORT", "-1"),
     ("GATEWAY_PORT", "http"),
@@ -79,15 +77,78 @@ def test_a_malformed_encryption_key_is_never_shown(tmp_path, value):
     assert value not in str(refused.value)
 
 
-def test_settings_have_the_defaults_of_the_table(tmp_path):
-    settings = load_settings([], KEY, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("GATEWAY_STATE", "http://:pass-w0rd@cache:6379"),
+        ("GATEWAY_STATE", "redis://:pass w0rd@cache"),
+        ("GATEWAY_STATE", "redis://"),
+        ("GATEWAY_LOG", "mysql://me:pass-w0rd@db/log"),
+        ("GATEWAY_LOG", "pass-w0rd"),
+        ("GATEWAY_API_KEY", "pass-w0rd with blanks"),
+    ],
+)
+def test_a_malformed_address_or_key_is_never_shown(tmp_path, name, value):
+    with pytest.raises(SettingsError) as refused:
+        load_settings([], {**KEY, name: value}, tmp_path)
 
-    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
-    assert (settings.transient_cooldown_ms, settings.rate_limit_cooldown_ms) == (15_000, 120_000)
-    assert (settings.keepalive_interval_ms, settings.max_stream_stall_ms) == (15_000, 45_000)
-    assert (settings.connect_timeout_ms, settings.request_timeout_ms) == (5_000, 120_000)
-    assert (settings.max_fallback_attempts, settings.request_budget_ms) == (10, 300_000)
-    assert settings.max_body_bytes == 33_554_432
+    assert name in str(refused.value)
+    assert "w0rd" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_good_address_is_kept_and_never_printed(tmp_path):
+    given = {"GATEWAY_STATE": "rediss://:pass-w0rd@cache:6379/1", "GATEWAY_LOG": "postgresql://me@db/log"}
+
+    settings = load_settings([], {**KEY, **given}, tmp_path)
+
+    assert (settings.state, settings.log) == tuple(given.values())
+    assert "w0rd" not in repr(settings)
+
+
+def test_web_origins_are_written_as_browsers_send_them(tmp_path):
+    given = {**KEY, "GATEWAY_ORIGINS": " https://Chat.Example:8443/ ,app://obsidian.md,,http://localhost:3000"}
+
+    assert load_settings([], given, tmp_path).origins == (
+        "https://chat.example:8443", "app://obsidian.md", "http://localhost:3000",
+    )  # fmt: skip
+    assert load_settings([], {**KEY, "GATEWAY_ORIGINS": "*"}, tmp_path).origins == ("*",)
+
+
+def test_switches_are_read_in_any_case_and_0_is_off_where_the_table_says_so(tmp_path):
+    given = {"RESCUE": "OFF", "TOOL_CALLS": "Stream", **dict.fromkeys(ZERO_IS_OFF, "0")}
+
+    settings = load_settings([], {**KEY, **given}, tmp_path)
+
+    assert (settings.rescue, settings.tool_calls) == (False, "stream")
+    assert (settings.wait_for_capacity_ms, settings.hedge_percent, settings.cache_mb) == (0, 0, 0)
+
+
+def settings_table() -> dict[str, str]:
+    """The README's settings: each with its default as written there."""
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    table = {}
+    for line in text[text.index("## Settings") :].splitlines():
+        names, default = ([*line.split(" | "), ""])[:2]
+        found = re.findall(r"`([A-Z_]+)`", names)
+        table.update(zip(found, default.split(", ") * (len(found) if default == "–" else 1), strict=False))
+    return table
+
+
+def test_settings_have_the_defaults_of_the_readmes_table(tmp_path):
+    settings, table = load_settings([], KEY, tmp_path), settings_table()
+    assert set(READERS) <= set(table)
+
+    for name in READERS:
+        value = getattr(settings, name.removeprefix("GATEWAY_").lower())
+        with case(name):
+            if type(value) is bool:
+                assert table[name] == ("on" if value else "off")
+            elif type(value) is int:
+                assert table[name] == str(value)
+            elif not value:
+                assert not table[name].isdigit()
+    assert (settings.host, settings.db, settings.log_level) == ("127.0.0.1", tmp_path / "gateway.db", "info")
     assert "fw-test-0123456789abcdef" not in repr(settings)
 
 
@@ -101,6 +162,35 @@ def test_flags_beat_the_environment_which_beats_the_env_file(tmp_path):
 
     assert (settings.port, settings.host) == (3333, "localhost")
     assert (settings.log_level, settings.sticky_ttl_ms) == ("debug", 77)
+
+
+ENV_FILES = {
+    "A=b # a comment": {"A": "b"},
+    "A = b": {"A": "b"},
+    "export A=b": {"A": "b"},
+    "A=b#c": {"A": "b#c"},
+    "A='b # c' # d": {"A": "b # c"},
+    "A=b=c": {"A": "b=c"},
+    "A=\r\nB=2\r\n": {"A": "", "B": "2"},
+    "\ufeffA=b": {"A": "b"},
+    "A='two\nlines'": {"A": "two\nlines"},
+    "A=${B}": {"A": "${B}"},
+}
+
+
+@pytest.mark.parametrize(("text", "values"), ENV_FILES.items(), ids=repr)
+def test_an_env_file_is_read_as_other_tools_read_it(tmp_path, text, values):
+    (tmp_path / ".env").write_text(text, newline="")
+
+    assert read_dotenv(tmp_path / ".env") == values
+
+
+@pytest.mark.parametrize("line", ["GROQ_API_KEY", "=secret", "GROQ_API_KEY secret", "A='secret", 'A="b" secret'])
+def test_a_malformed_line_of_an_env_file_is_named_by_its_number_and_never_shown(tmp_path, line):
+    (tmp_path / ".env").write_text(f"# first\nB=1\n{line}\nC=2\n")
+
+    with pytest.raises(SettingsError, match=r"^\.env line 3: expected NAME=value$"):
+        load_settings([], KEY, tmp_path)
 
 
 # --- Catalogue files --------------------------------------------------------------------------------------------
@@ -183,7 +273,7 @@ async def test_what_a_model_does_not_say_has_the_defaults(start_gateway, fake, t
 
     (row,) = execute(running.db, "SELECT * FROM models WHERE platform = 'a'")
 
-    assert (row["intelligence_rank"], row["speed_rank"], row["context_window"]) == (50, 50, 32_768)
+    assert (row["intelligence_rank"], row["speed_rank"], row["context_window"]) == (None, None, 32_768)
     assert [row[name] for name in ("rpm_limit", "rpd_limit", "tpm_limit", "tpd_limit")] == [None] * 4
     assert (row["supports_tools"], row["supports_vision"], row["enabled"]) == (1, 0, 1)
 
