@@ -33,6 +33,7 @@ from admin.api import Admin, json_response, resource
 from admin.discovery import keep_discovering
 from admin.page import Page
 from config.catalog_files import CatalogFiles, load_catalog
+from config.proxies import proxies
 from config.settings import LOOPBACK_HOSTS, Settings, SettingsError, check_binding, load_settings
 from dialects.chat import ChatDialect
 from dialects.responses import ResponsesDialect
@@ -80,6 +81,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.proxies = proxies(settings.environ)
         self.files: CatalogFiles = load_catalog(settings, ADAPTERS)
         defaults = {p.id: p.protection for p in self.files.platforms.values()}
         levels, warnings = parse_levels(settings.thread_protection_platforms, defaults)
@@ -151,7 +153,8 @@ class Gateway:
         try:
             jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine))
             self.engine.deadlines = Deadlines()
-            async with Upstream(s.connect_timeout_ms / 1000) as upstream, background(self.log, *jobs):
+            upstream = Upstream(s.connect_timeout_ms / 1000, proxies=self.proxies)
+            async with upstream, background(self.log, *jobs):
                 self.engine.providers = Providers(timeouts, upstream)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
