@@ -34,6 +34,7 @@ from admin.control import Control
 from admin.discovery import keep_discovering
 from admin.page import Page
 from config.catalog_files import load_catalog
+from config.proxies import proxies
 from config.settings import LOOPBACK_HOSTS, Settings, SettingsError, check_binding, load_settings
 from dialects.chat import ChatDialect
 from dialects.responses import ResponsesDialect
@@ -83,6 +84,7 @@ class Gateway:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.proxies = proxies(settings.environ)
         files = load_catalog(settings, ADAPTERS)
         defaults = {p.id: p.protection for p in files.platforms.values()}
         levels, warnings = parse_levels(settings.thread_protection_platforms, defaults)
@@ -144,7 +146,8 @@ class Gateway:
         )
         try:
             jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine, self.control))
-            async with Upstream(s.connect_timeout_ms / 1000) as upstream, background(self.log, *jobs):
+            upstream = Upstream(s.connect_timeout_ms / 1000, proxies=self.proxies)
+            async with upstream, background(self.log, *jobs):
                 self.engine.providers = Providers(timeouts, upstream)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()

@@ -10,6 +10,7 @@ table `RULES` and by `evaluate` for the session; `apply` in engine/settle.py cha
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -96,8 +97,8 @@ RULES: Mapping[Failure, Rule] = {
     Failure.AUTH: Rule(Scope.KEY, Cooling.INVALID, None),
     Failure.OUT_OF_CREDIT: Rule(Scope.KEY, Cooling.KEY, Kind.RETRYABLE, cooldown_s=3600),
     Failure.FORBIDDEN: Rule(Scope.KEY, Cooling.KEY, Kind.RETRYABLE),
-    Failure.BAD_REQUEST: Rule(Scope.MODEL, Cooling.NONE, Kind.RETRYABLE),
-    Failure.NOT_FOUND: Rule(Scope.MODEL, Cooling.NONE, Kind.RETRYABLE),
+    Failure.BAD_REQUEST: Rule(Scope.MODEL, Cooling.NONE, None),  # the request's or the catalogue's fault bans nobody
+    Failure.NOT_FOUND: Rule(Scope.MODEL, Cooling.NONE, None),
     Failure.MALFORMED: Rule(Scope.MODEL, Cooling.NONE, Kind.RETRYABLE),
     Failure.CONTEXT_LENGTH: Rule(Scope.WINDOW, Cooling.NONE, Kind.TRUNCATION),
     Failure.TRUNCATED: Rule(Scope.MODEL, Cooling.NONE, Kind.TRUNCATION),
@@ -149,23 +150,43 @@ class UpstreamError(Exception):
 
 
 # Codes that say more than the status they arrive with.
-CONTEXT_CODES = frozenset({"context_length_exceeded", "string_above_max_length", "tokens_limit_reached"})
+CONTEXT_CODES = frozenset(
+    {
+        "context_length_exceeded", "context_window_exceeded", "model_context_window_exceeded", "tokens_limit_reached",
+        "string_above_max_length", "prompt_too_long", "input_too_long",
+    }
+)  # fmt: skip
 MODEL_GONE_CODES = frozenset(
     {"model_not_found", "model_decommissioned", "model_unavailable", "model_not_supported", "invalid_model"}
 )
 BAD_KEY_CODES = frozenset({"invalid_api_key", "api_key_invalid", "wrong_api_key"})
+CREDIT_CODES = frozenset({"insufficient_quota", "insufficient_balance", "insufficient_credits", "out_of_credit"})
 CONTENT_CODE_PREFIXES = ("content_filter", "content_policy")
-# SPEC 7.8 asks for these words; nothing else is ever decided on a message.
-CONTEXT_TEXTS = (
-    "context_length_exceeded",
-    "maximum context length",
-    "context length exceeded",
-    "context window",
-    "context size",
-    "prompt is too long",
-    "input is too long",
-    "exceeds the maximum number of tokens",
-    "too large for model",
+# Words are read only where no status and no code tells: servers name a prompt that is too long in two dozen ways, and
+# an account without money is dressed as a rate limit, though waiting does not cure it.
+CONTEXT_TEXT = re.compile(
+    "|".join(
+        (
+            r"context[ _-]?(?:length|window|size)",
+            r"maximum (?:prompt|input|sequence|model) length|max_model_len|max(?:imum)?[ _]input[ _]tokens",
+            r"\bn_(?:keep|ctx)\b",
+            r"(?:prompt|inputs?|conversation|messages?) (?:is|are|was) (?:too (?:long|large)|longer than)",
+            r"(?:prompt|input) too (?:long|large)|too many (?:input |prompt )?tokens|too long to fit",
+            r"too large for (?:the |[^ ]* )?model",
+            r"exceed\w* (?:the )?(?:model(?:'s)? )?(?:maximum )?(?:input |prompt )?token (?:limit|count)",
+            r"token limit exceeded|input token limit",
+            r"exceed\w* the (?:maximum|max|allowed|limit).{0,20} (?:number of |input )tokens",
+            r"(?:input|prompt) (?:token count|tokens?|length)\b.{0,40}\bexceed|range of input length",
+            r"must have (?:less|fewer) than \d+ tokens|inputs`? tokens \+",
+            r"reduce the length of (?:the |your )?(?:messages|prompt|input)|shorter or fewer inputs",
+        )
+    ),
+    re.IGNORECASE,
+)
+CREDIT_TEXT = re.compile(
+    r"insufficient[ _](?:account[ _])?(?:balance|credits?|funds)|余额不足|欠费"
+    r"|(?:balance|credits?) (?:is|are) (?:insufficient|too low)|(?:out of|no|requires? more) credits?\b",
+    re.IGNORECASE,
 )
 TRUNCATION_TEXTS = ("truncated", "truncation", "cut off", "token_limit", "maximum length", "response_length_limit")
 BY_STATUS = {
@@ -173,8 +194,12 @@ BY_STATUS = {
     402: Failure.OUT_OF_CREDIT,
     403: Failure.FORBIDDEN,
     404: Failure.NOT_FOUND,
+    408: Failure.SERVER_ERROR,  # these four say that the server could not serve it just then
     410: Failure.NOT_FOUND,
+    425: Failure.SERVER_ERROR,
     429: Failure.RATE_LIMITED,
+    498: Failure.SERVER_ERROR,
+    499: Failure.SERVER_ERROR,
 }
 
 
@@ -190,11 +215,13 @@ def classify(status: int, code: str | None, message: str) -> Failure:
         return Failure.CONTENT_FILTER
     if status == 400 and code in BAD_KEY_CODES:
         return Failure.AUTH
+    if status != 401 and (code in CREDIT_CODES or CREDIT_TEXT.search(message)):
+        return Failure.OUT_OF_CREDIT
     if status in (401, 402, 403, 429):
         return BY_STATUS[status]
-    text = message.lower()
-    if code in CONTEXT_CODES or any(words in text for words in CONTEXT_TEXTS):
+    if code in CONTEXT_CODES or CONTEXT_TEXT.search(message):
         return Failure.CONTEXT_LENGTH
+    text = message.lower()
     if any(words in text or words == code for words in TRUNCATION_TEXTS):
         return Failure.TRUNCATED
     if status < 300:

@@ -146,7 +146,7 @@ SHAPES = {
         "cohere", 404, {"message": "model 'x' not found, make sure the correct model ID was used"}, "not_found", 404
     ),
     "Cohere: billing cap": Shape("cohere", 402, {"message": "cap reached"}, "out_of_credit", 402, 3600),
-    "Cohere: unsafe": Shape("cohere", 498, {"message": "blocked"}, "bad_request", 498),
+    "Cohere: blocked": Shape("cohere", 498, {"message": "blocked"}, "server_error", 498, "model"),
     "Cohere: broken": Shape("cohere", 503, {"message": "try later"}, "server_error", 503, "model"),
     "Cloudflare: day used up": Shape("cloudflare", 429, enveloped(3036), "rate_limited", 429, DAY),
     "Cloudflare: day used up, as observed": Shape(

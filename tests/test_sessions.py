@@ -78,6 +78,7 @@ class Failing:
 
 
 HALF = chunk("half an ans")
+NOTHING = completion("")  # retryable, and nothing rests for it
 TEXT = "the output was truncated"
 FAILINGS = {
     "5xx": Failing(error(503), False),
@@ -89,8 +90,8 @@ FAILINGS = {
     "truncation, stream": Failing(error(400, TEXT), True),
     "truncation after a role": Failing(sse(ROLE, done=False), True),
     "truncation in mid-stream": Failing(sse(ROLE, HALF, done=False), True, mid=True),
-    "retryable": Failing(error(404), False),
-    "retryable, stream": Failing(error(404), True),
+    "retryable": Failing(NOTHING, False),
+    "retryable, stream": Failing(NOTHING, True),
     "retryable: cut after a role": Failing(sse(ROLE, RESET), True),
     "retryable: no key left": Failing(error(429, headers={"retry-after": "0.01"}), False),
     "retryable in mid-stream": Failing(sse(ROLE, HALF, RESET), True, mid=True),
@@ -220,7 +221,7 @@ async def test_an_answer_that_talks_of_truncation_is_none(start_gateway, fake, s
 
 async def test_a_ban_ends_when_the_session_has_not_been_used_for_its_time(start_gateway, fake):
     gateway = await start_gateway(two_models("provider-ban"), {**AT_ONCE, "STICKY_TTL_MS": "150"})
-    fake.script("a", failing_once("one", error(404)))
+    fake.script("a", failing_once("one", NOTHING))
     assert await ask(gateway, fake, "first") == [A1, B]
 
     async with asyncio.timeout(3):
@@ -233,12 +234,42 @@ async def test_a_ban_ends_when_the_session_has_not_been_used_for_its_time(start_
 async def test_the_setting_decides_and_not_only_the_catalogue(start_gateway, fake):
     settings = {**AT_ONCE, "THREAD_PROTECTION_PLATFORMS": " A : Provider-Ban ,b:off,nonsense"}
     gateway = await start_gateway(two_models("off"), settings)
-    fake.script("a", failing_once("one", error(404)))
+    fake.script("a", failing_once("one", NOTHING))
 
     assert await ask(gateway, fake, "first") == [A1, B]
 
     levels = (await gateway.protection())["levels"]
     assert (levels["a"], levels["b"], levels["longcat"]) == ("provider-ban", "off", "provider-ban")
+
+
+@both_ways
+@pytest.mark.parametrize("status", [400, 404, 405, 409, 413, 422, 301])
+async def test_a_request_that_is_refused_bans_nobody_and_costs_the_model_nothing(
+    start_gateway, fake, status, streaming
+):
+    gateway = await start_gateway(two_models("provider-ban"), AT_ONCE)
+    fake.script("a", failing_once("one", error(status)))
+
+    assert (await gateway.ask("first", streaming=streaming, model="auto-smart")).status == 200
+    assert served(fake) == [A1, A2]
+
+    assert await bans(gateway) == []
+    assert await gateway.cooled_models() == {}
+
+
+@both_ways
+@pytest.mark.parametrize("status", [408, 425, 498, 499])
+async def test_a_status_that_says_not_now_rests_the_model_and_counts_as_retryable(
+    start_gateway, fake, status, streaming
+):
+    gateway = await start_gateway(two_models("provider-ban"), {"THREAD_COOLDOWN_MS": "1"})
+    fake.script("a", failing_once("one", error(status)))
+
+    assert (await gateway.ask("first", streaming=streaming, model="auto-smart")).status == 200
+    assert served(fake) == [A1, B]
+
+    assert await bans(gateway) == [["a"]]
+    assert set(await gateway.cooled_models()) == {"one"}
 
 
 async def test_an_unauthorized_key_bans_nothing(start_gateway, fake):
@@ -364,7 +395,7 @@ async def test_balanced_and_priority_know_no_sessions(start_gateway, fake, mode,
 
 async def test_a_request_for_a_model_by_name_has_no_session(start_gateway, fake):
     gateway = await start_gateway(two_models("provider-ban"), AT_ONCE)
-    fake.script("a", failing_once("one", error(404)))
+    fake.script("a", failing_once("one", NOTHING))
 
     assert await ask(gateway, fake, "first", model="a/one") == [A1, B]
     assert await session_count(gateway) == 0
@@ -489,7 +520,7 @@ async def test_a_cooldown_overrides_what_the_session_prefers(start_gateway, fake
 @pytest.mark.parametrize("level", ["provider-ban", "model-skip", "off"])
 async def test_a_failure_without_a_session_acts_on_this_request_only(start_gateway, fake, level, streaming):
     gateway = await start_gateway(two_models(level), AT_ONCE)
-    fake.script("a", failing_once("one", error(404)))
+    fake.script("a", failing_once("one", NOTHING))
 
     got = await gateway.ask(streaming=streaming, model="auto-priority")
 

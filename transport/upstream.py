@@ -29,7 +29,7 @@ from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
-from wire.http import ENDPOINTS_MAX, Endpoint
+from wire.http import ENDPOINTS_MAX, NO_PROXIES, Endpoint, Proxies
 
 KEEPALIVE_S = 15.0  # idle connections; many servers close theirs after 20 s and more
 STALE_S = 1.0  # the least patient servers in use close after 2 s; one that breaks sooner means it
@@ -225,14 +225,15 @@ class Call:
 
 
 class Upstream:
-    """All connections to providers. `async with Upstream(connect_s) as upstream`.
+    """All connections to providers, through the operator's proxies. `async with Upstream(connect_s) as upstream`.
 
     A connection that breaks at once after it was idle for `stale_s` was most likely closed by its server in the moment
     in which it was used again (a stale keep-alive): the request is sent once more.
     """
 
-    def __init__(self, connect_s: float, stale_s: float = STALE_S) -> None:
+    def __init__(self, connect_s: float, stale_s: float = STALE_S, proxies: Proxies = NO_PROXIES) -> None:
         self.stale_s = stale_s
+        self._proxies = proxies
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_s)
         self._prepared = lru_cache(maxsize=ENDPOINTS_MAX)(prepared)
 
@@ -247,7 +248,7 @@ class Upstream:
 
     async def start(self, method: str, endpoint: Endpoint, body: bytes = b"") -> Call:
         """Connect and write a request. Raises CallFailed."""
-        target, head = self._prepared(method, endpoint, self._loop)
+        target, head = self._prepared(method, endpoint, self._proxies, self._loop)
         head = b"%bContent-Length: %d\r\n\r\n" % (head, len(body)) if body else head + b"\r\n"
         call = Call(self, target, head, body)
         await call.send()
@@ -288,19 +289,40 @@ async def answered(connection: Connection) -> Response:
     return Response(message.code, message.headers, content, connection)
 
 
-def prepared(method: str, endpoint: Endpoint, loop: asyncio.AbstractEventLoop) -> tuple[Target, bytes]:
+def prepared(
+    method: str, endpoint: Endpoint, proxies: Proxies, loop: asyncio.AbstractEventLoop
+) -> tuple[Target, bytes]:
     """Where the connector has to connect to, and the request's head up to its length.
 
     Raises Unsendable.
     """
     try:
-        target = Target(method, URL(endpoint.url), headers=endpoint.headers, loop=loop)
-        target.headers.popall("Content-Length", None)
-        lines = [f"{method} {target.url.raw_path_qs} HTTP/1.1"]
-        lines += [f"{name}: {text}" for name, text in target.headers.items()]
+        url = URL(endpoint.url)
+        proxy, login = proxy_of(url, proxies)
+        target = Target(method, url, headers=endpoint.headers, loop=loop, proxy=proxy, proxy_headers=login)
+        headers = target.headers
+        headers.popall("Content-Length", None)
+        path = url.raw_path_qs
+        if proxy is not None and not target.is_ssl():  # the proxy reads the request itself; through TLS it only tunnels
+            path = str(url.with_user(None).with_fragment(None))
+            headers.update(login or {})
+        lines = [f"{method} {path} HTTP/1.1"]
+        lines += [f"{name}: {text}" for name, text in headers.items()]
         head = "".join(f"{line}\r\n" for line in lines).encode()
     except ValueError as error:
         raise Unsendable("not an address", type(error).__name__) from None
     if any(UNSAFE.search(line) for line in lines):
         raise Unsendable("a header holds a line break")
     return target, head
+
+
+def proxy_of(url: URL, proxies: Proxies) -> tuple[URL | None, dict[str, str] | None]:
+    """The proxy to this address, and the header in which it is told who asks."""
+    address = proxies.through(url.scheme, url.host or "", url.port)
+    if address is None:
+        return None, None
+    proxy = URL(address)
+    if proxy.user is None:
+        return proxy, None
+    login = aiohttp.encode_basic_auth(proxy.user, proxy.password or "")
+    return proxy.with_user(None), {"Proxy-Authorization": login}
