@@ -1,8 +1,7 @@
-"""One client's connection: how much it may send before it is a request, how long it may take, and how answers leave.
+"""One client's connection: how much it may send before it is a request, and how long it may take.
 
 uvicorn reads a request's head without a limit of size or time, and keeps a connection that never says anything for
-ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair. What it
-writes is written to `HeadWithBody`.
+ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair.
 """
 
 from __future__ import annotations
@@ -20,55 +19,6 @@ LINGER_S = 2.0  # for a refused client to read why
 HEAD_S = 20.0  # for a head to arrive, and for what is left of a body whose request has been answered already
 
 
-class HeadWithBody:
-    """A transport that sends a response's head together with what follows it at once: uvicorn writes the two one after
-    the other, and each write is a call to the system and a packet."""
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self._transport = transport
-        self._loop = loop
-        self._head = b""
-        self.write = self._hold
-        self.is_closing = transport.is_closing
-        self.pause_reading = transport.pause_reading
-        self.resume_reading = transport.resume_reading
-
-    def expect_head(self) -> None:
-        """The next write may be a head; those behind it go straight through."""
-        if not self._head:
-            self.write = self._hold
-
-    def finish(self) -> None:
-        """Send what is held, and that nothing follows."""
-        self._flush()
-        if not self._transport.is_closing():
-            self._transport.write_eof()
-
-    def close(self) -> None:
-        self._flush()
-        self._transport.close()
-
-    def _hold(self, data: bytes) -> None:
-        if data[:9] == b"HTTP/1.1 " and data[9:12] != b"100":
-            self._head = data
-            self.write = self._join
-            self._loop.call_soon(self._flush)  # whoever takes time for the body sends the head before it
-        else:
-            self._transport.write(data)
-
-    def _join(self, data: bytes) -> None:
-        head, self._head = self._head, b""
-        self.write = self._transport.write
-        self._transport.write(head + data)
-
-    def _flush(self) -> None:
-        if self._head:
-            self._join(b"")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-
 class ClientConnection(HttpToolsProtocol):
     """uvicorn's, with limits. What they cost: one look per read, and one timer per connection."""
 
@@ -82,8 +32,7 @@ class ClientConnection(HttpToolsProtocol):
         self._served: RequestResponseCycle | None = None  # `cycle` is the last request that came, perhaps behind this
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._outgoing = HeadWithBody(transport, self.loop)
-        super().connection_made(self._outgoing)  # type: ignore[arg-type]
+        super().connection_made(transport)
         self._look()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -104,7 +53,6 @@ class ClientConnection(HttpToolsProtocol):
             if self._head_bytes > REFUSED_BYTES_MAX:
                 self.transport.close()
             return
-        self._outgoing.expect_head()
         super().data_received(data)
         if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):  # not within a head
             self._head_bytes = 0
@@ -127,7 +75,8 @@ class ClientConnection(HttpToolsProtocol):
             return
         self._refused = True
         self.transport.write(STATUS_LINE[error.status] + head + body)
-        self._outgoing.finish()
+        if not self.transport.is_closing():
+            self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 
     def _look(self) -> None:
