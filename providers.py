@@ -330,7 +330,9 @@ class Providers:
         """
         if is_demo(model.platform):
             return True
-        route, path = Route(model, key, None), model.quirks.get("check_path", "/models")
+        route, path = Route(model, key, None), model.platform.check_path
+        if path is None:
+            path = "/models"
         url, secret = base_url(model.platform, key)
         headers = self.adapter(model.platform).headers(secret, model.quirks)
         try:

@@ -10,13 +10,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, time, timedelta, tzinfo
+from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import orjson
+
+from routing.day import until_reset_s, zone
 
 RETRY_AFTER_MAX_S = 86_400.0  # a longer wish is a mistake more often than a plan
 HINT_DEPTH_MAX = 7  # how deep in an error body a retry hint is looked for; a backend's error in another's nests 7
@@ -266,10 +266,15 @@ def duration_s(text: str) -> float | None:
 
 
 def retry_after_s(
-    fault: Fault, headers: Mapping[str, str], body: object, utc: float, quirks: Mapping[str, Any] = NO_QUIRKS
+    fault: Fault,
+    headers: Mapping[str, str],
+    body: object,
+    utc: float,
+    quirks: Mapping[str, Any] = NO_QUIRKS,
+    reset: str = "UTC",
 ) -> float | None:
-    """How long the provider asks to be left alone: header, then body fields, then prose, then its counters."""
-    reset = quirks.get("daily_reset", "UTC")
+    """How long the provider asks to be left alone: header, then body fields, then prose, then its counters; `reset` is
+    when its day begins."""
     if fault.daily:  # of its hints only a moment means the quota, not the next second
         told = moment_s(fault.message, reset, utc)
         return min(told, RETRY_AFTER_MAX_S) if told else until_reset_s(reset, utc)
@@ -286,29 +291,6 @@ def retry_after_s(
     if used_up or DAILY.search(fault.message):
         return until_reset_s(reset, utc)
     return RETRY_AFTER_MAX_S if MONTHLY.search(fault.message) else None
-
-
-@lru_cache(maxsize=64)
-def zone(name: str) -> tzinfo:
-    """A time zone by name; UTC where this machine does not know it."""
-    try:
-        return ZoneInfo(name)
-    except (KeyError, ValueError, OSError):  # ZoneInfoNotFoundError is a KeyError
-        return UTC
-
-
-def until_reset_s(reset: str, utc: float) -> float:
-    """Seconds until quotas of the day begin anew: at midnight of a time zone, or at "HH:MM Zone"."""
-    at, _, name = reset.rpartition(" ")
-    try:
-        moment = time.fromisoformat(at or "00:00")
-    except ValueError:
-        moment = time(0)
-    now = datetime.fromtimestamp(utc, zone(name))
-    due = datetime.combine(now.date(), moment, now.tzinfo)
-    if due <= now:  # by the wall clock: a day in which clocks change has 23 or 25 hours
-        due = datetime.combine(now.date() + timedelta(days=1), moment, now.tzinfo)
-    return due.timestamp() - utc
 
 
 def moment_s(message: str, reset: str, utc: float) -> float | None:

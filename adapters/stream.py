@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 from adapters.base import Adapter, Reply, Translator, as_chunks
-from adapters.errors import Fault, read, redact, retry_after_s, until_reset_s, wrapped
+from adapters.errors import Fault, read, redact, retry_after_s, wrapped
 from adapters.openai import with_json
 from adapters.plain import Surroundings, note, note_completion, note_plain, text_chunk, well_formed
 from protection import Failure, UpstreamError, classify
 from routing.catalog import Model
+from routing.day import until_reset_s
 from routing.route import Route
 from wire.chat import Chat, Completion, Event, Tally, frame
 from wire.jsontext import load_lenient
@@ -145,13 +146,13 @@ def failure_inside(fault: Fault, body: object, route: Route, utc: float) -> Upst
 def named_failure(
     status: int, fault: Fault, headers: Mapping[str, str], body: object, route: Route, utc: float
 ) -> UpstreamError:
-    quirks = route.model.quirks
+    quirks, reset = route.model.quirks, route.model.platform.daily_reset
     if fault.sure and fault.status is not None:
         status = fault.status
     failure = classify(status, fault.code, fault.message)
-    rest_s = retry_after_s(fault, headers, body, utc, quirks)
+    rest_s = retry_after_s(fault, headers, body, utc, quirks, reset)
     if failure is Failure.OUT_OF_CREDIT and rest_s is None and quirks.get("credit_resets_daily"):
-        rest_s = until_reset_s(quirks.get("daily_reset", "UTC"), utc)
+        rest_s = until_reset_s(reset, utc)
     return UpstreamError(
         failure,
         redact(fault.message, route.key.secret) or f"HTTP {status}",

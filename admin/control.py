@@ -36,9 +36,11 @@ class Control:
 
         def sync(db: Connection) -> Snapshot:
             vault, keys = self._store.vault, self.files.keys
+            of_files = [(k.platform, k.secret, k.label, k.trains_on_prompts) for k in keys if not k.env]
+            of_environment = [(k.platform, k.secret, k.label) for k in keys if k.env]
             sync_models(db, self.files.models)
-            sync_file_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if not key.env])
-            sync_environment_keys(db, vault, [(key.platform, key.secret, key.label) for key in keys if key.env])
+            sync_file_keys(db, vault, of_files)
+            sync_environment_keys(db, vault, of_environment)
             return self._snapshot(db, self.files)
 
         snapshot = self._store.write_now(sync)
@@ -72,4 +74,4 @@ class Control:
         return result
 
     def _snapshot(self, db: Connection, files: CatalogFiles) -> Snapshot:
-        return load_snapshot(db, self._store.vault, files.platforms, files.models)
+        return load_snapshot(db, self._store.vault, files.platforms, files.models, files.aliases)

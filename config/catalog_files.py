@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from typing import Any
 import orjson
 
 from config.settings import Settings, SettingsError
-from routing.catalog import DEMO_ADAPTER, LEVELS, Level, Model, Platform
+from config.shapes import COUNT, FLAG, NUMBER, OBJECT, TEXT, TEXTS, WHOLE, Shape, one_of
+from routing.catalog import DEMO_ADAPTER, Kind, Level, Model, Platform, Prefill
+from routing.day import is_known
 from routing.quirk_names import QUIRKS
 from wire.chat import MODES
 
 BUILT_IN_CATALOG = Path(__file__).parent.parent / "catalog.json"
+CONTEXT_WINDOW = 32_768  # tokens, of a model whose entry does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +34,7 @@ class GivenKey:
     secret: str = field(repr=False)
     label: str
     env: str | None = None
+    trains_on_prompts: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,23 +44,28 @@ class CatalogFiles:
     platforms: Mapping[str, Platform]
     models: tuple[Model, ...]
     keys: tuple[GivenKey, ...]
+    aliases: Mapping[str, str]
     warnings: tuple[str, ...]
 
 
-JSON_TYPES = {list: "a list of texts", bool: "true or false", dict: "an object", int: "a whole number", str: "text"}
-RANK, TEXT, FLAG, TEXTS, OBJECT, COUNT = "a number or null", "text", "true or false", "a list of texts", "an object", (
-    "a whole number ≥ 1 or null"
-)  # fmt: skip
-PLATFORM_FIELDS = {
-    "id": TEXT, "name": TEXT, "adapter": TEXT, "base_url": TEXT, "env": TEXTS, "protection": TEXT, "keyless": FLAG,
-    "quirks": OBJECT, "signup_url": TEXT, "key_format": TEXT, "discover": FLAG, "opt_in": FLAG,
+RANK = NUMBER.or_null()
+PREFILL = one_of(*Prefill)
+SHAPES_OF_QUIRKS = {list: TEXTS, bool: FLAG, dict: OBJECT, int: WHOLE, str: TEXT}
+PLATFORM_FIELDS: Mapping[str, Shape] = {
+    "id": TEXT, "name": TEXT, "adapter": TEXT, "base_url": TEXT, "env": TEXTS, "protection": one_of(*Level),
+    "keyless": FLAG, "quirks": OBJECT, "signup_url": TEXT, "key_format": TEXT, "discover": FLAG, "opt_in": FLAG,
+    "local": FLAG, "prefill": PREFILL, "completions": FLAG, "trains_on_prompts": FLAG.or_null(),
+    "terms_url": TEXT.or_null(), "terms_checked": TEXT.or_null(), "check_path": TEXT.or_null(), "daily_reset": TEXT,
 }  # fmt: skip
-MODEL_FIELDS = {
-    "platform": TEXT, "model_id": TEXT, "name": TEXT, "family": TEXT, "intelligence_rank": RANK,
-    "speed_rank": RANK, "context_window": COUNT, "max_output": COUNT, "rpm": COUNT, "rpd": COUNT, "tpm": COUNT,
-    "tpd": COUNT, "tools": FLAG, "vision": FLAG, "exclude_from": TEXTS, "prefer_in": TEXTS, "quirks": OBJECT,
+MODEL_FIELDS: Mapping[str, Shape] = {
+    "platform": TEXT, "model_id": TEXT, "name": TEXT, "kind": one_of(*Kind), "family": TEXT, "dimensions": COUNT,
+    "intelligence_rank": RANK, "speed_rank": RANK, "context_window": COUNT, "max_output": COUNT, "rpm": COUNT,
+    "rpd": COUNT, "tpm": COUNT, "tpd": COUNT, "tools": FLAG, "vision": FLAG, "exclude_from": TEXTS,
+    "prefer_in": TEXTS, "quirks": OBJECT, "prefill": PREFILL, "completions": FLAG,
 }  # fmt: skip
-KEY_FIELDS = {"platform": TEXT, "key": TEXT, "label": TEXT}
+KEY_FIELDS: Mapping[str, Shape] = {
+    "platform": TEXT, "key": TEXT, "label": TEXT, "trains_on_prompts": FLAG.or_null(),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +75,7 @@ class Listed:
     platforms: list[dict[str, Any]]
     models: list[dict[str, Any]]
     keys: list[dict[str, Any]]
+    aliases: dict[str, str]
     warnings: list[str]
 
 
@@ -73,7 +84,7 @@ def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
 
     Raises SettingsError naming file and entry.
     """
-    own = listed(settings.catalog) if settings.catalog is not None else Listed([], [], [], [])
+    own = listed(settings.catalog) if settings.catalog is not None else Listed([], [], [], {}, [])
     warnings = [*built_in().warnings, *own.warnings]
     platforms: dict[str, dict[str, Any]] = {}
     models: dict[tuple[str, str], dict[str, Any]] = {}
@@ -87,7 +98,8 @@ def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
             if entry["platform"] not in platforms:
                 raise SettingsError(f"{settings.catalog}: a key names the unknown platform {entry['platform']!r}")
             secret = provider_key(f"{settings.catalog}: the key for {entry['platform']}", entry["key"])
-            keys.append(GivenKey(entry["platform"], secret, entry.get("label", "")))
+            trains = entry.get("trains_on_prompts")
+            keys.append(GivenKey(entry["platform"], secret, entry.get("label", ""), trains_on_prompts=trains))
     named = {entry["id"] for entry in own.platforms} | {entry["platform"] for entry in (*own.models, *own.keys)}
     asked_for = {id for id, fields in platforms.items() if not fields.get("opt_in") or id in named}
     asked_for |= {id for id in platforms if base_url_variable(id) in settings.environ}
@@ -97,7 +109,7 @@ def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
     for platform in made.values():
         keys += keys_from_environment(platform, settings.environ)
     placed = tuple(make_model(fields, made, warnings) for fields in models.values())
-    return CatalogFiles(made, placed, tuple(keys), tuple(warnings))
+    return CatalogFiles(made, placed, tuple(keys), {**built_in().aliases, **own.aliases}, tuple(warnings))
 
 
 @lru_cache(maxsize=1)
@@ -108,10 +120,14 @@ def built_in() -> Listed:
 def listed(path: Path) -> Listed:
     content = read_catalog(path)
     warnings: list[str] = []
+    aliases = content.get("aliases", {})
+    if not isinstance(aliases, dict) or not all(isinstance(name, str) and name for name in aliases.values()):
+        raise SettingsError(f"{path}: aliases: expected an object of names, each with a mode or a model")
     return Listed(
         entries(content, "platforms", PLATFORM_FIELDS, ("id",), path, warnings),
         entries(content, "models", MODEL_FIELDS, ("platform", "model_id"), path, warnings),
         entries(content, "keys", KEY_FIELDS, ("platform", "key"), path, warnings),
+        aliases,
         warnings,
     )
 
@@ -124,14 +140,14 @@ def read_catalog(path: Path) -> dict[str, Any]:
     except orjson.JSONDecodeError as error:
         raise SettingsError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise SettingsError(f"{path}: expected an object with platforms, models and keys")
+        raise SettingsError(f"{path}: expected an object with platforms, models, keys and aliases")
     return content
 
 
 def entries(
     content: dict[str, Any],
     section: str,
-    fields: Mapping[str, str],
+    fields: Mapping[str, Shape],
     required: Sequence[str],
     path: Path,
     warnings: list[str],
@@ -150,58 +166,53 @@ def entries(
                 raise SettingsError(f"{place}: {name} is missing")
         place = f"{path}: {section[:-1]} {'/'.join(str(entry[name]) for name in required if name != 'key')}"
         for name, value in entry.items():
-            if name in fields and not has_type(value, fields[name]):
-                raise SettingsError(f"{place}: {name}: expected {fields[name]}")
+            if name in fields and not fields[name].fits(value):
+                raise SettingsError(f"{place}: {name}: expected {fields[name].words}")
         if unknown := sorted(entry.keys() - fields.keys()):
             warnings.append(f"{place}: ignored unknown {', '.join(unknown)}")
         checked.append({name: value for name, value in entry.items() if name in fields})
     return checked
 
 
-def has_type(value: object, expected: str) -> bool:
-    if expected == TEXT:
-        return isinstance(value, str)
-    if expected == FLAG:
-        return isinstance(value, bool)
-    if expected == TEXTS:
-        return isinstance(value, list) and all(isinstance(item, str) for item in value)
-    if expected == OBJECT:
-        return isinstance(value, dict)
-    if expected == COUNT:
-        return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
-
-
 def make_platform(
     fields: dict[str, Any], environ: Mapping[str, str], adapters: Collection[str], warnings: list[str]
 ) -> Platform:
+    """A platform from the fields of all files, whose types are right."""
     id = fields["id"]
     for name in ("adapter", "base_url"):
         if not fields.get(name):
             raise SettingsError(f"platform {id}: {name} is missing")
     if fields["adapter"] not in adapters:
         raise SettingsError(f"platform {id}: adapter: expected one of {', '.join(adapters)}")
-    protection = fields.get("protection", Level.MODEL_SKIP)
-    if protection not in LEVELS:
-        raise SettingsError(f"platform {id}: protection: expected one of {', '.join(Level)}")
+    if not is_known(fields.get("daily_reset", "UTC")):
+        warnings.append(
+            f"platform {id}: daily_reset: {fields['daily_reset']!r} is not known here; its days end as in UTC"
+        )
+    if not is_date(fields.get("terms_checked")):
+        raise SettingsError(f"platform {id}: terms_checked: expected a date like 2026-11-23")
     variable = base_url_variable(id)
     base_url = environ.get(variable, fields["base_url"]).rstrip("/")
     if fields["adapter"] != DEMO_ADAPTER and not re.fullmatch(r"https?://[^\s/]+[^\s]*", base_url):
         source = variable if variable in environ else f"platform {id}: base_url"
         raise SettingsError(f"{source}={base_url!r}: expected an address that begins with http:// or https://")
-    return Platform(
-        id=id,
-        name=fields.get("name", id),
-        adapter=fields["adapter"],
-        base_url=base_url,
-        env=tuple(fields.get("env", ())),
-        keyless=fields.get("keyless", False),
-        protection=Level(protection),
-        signup_url=fields.get("signup_url"),
-        key_format=fields.get("key_format"),
-        discover=fields.get("discover", False),
-        quirks=checked_quirks(fields.get("quirks", {}), f"platform {id}", warnings),
-    )
+    given = {name: value for name, value in fields.items() if value is not None and name != "opt_in"}
+    made = {
+        "name": id,
+        **given,
+        "base_url": base_url,
+        "env": tuple(fields.get("env", ())),
+        "protection": Level(fields.get("protection", Level.MODEL_SKIP)),
+        "prefill": Prefill(fields.get("prefill", Prefill.NONE)),
+        "quirks": checked_quirks(fields.get("quirks", {}), f"platform {id}", warnings),
+    }
+    return Platform(**made)
+
+
+def is_date(text: str | None) -> bool:
+    try:
+        return text is None or bool(date.fromisoformat(text))
+    except ValueError:
+        return False
 
 
 def base_url_variable(id: str) -> str:
@@ -214,12 +225,14 @@ def checked_quirks(quirks: Mapping[str, Any], place: str, warnings: list[str]) -
         warnings.append(f"{place}: ignored unknown quirks {', '.join(unknown)}")
     known = {name: value for name, value in quirks.items() if name in QUIRKS}
     for name, value in known.items():
-        if type(value) is not QUIRKS[name] or (isinstance(value, list) and not has_type(value, TEXTS)):
-            raise SettingsError(f"{place}: quirks: {name}: expected {JSON_TYPES[QUIRKS[name]]}")
+        shape = SHAPES_OF_QUIRKS[QUIRKS[name]]
+        if not shape.fits(value):
+            raise SettingsError(f"{place}: quirks: {name}: expected {shape.words}")
     return known
 
 
 def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform], warnings: list[str]) -> Model:
+    """A model from the fields of all files, whose types are right."""
     label = f"model {fields['platform']}/{fields['model_id']}"
     if fields["platform"] not in platforms:
         raise SettingsError(f"{label}: unknown platform")
@@ -227,29 +240,24 @@ def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform], warnin
         if wrong := [mode for mode in fields.get(name, ()) if mode not in MODES]:
             raise SettingsError(f"{label}: {name}: {wrong[0]!r} is no mode; expected {', '.join(sorted(MODES))}")
     platform = platforms[fields["platform"]]
-    return Model(
-        id=0,
-        platform=platform,
-        model_id=fields["model_id"],
-        name=fields.get("name", fields["model_id"]),
-        intelligence_rank=fields.get("intelligence_rank"),
-        speed_rank=fields.get("speed_rank"),
-        context_window=fields.get("context_window") or 32_768,
-        max_output=fields.get("max_output"),
-        rpm=fields.get("rpm"),
-        rpd=fields.get("rpd"),
-        tpm=fields.get("tpm"),
-        tpd=fields.get("tpd"),
-        tools=fields.get("tools", True),
-        vision=fields.get("vision", False),
-        exclude_from=frozenset(fields.get("exclude_from", ())),
-        prefer_in=frozenset(fields.get("prefer_in", ())),
-        enabled=True,
-        priority=0,
-        in_chain=True,
-        quirks={**platform.quirks, **checked_quirks(fields.get("quirks", {}), label, warnings)},
-        discovered=fields.get("discovered", False),
-    )
+    kind = Kind(fields.get("kind", Kind.CHAT))
+    made = {
+        **dict.fromkeys(("intelligence_rank", "speed_rank", "max_output", "rpm", "rpd", "tpm", "tpd")),
+        "name": fields["model_id"],
+        "tools": kind is Kind.CHAT,
+        "vision": False,
+        "completions": platform.completions,
+        **fields,
+        "platform": platform,
+        "kind": kind,
+        "family": fields.get("family") or fields["model_id"],
+        "context_window": fields.get("context_window") or CONTEXT_WINDOW,
+        "prefill": Prefill(fields.get("prefill", platform.prefill)),
+        "exclude_from": frozenset(fields.get("exclude_from", ())),
+        "prefer_in": frozenset(fields.get("prefer_in", ())),
+        "quirks": {**platform.quirks, **checked_quirks(fields.get("quirks", {}), label, warnings)},
+    }
+    return Model(id=0, enabled=True, priority=0, in_chain=True, **made)
 
 
 def keys_from_environment(platform: Platform, environ: Mapping[str, str]) -> list[GivenKey]:

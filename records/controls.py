@@ -15,10 +15,10 @@ from records.keys import add_key
 from records.vault import Vault, mask
 from routing.catalog import KeyStatus
 
-KEY_COLUMNS = ("id", "platform", "label", "status", "enabled", "last_error", "created_at")
+KEY_COLUMNS = ("id", "platform", "label", "status", "enabled", "last_error", "created_at", "trains_on_prompts")
 MODEL_COLUMNS = (
     "id", "platform", "model_id", "display_name", "intelligence_rank", "speed_rank", "context_window", "rpm_limit",
-    "rpd_limit", "tpm_limit", "tpd_limit", "supports_tools", "supports_vision", "enabled",
+    "rpd_limit", "tpm_limit", "tpd_limit", "supports_tools", "supports_vision", "enabled", "kind",
 )  # fmt: skip
 FLAGS = ("enabled", "supports_tools", "supports_vision")
 
@@ -33,6 +33,8 @@ def list_keys(db: sqlite3.Connection, vault: Vault, id: int | None = None) -> li
     ):
         entry = dict(zip(KEY_COLUMNS, shown, strict=True))
         entry["enabled"] = bool(entry["enabled"])
+        if entry["trains_on_prompts"] is not None:
+            entry["trains_on_prompts"] = bool(entry["trains_on_prompts"])
         entries.append(entry | {"masked": mask(vault.decrypt(ciphertext, iv, tag))})
     return entries
 

@@ -40,10 +40,14 @@ def add_key(db: sqlite3.Connection, vault: Vault, platform: str, secret: str, la
     return int(cursor.lastrowid or 0)
 
 
-def sync_file_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
-    """Store (platform, secret, label) once; a key that a variable gave before is the file's from now on."""
-    for platform, secret, label in given:
+def sync_file_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str, bool | None]]) -> None:
+    """Store (platform, secret, label, trains_on_prompts) once; a key that a variable gave before is the file's now.
+
+    What the file says of training holds from this start on; what it does not say stays as the operator set it.
+    """
+    for platform, secret, label, trains in given:
         id = add_key(db, vault, platform, secret, label)
+        db.execute("UPDATE api_keys SET trains_on_prompts = COALESCE(?, trains_on_prompts) WHERE id = ?", (trains, id))
         db.execute(
             "UPDATE api_keys SET label = ?, enabled = MAX(enabled, gone), gone = 0 WHERE id = ? AND label LIKE 'env:%'",
             (label, id),

@@ -17,22 +17,22 @@ def sync_models(db: sqlite3.Connection, models: Sequence[Model]) -> None:
     for model in by_rank(models):
         facts = (
             model.name, model.intelligence_rank, model.speed_rank, model.context_window, model.rpm, model.rpd,
-            model.tpm, model.tpd, model.tools, model.vision,
+            model.tpm, model.tpd, model.tools, model.vision, model.kind,
         )  # fmt: skip
         id = known.pop((model.platform.id, model.model_id), None)
         if id is not None:
             db.execute(
                 "UPDATE models SET display_name = ?, intelligence_rank = ?, speed_rank = ?, context_window = ?, "
                 "rpm_limit = ?, rpd_limit = ?, tpm_limit = ?, tpd_limit = ?, supports_tools = ?, supports_vision = ?, "
-                "enabled = COALESCE(enabled_before, enabled), enabled_before = NULL WHERE id = ?",
+                "kind = ?, enabled = COALESCE(enabled_before, enabled), enabled_before = NULL WHERE id = ?",
                 (*facts, id),
             )
             continue
         last += 1
         cursor = db.execute(
             "INSERT INTO models (display_name, intelligence_rank, speed_rank, context_window, rpm_limit, rpd_limit, "
-            "tpm_limit, tpd_limit, supports_tools, supports_vision, platform, model_id) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            "tpm_limit, tpd_limit, supports_tools, supports_vision, kind, platform, model_id) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (*facts, model.platform.id, model.model_id),
         )
         db.execute("INSERT INTO fallback_config (model_db_id, priority) VALUES (?, ?)", (cursor.lastrowid, last))
@@ -51,7 +51,11 @@ class Snapshot:
 
 
 def load_snapshot(
-    db: sqlite3.Connection, vault: Vault, platforms: Mapping[str, Platform], models: Sequence[Model]
+    db: sqlite3.Connection,
+    vault: Vault,
+    platforms: Mapping[str, Platform],
+    models: Sequence[Model],
+    aliases: Mapping[str, str],
 ) -> Snapshot:
     """Facts from the catalogue files; ids, switches, order and keys from the database."""
     state = {
@@ -66,10 +70,12 @@ def load_snapshot(
         id, enabled, priority, in_chain = state[model.platform.id, model.model_id]
         placed.append(replace(model, id=id, enabled=enabled, priority=priority, in_chain=in_chain))
     keys, status = [], {}
-    for id, platform, label, ciphertext, iv, tag, state_name in db.execute(
-        "SELECT id, platform, label, encrypted_key, iv, auth_tag, status FROM api_keys WHERE enabled = 1 ORDER BY id"
+    for id, platform, label, trains, state_name, ciphertext, iv, tag in db.execute(
+        "SELECT id, platform, label, trains_on_prompts, status, encrypted_key, iv, auth_tag FROM api_keys "
+        "WHERE enabled = 1 ORDER BY id"
     ):
         if platform in platforms:
-            keys.append(Key(id, platform, vault.decrypt(ciphertext, iv, tag), label))
+            trains_on_prompts = None if trains is None else bool(trains)
+            keys.append(Key(id, platform, vault.decrypt(ciphertext, iv, tag), label, trains_on_prompts))
             status[id] = KeyStatus(state_name)
-    return Snapshot(Catalog(platforms.values(), placed, keys), status)
+    return Snapshot(Catalog(platforms.values(), placed, keys, aliases), status)

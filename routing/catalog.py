@@ -1,7 +1,7 @@
 """The catalogue as routing sees it: platforms, models and keys at one moment.
 
-Owns these types and `Catalog`, an immutable snapshot; an admin's change makes a new one. Whatever depends on the
-catalogue alone (the chain, pools, names) is worked out here, once. No I/O: store.py fills it.
+Owns these types and `Catalog`, an immutable snapshot; an operator's change makes a new one. Whatever depends on the
+catalogue alone (the chain, pools, names) is worked out here, once. No I/O: records/models.py fills it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,23 @@ from wire.errors import ModelNotFound
 DEMO_ADAPTER = "demo"  # the built-in platform that serves only when there is nothing else (SPEC 1.5)
 
 
+class Prefill(StrEnum):
+    """How a model is asked to go on with an assistant message that has been begun (SPEC 14.4)."""
+
+    NONE = "none"  # it would start anew, or refuse
+    PLAIN = "plain"  # the begun message comes last, nothing else
+    PREFIX = "prefix"  # with `"prefix": true` in it
+    PARTIAL = "partial"  # with `"partial": true` in it
+    CONTINUE_FINAL_MESSAGE = "continue_final_message"  # with this in the body, and no generation prompt
+
+
+class Kind(StrEnum):
+    """What a model is asked for. Chat is never routed to embedding models, nor embeddings to chat models."""
+
+    CHAT = "chat"
+    EMBEDDING = "embedding"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Platform:
     """A provider account type. `quirks` are its differences from its adapter's plain wire format."""
@@ -33,6 +50,14 @@ class Platform:
     signup_url: str | None = None
     key_format: str | None = None
     discover: bool = False  # its models are what it lists, besides those in the catalogue
+    local: bool = False  # the operator's own machine: prompts stay there
+    trains_on_prompts: bool | None = None  # None: unknown, which counts as yes
+    terms_url: str | None = None
+    terms_checked: str | None = None  # the date on which somebody read them
+    check_path: str | None = None  # what a GET proves a key with, after the base URL; "": nothing does; None: not known
+    daily_reset: str = "UTC"  # when daily quotas begin anew: "[HH:MM ]Time/Zone"
+    prefill: Prefill = Prefill.NONE
+    completions: bool = False  # it has an endpoint of its own for legacy completions
     quirks: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -61,6 +86,11 @@ class Model:
     in_chain: bool
     quirks: Mapping[str, Any] = field(default_factory=dict)  # the platform's, and over them its own
     discovered: bool = False  # its platform's server has listed it; no catalogue file has it
+    kind: Kind = Kind.CHAT
+    family: str = ""  # the same weights, whoever serves them; its own id where the catalogue does not say
+    dimensions: int | None = None  # of an embedding
+    prefill: Prefill = Prefill.NONE
+    completions: bool = False
 
     @property
     def label(self) -> str:
@@ -79,9 +109,16 @@ class Key:
     platform: str
     secret: str = field(repr=False)
     label: str = ""
+    trains_on_prompts: bool | None = None  # overrides the platform's, for example on a paid plan
 
 
 KEYLESS = Key(0, "", "")
+
+
+def keeps_prompts_private(platform: Platform, key: Key) -> bool:
+    """Whether prompts sent with this key are known not to train anybody's models (SPEC 21.4)."""
+    trains = platform.trains_on_prompts if key.trains_on_prompts is None else key.trains_on_prompts
+    return platform.local or trains is False
 
 
 class Pool(StrEnum):
@@ -90,10 +127,19 @@ class Pool(StrEnum):
     SMART = "smart"
 
 
-class Catalog:
-    """Platforms, models and enabled keys at one moment. Never changed; an admin's change makes a new one."""
+NO_ALIASES: Mapping[str, str] = {}
 
-    def __init__(self, platforms: Iterable[Platform], models: Iterable[Model], keys: Iterable[Key]) -> None:
+
+class Catalog:
+    """Platforms, models and enabled keys at one moment. Never changed; an operator's change makes a new one."""
+
+    def __init__(
+        self,
+        platforms: Iterable[Platform],
+        models: Iterable[Model],
+        keys: Iterable[Key],
+        aliases: Mapping[str, str] = NO_ALIASES,
+    ) -> None:
         self.platforms = {platform.id: platform for platform in platforms}
         self.models = tuple(models)  # in catalogue order, which prefer_in follows
         self.by_id = {model.id: model for model in self.models}
@@ -104,7 +150,10 @@ class Catalog:
         self.by_name: dict[str, list[Model]] = {}
         for model in self.models:
             self.by_name.setdefault(model.model_id, []).append(model)
-        self.chain = sorted((m for m in self.models if m.enabled and m.in_chain), key=lambda m: m.priority)
+        self.aliases = aliases  # as the operator spelt them: name → mode or model
+        in_order = sorted((m for m in self.models if m.enabled and m.in_chain), key=lambda m: m.priority)
+        self.chain = [m for m in in_order if m.kind is Kind.CHAT]
+        self.embeddings = [m for m in in_order if m.kind is Kind.EMBEDDING]
         self.pools = pools(self.chain)
         self._median_rank = median(m.intelligence_rank for m in self.chain) or 0.0
         demo_only = not any(self.keys.get(p.id) or p.keyless for p in self.platforms.values() if not is_demo(p))
@@ -114,10 +163,10 @@ class Catalog:
         """The rank that a model counts as where a limit is set on ranks: the chain's median for an unranked one."""
         return self._median_rank if model.intelligence_rank is None else model.intelligence_rank
 
-    def resolve(self, name: str) -> list[Model]:
+    def resolve(self, name: str, kind: Kind = Kind.CHAT) -> list[Model]:
         """The enabled models a client means by this name: on the platform it named, then elsewhere under the same id.
 
-        An exact `model_id` wins over `platform/model_id`, because ids contain slashes.
+        An exact `model_id` wins over `platform/model_id`, because ids contain slashes. Raises ModelNotFound.
         """
         if name in self.by_name:
             named, others = self.by_name[name], []
@@ -128,6 +177,9 @@ class Catalog:
             others = [m for m in same_id if m.platform.id != platform]
         if not named:
             raise ModelNotFound(f"The model '{name}' does not exist. GET /v1/models lists what there is.", status=400)
+        if all(m.kind is not kind for m in named):
+            raise ModelNotFound(f"The model '{name}' is of another kind: it serves {named[0].kind} only.", status=400)
+        named, others = ([m for m in models if m.kind is kind] for models in (named, others))
         if not (usable := [m for m in named if m.enabled]):
             raise ModelNotFound(f"The model '{name}' is disabled.", status=400)
         return usable + [m for m in others if m.enabled]

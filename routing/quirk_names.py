@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-# Every quirk that a platform's or a model's catalogue entry may have, and its JSON type.
 QUIRKS: Mapping[str, type] = {
     # The body
     "drop": list,  # fields to leave out
@@ -42,12 +41,10 @@ QUIRKS: Mapping[str, type] = {
     # Answers and errors
     "error_codes": dict,  # its own codes, in faults.STATUS_BY_NAME's words
     "error_texts": dict,  # likewise, where it has words only
-    "daily_reset": str,  # when daily quotas begin anew: "[HH:MM ]Time/Zone"
     "credit_resets_daily": bool,
     "daily_headers": list,  # counters of the day; at "0" its quota is used up
     # Keys and addresses
     "headers": dict,
     "env_account": list,
-    "check_path": str,  # what to GET to prove a key, after the base URL; "" where nothing does
     "anonymous_key": str,  # what stands for a key where there is none
 }

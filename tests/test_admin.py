@@ -72,7 +72,7 @@ async def test_keys_are_shown_masked_and_never_whole(start_gateway):
     assert [key["label"] for key in listed] == ["a-0", "mine"]
     assert listed[1] == added
     assert added.keys() == {
-        "id", "platform", "label", "masked", "status", "enabled", "last_error", "created_at",
+        "id", "platform", "label", "masked", "status", "enabled", "last_error", "created_at", "trains_on_prompts",
     }  # fmt: skip
     assert added["masked"] == "sk-…0042"
     assert (added["status"], added["enabled"], added["last_error"]) == ("unknown", True, None)
@@ -149,7 +149,7 @@ async def test_models_are_the_rows_of_their_table(start_gateway):
     (shown,) = [model for model in await get(gateway, "/api/models") if model["platform"] == "a"]
     assert shown.keys() == {
         "id", "platform", "model_id", "display_name", "intelligence_rank", "speed_rank", "context_window", "rpm_limit",
-        "rpd_limit", "tpm_limit", "tpd_limit", "supports_tools", "supports_vision", "enabled",
+        "rpd_limit", "tpm_limit", "tpd_limit", "supports_tools", "supports_vision", "enabled", "kind",
     }  # fmt: skip
     assert (shown["rpm_limit"], shown["rpd_limit"], shown["supports_vision"], shown["enabled"]) == (7, None, True, True)
 
@@ -373,7 +373,7 @@ async def test_a_check_of_a_key_ends_in_time(start_gateway, fake):
 
 
 async def test_a_list_of_models_that_everyone_gets_proves_no_key(start_gateway, fake):
-    gateway = await start_gateway({"a": {"quirks": {"check_path": ""}}, "b": {"quirks": {"check_path": "/../key"}}})
+    gateway = await start_gateway({"a": {"check_path": ""}, "b": {"check_path": "/../key"}})
     fake.script("a", MODELS, error(401, "not even a list"))
     fake.script("b", MODELS)
     first, second = await get(gateway, "/api/keys")

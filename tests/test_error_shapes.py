@@ -16,6 +16,7 @@ from wires import PLATFORMS, WIRES, Gemini, Said, gemini_frame
 
 from adapters import errors as faults
 from protection import classify
+from routing.day import until_reset_s
 
 DAY = "until the platform's day ends"
 RATE_LIMIT_S = 120  # the setting's default
@@ -30,6 +31,10 @@ class Shape:
     http_status: int  # as it is logged
     rests: object = None  # None, "model", "invalid", DAY or seconds
     headers: dict = field(default_factory=dict)
+
+    @property
+    def daily_reset(self) -> str:
+        return PLATFORMS[self.platform].get("daily_reset", "UTC")
 
     @property
     def quirks(self) -> dict:
@@ -361,7 +366,7 @@ SHAPES_OF = {
 
 def seconds_of_rest(shape: Shape) -> float:
     if shape.rests == DAY:
-        return faults.until_reset_s(shape.quirks.get("daily_reset", "UTC"), time.time())
+        return until_reset_s(shape.daily_reset, time.time())
     return float(shape.rests)
 
 
@@ -378,7 +383,7 @@ async def assert_rest(gateway, shape: Shape) -> None:
 
 def platforms_for(shape: Shape) -> dict:
     adapter = PLATFORMS[shape.platform]["adapter"]
-    return {"native": {"quirks": shape.quirks, "adapter": adapter}, "b": {}}
+    return {"native": {"quirks": shape.quirks, "daily_reset": shape.daily_reset, "adapter": adapter}, "b": {}}
 
 
 def scripted(shape: Shape):
@@ -490,13 +495,13 @@ async def test_a_key_in_an_error_is_not_passed_on(start_gateway, fake):
 
 
 async def test_the_day_of_a_platform_ends_where_the_platform_is(start_gateway, fake):
-    gateway = await start_gateway({"a": {"quirks": {"daily_reset": "Asia/Shanghai"}}, "b": {}})
+    gateway = await start_gateway({"a": {"daily_reset": "Asia/Shanghai"}, "b": {}})
     fake.script("a", body({"error": {"message": "daily limit reached"}}, status=429))
 
     await gateway.chat()
 
     left = (await gateway.cooled_keys())["a-model"] / 1000
-    assert left == pytest.approx(faults.until_reset_s("Asia/Shanghai", time.time()), abs=3)
+    assert left == pytest.approx(until_reset_s("Asia/Shanghai", time.time()), abs=3)
 
 
 async def test_a_stream_that_begins_well_after_an_error_elsewhere_is_whole(start_gateway, fake):
@@ -540,14 +545,14 @@ WAITS = {
 @pytest.mark.parametrize(("headers", "content", "message", "seconds"), WAITS.values(), ids=WAITS)
 def test_a_wait_is_read_wherever_it_stands(headers, content, message, seconds):
     fault = faults.Fault(429, None, message)
-    found = faults.retry_after_s(fault, headers, content, NOON, {"daily_reset": "Asia/Shanghai"})
+    found = faults.retry_after_s(fault, headers, content, NOON, reset="Asia/Shanghai")
     assert found == (None if seconds is None else pytest.approx(seconds))
 
 
 def test_a_moment_that_a_daily_quota_tells_is_believed():
     words = "Usage limit reached for 5 hour. Your limit will reset at 2026-11-24 21:00:00. Retry in 1s."
     fault = faults.Fault(429, faults.DAILY_QUOTA, words, sure=True, daily=True)
-    assert faults.retry_after_s(fault, {"Retry-After": "1"}, {}, NOON, {"daily_reset": "Asia/Shanghai"}) == 3600
+    assert faults.retry_after_s(fault, {"Retry-After": "1"}, {}, NOON, reset="Asia/Shanghai") == 3600
 
 
 RESETS = {
@@ -562,12 +567,12 @@ RESETS = {
 
 @pytest.mark.parametrize(("reset", "seconds"), RESETS.values(), ids=RESETS)
 def test_a_day_ends_by_the_platforms_clock(reset, seconds):
-    assert faults.until_reset_s(reset, NOON) == seconds
+    assert until_reset_s(reset, NOON) == seconds
 
 
 def test_a_day_of_25_hours_ends_after_25_hours():
     first_of_november = 1_793_516_400.0  # 2026-11-01T07:00:00Z, midnight in California, where the clocks go back
-    assert faults.until_reset_s("America/Los_Angeles", first_of_november) == 25 * 3600
+    assert until_reset_s("America/Los_Angeles", first_of_november) == 25 * 3600
 
 
 def test_every_name_in_the_catalogue_is_one_that_means_something():

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,11 @@ from conftest import case, catalog_of, client_of, default_key, stored_keys
 from fake_provider import until
 
 import gateway
+from adapters.registry import ADAPTERS
+from config.catalog_files import load_catalog
 from config.settings import READERS, SettingsError, load_settings, read_dotenv
+from routing.catalog import Catalog, Key, Kind, keeps_prompts_private
+from wire.errors import ModelNotFound
 
 KEY = {"GATEWAY_API_KEY": "fw-test-0123456789abcdef"}
 
@@ -217,6 +222,22 @@ BAD_CATALOGS = {
     "a limit as a list": {"platforms": [PLATFORM], "models": [MODEL | {"rpm": [1]}]},
     "exclude_from as text": {"platforms": [PLATFORM], "models": [MODEL | {"exclude_from": "balanced"}]},
     "an unknown mode": {"platforms": [PLATFORM], "models": [MODEL | {"prefer_in": ["clever"]}]},
+    "an unknown prefill": {"platforms": [PLATFORM | {"prefill": "maybe"}]},
+    "an unknown prefill of a model": {"platforms": [PLATFORM], "models": [MODEL | {"prefill": "maybe"}]},
+    "training as text": {"platforms": [PLATFORM | {"trains_on_prompts": "no"}]},
+    "terms read some day": {"platforms": [PLATFORM | {"terms_checked": "lately"}]},
+    "local as a number": {"platforms": [PLATFORM | {"local": 1}]},
+    "a check that is no path": {"platforms": [PLATFORM | {"check_path": True}]},
+    "an unknown kind": {"platforms": [PLATFORM], "models": [MODEL | {"kind": "image"}]},
+    "dimensions of zero": {"platforms": [PLATFORM], "models": [MODEL | {"dimensions": 0}]},
+    "a family as a number": {"platforms": [PLATFORM], "models": [MODEL | {"family": 7}]},
+    "training of a key as text": {
+        "platforms": [PLATFORM],
+        "keys": [{"platform": "a", "key": "sk-secret-value", "trains_on_prompts": "no"}],
+    },
+    "aliases as a list": {"aliases": ["gpt-4o-mini"]},
+    "an alias for a number": {"aliases": {"gpt-4o-mini": 7}},
+    "an alias for nothing": {"aliases": {"gpt-4o-mini": ""}},
     "a key of an unknown platform": {"keys": [{"platform": "nowhere", "key": "sk-secret-value"}]},
     "a key of a number": {"platforms": [PLATFORM], "keys": [{"platform": "a", "key": 7}]},
     "a key with a line break": {"platforms": [PLATFORM], "keys": [{"platform": "a", "key": "sk-secret\nvalue"}]},
@@ -278,6 +299,66 @@ async def test_what_a_model_does_not_say_has_the_defaults(start_gateway, fake, t
     assert (row["supports_tools"], row["supports_vision"], row["enabled"]) == (1, 0, 1)
 
 
+def catalog_with(tmp_path: Path, **content: object):
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    settings = load_settings([], {**KEY, "GATEWAY_CATALOG": str(tmp_path / "mine.json")}, tmp_path)
+    return load_catalog(settings, ADAPTERS)
+
+
+def test_what_a_platform_says_holds_for_its_models_until_they_say_otherwise(tmp_path):
+    files = catalog_with(
+        tmp_path,
+        platforms=[PLATFORM | {"prefill": "partial", "completions": True}],
+        models=[MODEL, MODEL | {"model_id": "own", "prefill": "none", "completions": False, "family": "f"}],
+    )
+    plain, own = (next(m for m in files.models if m.label == label) for label in ("a/m", "a/own"))
+
+    assert (plain.prefill, plain.completions, plain.family, plain.kind) == ("partial", True, "m", "chat")
+    assert (own.prefill, own.completions, own.family) == ("none", False, "f")
+
+
+def test_an_embedding_model_is_none_for_chat_and_calls_no_tools(tmp_path):
+    embedding = MODEL | {"kind": "embedding", "dimensions": 768}
+    files = catalog_with(tmp_path, platforms=[PLATFORM], models=[embedding, MODEL | {"model_id": "c"}])
+    models = [replace(m, id=n) for n, m in enumerate(files.models, start=1) if m.platform.id == "a"]
+    catalog = Catalog([models[0].platform], models, [])
+
+    assert [m.model_id for m in catalog.embeddings] == ["m"]
+    assert [m.model_id for m in catalog.chain] == ["c"]
+    assert (models[0].kind, models[0].dimensions, models[0].tools) == ("embedding", 768, False)
+    assert catalog.resolve("m", Kind.EMBEDDING) == [models[0]]
+    for name, kind in (("m", Kind.CHAT), ("a/m", Kind.CHAT), ("c", Kind.EMBEDDING)):
+        with pytest.raises(ModelNotFound):
+            catalog.resolve(name, kind)
+
+
+def test_aliases_of_the_operators_file_are_carried(tmp_path):
+    assert catalog_with(tmp_path, aliases={"gpt-4o-mini": "auto-fast"}).aliases["gpt-4o-mini"] == "auto-fast"
+
+
+TRAINING = {
+    "unknown": ({}, None, False),
+    "known to train": ({"trains_on_prompts": True}, None, False),
+    "known not to train": ({"trains_on_prompts": False}, None, True),
+    "a paid key": ({"trains_on_prompts": True}, False, True),
+    "a free key of a platform that does not": ({"trains_on_prompts": False}, True, False),
+    "one's own machine": ({"local": True}, None, True),
+    "one's own machine, whatever is said": ({"local": True, "trains_on_prompts": True}, True, True),
+    "an address on loopback alone": ({"base_url": "http://127.0.0.1:9/v1"}, None, False),
+}
+
+
+@pytest.mark.parametrize(("platform", "key", "private"), TRAINING.values(), ids=TRAINING)
+def test_prompts_are_private_only_where_that_is_known(tmp_path, platform, key, private):
+    keys = [{"platform": "a", "key": "sk-value", "trains_on_prompts": key}]
+    files = catalog_with(tmp_path, platforms=[PLATFORM | platform], keys=keys)
+    (given,) = [key for key in files.keys if key.platform == "a"]
+
+    made = Key(1, "a", given.secret, trains_on_prompts=given.trains_on_prompts)
+
+    assert keeps_prompts_private(files.platforms["a"], made) is private
+
+
 async def test_the_built_in_catalogue_works_with_a_key_and_an_address_from_the_environment(start_gateway, fake):
     keys = {"GROQ_API_KEY": "gsk_first_0001, gsk_second_0002", "GROQ_BASE_URL": fake.url("groq")}
     running = await start_gateway([], keys)
@@ -309,6 +390,19 @@ async def test_keys_are_stored_once_and_encrypted(start_gateway, fake):
 
 def bytes_of(value: bytes | str) -> bytes:
     return value if isinstance(value, bytes) else bytes.fromhex(value)
+
+
+async def test_what_the_file_says_of_a_keys_training_holds_from_the_next_start_on(start_gateway, fake, tmp_path):
+    stored = []
+    for trains in ({"trains_on_prompts": False}, {}, {"trains_on_prompts": True}):
+        mine = catalog_of({"a": {"keys": []}}, fake)
+        mine["keys"] = [{"platform": "a", "key": "sk-paid-for-0001", "label": "paid", **trains}]
+        (tmp_path / "mine.json").write_text(json.dumps(mine))
+        running = await start_gateway(["ignored"], {"GATEWAY_CATALOG": str(tmp_path / "mine.json")})
+        await running.stop()
+        stored.append(stored_keys(running.db)["paid"]["trains_on_prompts"])
+
+    assert stored == [0, 0, 1]
 
 
 async def test_a_key_of_the_environment_comes_and_goes_with_its_name(start_gateway, fake):
