@@ -35,6 +35,7 @@ from admin.page import Page
 from config.catalog_files import CatalogFiles, load_catalog
 from config.settings import LOOPBACK_HOSTS, Settings, SettingsError, check_binding, load_settings
 from dialects.chat import ChatDialect
+from dialects.messages import ALIASES, MessagesDialect, model_entry, model_list
 from dialects.responses import ResponsesDialect
 from engine.door import (
     ADMIN_PREFIXES,
@@ -60,7 +61,7 @@ from records.vault import StoreError
 from router import Router as ModelRouter
 from routing.catalog import is_demo
 from routing.scores import Stats, chances
-from transport.client import ClientGone, Receive, Send, read_body
+from transport.client import ClientGone, CutShort, Receive, Send, read_body
 from transport.connection import ClientConnection
 from transport.deadlines import Deadlines
 from transport.process import allow_many_files, listen, spare_the_collector, trim_memory
@@ -101,8 +102,11 @@ class Gateway:
         snapshot = self.store.write_now(self._sync)
         router.load(snapshot.catalog, snapshot.key_status)
         self._restore_ledger()
-        dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(lambda: secrets.token_hex(24)))
+        self._chat, self._messages = ChatDialect(), MessagesDialect(lambda: secrets.token_hex(24))
+        dialects: tuple[Dialect, ...] = (self._chat, ResponsesDialect(lambda: secrets.token_hex(24)), self._messages)
         self._dialects = {path: dialect for dialect in dialects for path in dialect.paths}
+        extra_routes = [route for dialect in dialects for route in dialect.extra_routes()]
+        self._open_paths = OPEN_PATHS | {route.path for route in extra_routes if route.keyless}
         self._api_key, self._admin_key = self.api_key.encode(), self.admin_key.encode()
         self._started = int(time.time())
         self._loopback_only = settings.host in LOOPBACK_HOSTS
@@ -110,7 +114,7 @@ class Gateway:
             [
                 Route("/v1/models", self.list_models),
                 Route("/v1/models/{id:path}", self.show_model),
-                *(local_route(route) for dialect in dialects for route in dialect.extra_routes()),
+                *(self._local_route(route) for route in extra_routes),
                 Route("/healthz", self.healthz),
                 resource("/", GET=Page().show),
                 *Admin(self.engine).routes(),
@@ -233,44 +237,55 @@ class Gateway:
             return
         exchange = self.engine.exchange()
         path = scope["path"]
-        try:
+        headers = dict(scope["headers"])
+        dialect = self._dialects.get(path)
+        if dialect is None:
+            path = scope["path"] = tidy_path(path)
             dialect = self._dialects.get(path)
-            if dialect is None:
-                path = scope["path"] = tidy_path(path)
-                dialect = self._dialects.get(path)
-            headers = dict(scope["headers"])
+        spoken = dialect or self._spoken(path, headers)
+        try:
             self._admit(path, headers)
             if dialect is not None and scope["method"] == "POST":
                 await self._serve(exchange, dialect, headers, receive, send)
             else:
-                await self._cold({**scope, "app": self}, receive, with_request_id(send, exchange.id))
+                sender = with_request_id(send, exchange.id, spoken.id_headers)
+                await self._cold({**scope, "app": self, "limit": exchange.limit}, receive, sender)
         except GatewayError as error:
             if exchange.chat is None:  # what got further has a line of its own
                 told = {"path": path[:PATH_CHARS_MAX], "status": error.status, "code": error.code}
                 self.log.write("info", "refused", request_id=exchange.id, **told)
-            await send_error(send, error, exchange)
+            await send_error(send, error, exchange, spoken)
         except HTTPException as error:
             code = "method_not_allowed" if error.status_code == 405 else "not_found"
             answer = InvalidRequest(f"{error.detail}: {scope['method']} {path}", code=code, status=error.status_code)
             allow = (error.headers or {}).get("Allow")
-            await send_error(send, answer, exchange, [(b"allow", allow.encode())] if allow else [])
+            await send_error(send, answer, exchange, spoken, [(b"allow", allow.encode())] if allow else [])
         except ClientGone:
             return
+        except CutShort:
+            raise
         except Exception as error:  # a defect of ours: the client gets an error, the operator its place
             self.log.write(
                 "error", "defect", request_id=exchange.id, type=type(error).__name__, traceback=traced(error)
             )
             if exchange.first_event_ms is not None:
                 raise  # the server cuts the connection: a broken answer must not look like a finished one
-            await send_error(send, GatewayError("Internal error.", code="internal_error"), exchange)
+            await send_error(send, GatewayError("Internal error.", code="internal_error"), exchange, spoken)
         finally:
             exchange.limit.close()
+
+    def _spoken(self, path: str, headers: dict[bytes, bytes]) -> Dialect:
+        """The dialect of a client that asks for something beside a dialect's own paths."""
+        models = path == "/v1/models" or path.startswith("/v1/models/")
+        if path.startswith("/v1/messages/") or (models and b"anthropic-version" in headers):
+            return self._messages
+        return self._chat
 
     def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
         """Refuse foreign hosts (DNS rebinding), and everyone without the path's key."""
         if self._loopback_only and host_name(headers.get(b"host", b"")) not in LOOPBACK_HOSTS:
             raise InvalidRequest("Unknown host: use 127.0.0.1, localhost or [::1].", code="invalid_host", status=403)
-        if path in OPEN_PATHS:
+        if path in self._open_paths:
             return
         admin = path.startswith(ADMIN_PREFIXES)
         if not hmac.compare_digest(credential(headers), self._admin_key if admin else self._api_key):
@@ -284,6 +299,7 @@ class Gateway:
         exchange.chat = chat = dialect.parse(
             await read_body(headers, receive, self.settings.max_body_bytes, exchange.limit), exchange.utc
         )
+        exchange.chat = chat = replace(chat, need=self.engine.router.catalog.meant(chat.need))
         exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
         if headers.get(b"x-fallback", b"").strip().lower() == b"none":
             exchange.chat = chat = replace(chat, need=replace(chat.need, strict=True))
@@ -300,7 +316,23 @@ class Gateway:
             raise HTTPException(405, headers={"Allow": "POST"})
         raise HTTPException(404, "Not found")
 
+    def _local_route(self, route: LocalRoute) -> Route:
+        """An endpoint that a dialect answers by itself."""
+
+        async def endpoint(request: Request) -> Response:
+            raw = b""
+            if route.method == "POST":
+                scope = request.scope
+                headers = dict(scope["headers"])
+                raw = await read_body(headers, request.receive, self.settings.max_body_bytes, scope["limit"])
+            return Response(route.answer(request.path_params, raw, time.time()), media_type="application/json")
+
+        return Route(route.path, endpoint, methods=[route.method])
+
     async def list_models(self, request: Request) -> Response:
+        if "anthropic-version" in request.headers:
+            ids = [*ALIASES, *VIRTUAL_MODELS, *{m.model_id: 1 for m in self.engine.router.catalog.models if m.enabled}]
+            return Response(model_list(map(self._entry, ids)), media_type="application/json")
         listed = {id: self._describe(id) for id in VIRTUAL_MODELS}
         for model in self.engine.router.catalog.models:
             if model.enabled and model.model_id not in listed:
@@ -309,12 +341,23 @@ class Gateway:
 
     async def show_model(self, request: Request) -> Response:
         name = request.path_params["id"].removeprefix(MODELS_PREFIX).replace("auto:", "auto-")
-        if name not in VIRTUAL_MODELS:
+        anthropic = "anthropic-version" in request.headers
+        if name not in VIRTUAL_MODELS and not (anthropic and name in ALIASES):
             try:
                 self.engine.router.catalog.resolve(name)
             except ModelNotFound as error:
                 raise ModelNotFound(error.message, status=404) from None
-        return json_response(self._describe(name))
+        return json_response(self._entry(name) if anthropic else self._describe(name))
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        """A model as Anthropic lists it."""
+        catalog = self.engine.router.catalog
+        own = name in ALIASES or name in VIRTUAL_MODELS
+        models = catalog.auto_chain if own else catalog.resolve(name)
+        windows = [model.context_window for model in models]
+        lengths = [model.max_output for model in models if model.max_output is not None]
+        shown = "Freeway " + name.removeprefix("claude-freeway").strip("-") if own else models[0].name
+        return model_entry(name, shown.strip(), max(windows, default=None), max(lengths, default=None))
 
     def _describe(self, name: str) -> dict[str, Any]:
         """A model as OpenAI lists it, with the context window that agents look for."""
@@ -334,18 +377,6 @@ class Gateway:
         except DatabaseError:
             return json_response({"status": "database unavailable"}, 503)
         return json_response({"status": "ok"})
-
-
-def local_route(route: LocalRoute) -> Route:
-    """An endpoint that a dialect answers by itself."""
-
-    async def endpoint(request: Request) -> Response:
-        raw = b""
-        if route.method == "POST":
-            raw = await request.body()
-        return Response(route.answer(request.path_params, raw, time.time()), media_type="application/json")
-
-    return Route(route.path, endpoint, methods=[route.method])
 
 
 @contextlib.asynccontextmanager

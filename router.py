@@ -21,7 +21,7 @@ from routing.ledger import Ledger, Penalties
 from routing.route import Route
 from routing.scores import Scores
 from wire.chat import Mode, Need
-from wire.errors import GatewayError, InvalidRequest, NoProviders
+from wire.errors import GatewayError, InvalidRequest, NoProviders, PromptTooLong
 
 WAITING = {f for f, rule in RULES.items() if rule.cooling in (Cooling.KEY, Cooling.INVALID)}
 REFUSAL_STATUSES = {400, 422}  # with these a provider calls the request itself bad
@@ -301,14 +301,7 @@ def fit(need: Need, models: list[Model]) -> list[Model]:
         raise InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
     if need.tools and not (models := [m for m in models if m.tools]):
         raise InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
-    largest = max(m.context_window for m in models)
-    raise InvalidRequest(
-        f"The request needs about {need.tokens} tokens, and the largest context window here is {largest}. "
-        "Shorten the messages or lower max_tokens.",
-        status=413,
-        code="context_length_exceeded",
-        param="messages",
-    )
+    raise PromptTooLong(need.tokens, max(m.context_window for m in models))
 
 
 def request_is_bad(attempts: Sequence[Attempt]) -> bool:
@@ -344,6 +337,9 @@ def exhausted(
     details: dict[str, Any] = {"retry_after_s": retry_after_s, "attempts": [attempt.as_json() for attempt in attempts]}
     refused = [a for a in attempts if a.calls_request_bad or a.error.failure in TOO_LONG_OR_FILTERED]
     if request_is_bad(attempts) or (attempts and len(refused) == len(attempts)):
+        if attempts[-1].error.failure is Failure.CONTEXT_LENGTH:
+            window = max(attempt.route.model.context_window for attempt in attempts)
+            return PromptTooLong(max(plan.tokens, window + 1), window, attempts=details["attempts"])
         return refusal(attempts)
     if waiting and (plan.banned or any(b.transient for b in blocked)):
         message = "Every model that could serve this is resting after failures. Try again shortly."

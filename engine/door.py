@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.exchange import JSON_HEADERS, Exchange, response_start, route_headers
 from transport.client import Send
+from wire.chat import Dialect
 from wire.errors import GatewayError
 
 PATH_CHARS_MAX = 200  # of an address in the log
@@ -47,26 +48,29 @@ def host_name(host: bytes) -> str:
     return (found[1] or found[2] or b"").decode("latin-1") if found else ""
 
 
-def with_request_id(send: Send, id: str) -> Send:
+def with_request_id(send: Send, id: str, names: Sequence[bytes]) -> Send:
+    ids = [(name, id.encode()) for name in names]
+
     async def sender(message: Any) -> None:
         if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", id.encode())]}
+            message = {**message, "headers": [*message.get("headers", ()), *ids]}
         await send(message)
 
     return sender
 
 
 async def send_error(
-    send: Send, error: GatewayError, exchange: Exchange, more: Sequence[tuple[bytes, bytes]] = ()
+    send: Send, error: GatewayError, exchange: Exchange, dialect: Dialect, more: Sequence[tuple[bytes, bytes]] = ()
 ) -> None:
     """The one place where an error becomes a response."""
-    body = error.body()
+    status, body = dialect.status(error), dialect.error(error, exchange.id)
+    exchange.id_headers = dialect.id_headers
     headers = [*JSON_HEADERS, *more, (b"content-length", str(len(body)).encode()), *route_headers(exchange)]
     if error.retry_after_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
-    if error.status == 401:
+    if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
-    await send(response_start(error.status, headers))
+    await send(response_start(status, headers))
     await send({"type": "http.response.body", "body": body})
 
 

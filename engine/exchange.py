@@ -34,7 +34,7 @@ from records.rows import Row
 from router import Attempt, Plan, Router, exhausted, refusal, request_is_bad
 from routing.catalog import KeyStatus
 from routing.route import Route
-from transport.client import ClientGone, Receive, Send, Stopping, Watch, Watches, unless_disconnected
+from transport.client import ClientGone, CutShort, Receive, Send, Stopping, Watch, Watches, unless_disconnected
 from transport.deadlines import Deadlines, Limit
 from wire.chat import Chat, Dialect, Encoder, Mode, Tally
 from wire.errors import GatewayError, NoProviders
@@ -68,6 +68,7 @@ class Exchange:
     first_event_ms: int | None = None
     tally: Tally | None = None  # of a stream that has begun
     blocked_since: float | None = None  # when the client stopped taking bytes
+    id_headers: tuple[bytes, ...] = (b"x-request-id",)
 
 
 @dataclass(slots=True)
@@ -148,6 +149,10 @@ class Engine:
         """Serve a parsed exchange to its end. Raises GatewayError while nothing has been sent."""
         self.running.add(exchange)
         assert exchange.chat is not None
+        exchange.id_headers = dialect.id_headers
+        if exchange.chat.answered is not None:
+            await self._answer_here(exchange, exchange.chat.answered, stream=exchange.chat.stream, send=send)
+            return
         encoder = dialect.encoder(exchange.chat, exchange.utc)
         task = exchange.limit.task
         watch = Watch(receive, task, time.monotonic())
@@ -157,6 +162,8 @@ class Engine:
                 last = await unless_disconnected(watch, task, self._answer(exchange, exchange.chat, encoder, send))
             except asyncio.CancelledError:
                 last = stopping(exchange, encoder)
+            if last is None:
+                raise CutShort
             exchange.blocked_since = time.monotonic()
             try:
                 await send(last)  # the last await: from here on receive() would report a disconnect of our own making
@@ -168,26 +175,40 @@ class Engine:
             self.running.discard(exchange)
             self._close(exchange)
 
-    async def _answer(self, exchange: Exchange, chat: Chat, encoder: Encoder, send: Send) -> dict[str, Any]:
-        """Everything but the last message, which it returns: by then the provider's connection is closed."""
+    async def _answer_here(self, exchange: Exchange, body: bytes, *, stream: bool, send: Send) -> None:
+        """What needs no provider leaves no row: statistics and limits are about providers."""
+        length = (b"content-length", str(len(body)).encode())
+        headers = STREAM_HEADERS if stream else JSON_HEADERS
+        exchange.status = "success"
+        await send(response_start(200, [*headers, length, *route_headers(exchange)]))
+        await send({"type": "http.response.body", "body": body})
+        self.running.discard(exchange)
+        self._close(exchange)
+
+    async def _answer(self, exchange: Exchange, chat: Chat, encoder: Encoder, send: Send) -> dict[str, Any] | None:
+        """Everything but the last message, which it returns: by then the provider's connection is closed. None where
+        the client is told best by closing its connection."""
         running = await self.first_success(exchange, chat)
         try:
             reply = running.reply
             assert reply is not None
+            last: bytes | None
             if reply.completion is not None:
-                body = encoder.whole(reply.completion)
+                last = encoder.whole(reply.completion)
                 running.finished = True
-                length = (b"content-length", str(len(body)).encode())
+                length = (b"content-length", str(len(last)).encode())
                 await send(response_start(200, [*JSON_HEADERS, length, *route_headers(exchange)]))
             else:
                 await send(response_start(200, [*STREAM_HEADERS, *route_headers(exchange)]))
                 exchange.tally = reply.tally
-                body = await self._relay(exchange, running, reply, encoder, send)
+                last = await self._relay(exchange, running, reply, encoder, send)
         finally:
             self._settle(exchange, running)
-        return {"type": "http.response.body", "body": body}
+        return None if last is None else {"type": "http.response.body", "body": last}
 
-    async def _relay(self, exchange: Exchange, running: Running, reply: Reply, encoder: Encoder, send: Send) -> bytes:
+    async def _relay(
+        self, exchange: Exchange, running: Running, reply: Reply, encoder: Encoder, send: Send
+    ) -> bytes | None:
         """Send a stream's events as they arrive; gives its last bytes, with which the events go out that came last."""
         body = b""
         try:
@@ -205,7 +226,8 @@ class Engine:
             words = "stopped sending" if stalled else "failed in the middle of its answer"
             platform = running.route.model.platform.name
             message = f"{platform} {words}. The answer is incomplete; send the request again."
-            return body + (encoder.fail(message, name, 504 if stalled else 502, reply.tally) or b"")
+            last = encoder.fail(message, name, 504 if stalled else 502, reply.tally)
+            return None if last is None else body + last
         running.finished = True
         return body + encoder.end(reply.tally)
 
@@ -413,16 +435,15 @@ class Engine:
         )
 
 
-def stopping(exchange: Exchange, encoder: Encoder) -> dict[str, Any]:
-    """The last message of an exchange that has been cancelled from outside: even then no stream just stops."""
+def stopping(exchange: Exchange, encoder: Encoder) -> dict[str, Any] | None:
+    """The last message of an exchange that has been cancelled from outside: even then no stream just stops. None as in
+    `Encoder.fail`."""
     if exchange.blocked_since is not None:  # because its client takes nothing: then nothing can be said either
         raise ClientGone
     if exchange.tally is None:
         raise Stopping
-    return {
-        "type": "http.response.body",
-        "body": encoder.fail(Stopping.words, "stream_error", 503, exchange.tally) or b"",
-    }
+    body = encoder.fail(Stopping.words, "stream_error", 503, exchange.tally)
+    return None if body is None else {"type": "http.response.body", "body": body}
 
 
 def skipped_text(plan: Plan | None) -> str | None:
@@ -441,7 +462,7 @@ def trail(exchange: Exchange) -> str:
 
 def route_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     """The headers that tell how a request was routed (SPEC 3.8)."""
-    headers = [(b"x-request-id", exchange.id.encode())]
+    headers = [(name, exchange.id.encode()) for name in exchange.id_headers]
     if exchange.route is not None:
         headers.append((b"x-routed-via", header_value(exchange.route.model.label)))
     if exchange.failures:

@@ -27,6 +27,10 @@ class ClientGone(Exception):
     """The client closed its connection. A normal exit."""
 
 
+class CutShort(Exception):
+    """The client's connection is to be closed in the middle of its answer, which must not look like a finished one."""
+
+
 class Stopping(GatewayError):
     """The server no longer waits for this request."""
 
