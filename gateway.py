@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import logging
 import os
 import secrets
@@ -17,7 +16,6 @@ import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -35,24 +33,12 @@ from admin.discovery import keep_discovering
 from admin.page import Page
 from config.catalog_files import load_catalog
 from config.proxies import proxies
-from config.settings import LOOPBACK_HOSTS, Settings, SettingsError, check_binding, load_settings
+from config.settings import Settings, SettingsError, check_binding, load_settings
 from dialects.chat import ChatDialect
+from dialects.messages import ALIASES, MessagesDialect, model_entry, model_list
 from dialects.responses import ResponsesDialect
-from engine.door import (
-    ADMIN_PREFIXES,
-    OPEN_PATHS,
-    PATH_CHARS_MAX,
-    credential,
-    host_name,
-    send_error,
-    session_key,
-    tidy_path,
-    traced,
-    wait_seconds,
-    with_request_id,
-)
+from engine.door import Door, traced
 from engine.exchange import Engine
-from engine.record import Exchange
 from protection import parse_levels
 from providers import Providers, Timeouts
 from records.database import Connection, DatabaseError, Store, ping
@@ -65,12 +51,12 @@ from router import Router as ModelRouter
 from routing.catalog import is_demo
 from routing.scores import Stats, success_probabilities
 from routing.standing import Protection
-from transport.client import ClientGone, Receive, Send, read_body
+from transport.client import Receive, Send, read_body
 from transport.connection import ClientConnection
 from transport.process import allow_many_files, listen, spare_the_collector, trim_memory
 from transport.upstream import Upstream
 from wire.chat import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, LocalRoute
-from wire.errors import GatewayError, InvalidRequest, ModelNotFound, Unauthorized
+from wire.errors import ModelNotFound
 
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
@@ -106,16 +92,17 @@ class Gateway:
         self.control = Control(files, self.store, router)
         self.control.start()
         self._restore_ledger()
-        dialects: tuple[Dialect, ...] = (ChatDialect(), ResponsesDialect(lambda: secrets.token_hex(24)))
-        self._dialects = {path: dialect for dialect in dialects for path in dialect.paths}
-        self._api_key, self._admin_key = self.api_key.encode(), self.admin_key.encode()
+        dialects: tuple[Dialect, ...] = (
+            ChatDialect(),
+            ResponsesDialect(lambda: secrets.token_hex(24)),
+            MessagesDialect(lambda: secrets.token_hex(24)),
+        )
         self._started = int(time.time())
-        self._loopback_only = settings.host in LOOPBACK_HOSTS
-        self._cold = Router(
+        endpoints = Router(
             [
                 Route("/v1/models", self.list_models),
                 Route("/v1/models/{id:path}", self.show_model),
-                *(local_route(route) for dialect in dialects for route in dialect.extra_routes()),
+                *(self._local_route(route) for dialect in dialects for route in dialect.extra_routes()),
                 Route("/healthz", self.healthz),
                 resource("/", GET=Page().show),
                 *Admin(self.engine, self.control).routes(),
@@ -123,6 +110,7 @@ class Gateway:
             redirect_slashes=False,
             default=self._not_found,
         )
+        self._door = Door(self.engine, dialects, endpoints, api_key=self.api_key, admin_key=self.admin_key)
 
     def _restore_ledger(self) -> None:
         """Quotas go on where the last process stopped."""
@@ -218,85 +206,37 @@ class Gateway:
                 self.log.write("warning", "retention", message=str(error))
             await asyncio.sleep(RETENTION_S)
 
-    # The door.
-
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
+        if scope["type"] == "http":
+            await self._door(scope, receive, send)
+        elif scope["type"] == "lifespan":
             await self._lifespan(receive, send)
-            return
-        if scope["type"] != "http":
+        else:
             await send({"type": "websocket.close", "code": 1008})
-            return
-        exchange = self.engine.exchange()
-        path = scope["path"]
-        try:
-            dialect = self._dialects.get(path)
-            if dialect is None:
-                path = scope["path"] = tidy_path(path)
-                dialect = self._dialects.get(path)
-            headers = dict(scope["headers"])
-            self._admit(path, headers)
-            if dialect is not None and scope["method"] == "POST":
-                await self._serve(exchange, dialect, headers, receive, send)
-            else:
-                await self._cold({**scope, "app": self}, receive, with_request_id(send, exchange.id))
-        except GatewayError as error:
-            if exchange.chat is None:  # what got further has a line of its own
-                told = {"path": path[:PATH_CHARS_MAX], "status": error.status, "code": error.code}
-                self.log.write("info", "refused", request_id=exchange.id, **told)
-            await send_error(send, error, exchange)
-        except HTTPException as error:
-            code = "method_not_allowed" if error.status_code == 405 else "not_found"
-            answer = InvalidRequest(f"{error.detail}: {scope['method']} {path}", code=code, status=error.status_code)
-            allow = (error.headers or {}).get("Allow")
-            await send_error(send, answer, exchange, [(b"allow", allow.encode())] if allow else [])
-        except ClientGone:
-            return
-        except Exception as error:  # a defect of ours: the client gets an error, the operator its place
-            self.log.write(
-                "error", "defect", request_id=exchange.id, type=type(error).__name__, traceback=traced(error)
-            )
-            if exchange.begun:
-                raise  # the server cuts the connection: a broken answer must not look like a finished one
-            await send_error(send, GatewayError("Internal error.", code="internal_error"), exchange)
-
-    def _admit(self, path: str, headers: dict[bytes, bytes]) -> None:
-        """Refuse foreign hosts (DNS rebinding), and everyone without the path's key."""
-        if self._loopback_only and host_name(headers.get(b"host", b"")) not in LOOPBACK_HOSTS:
-            raise InvalidRequest("Unknown host: use 127.0.0.1, localhost or [::1].", code="invalid_host", status=403)
-        if path in OPEN_PATHS:
-            return
-        admin = path.startswith(ADMIN_PREFIXES)
-        if not hmac.compare_digest(credential(headers), self._admin_key if admin else self._api_key):
-            raise Unauthorized
-
-    async def _serve(
-        self, exchange: Exchange, dialect: Dialect, headers: dict[bytes, bytes], receive: Receive, send: Send
-    ) -> None:
-        """One request of any dialect."""
-        # The body has no name here: it would live as long as its answer.
-        exchange.chat = chat = dialect.parse(
-            await read_body(headers, receive, self.settings.max_body_bytes), exchange.utc
-        )
-        exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
-        if (wait := headers.get(b"x-max-wait")) is not None:
-            exchange.wait_max_s = wait_seconds(wait)
-        if headers.get(b"x-fallback", b"").strip().lower() == b"none":
-            exchange.chat = chat = replace(chat, need=replace(chat.need, strict=True))
-        try:
-            await self.engine.answer(exchange, dialect, receive, send)
-        except GatewayError as error:
-            self.engine.refuse(exchange, error)
-            raise
 
     # Endpoints that are not chat.
 
     async def _not_found(self, scope: Any, receive: Receive, send: Send) -> None:
-        if scope["path"] in self._dialects:  # with another method: many open a base URL in their browser
+        if self._door.speaks(scope["path"]):  # with another method: many open a base URL in their browser
             raise HTTPException(405, headers={"Allow": "POST"})
         raise HTTPException(404, "Not found")
 
+    def _local_route(self, route: LocalRoute) -> Route:
+        """An endpoint that a dialect answers by itself."""
+
+        async def endpoint(request: Request) -> Response:
+            raw = b""
+            if route.method == "POST":
+                headers = dict(request.scope["headers"])
+                raw = await read_body(headers, request.receive, self.settings.max_body_bytes)
+            return Response(route.answer(request.path_params, raw, time.time()), media_type="application/json")
+
+        return Route(route.path, endpoint, methods=[route.method])
+
     async def list_models(self, request: Request) -> Response:
+        if "anthropic-version" in request.headers:
+            ids = [*ALIASES, *VIRTUAL_MODELS, *{m.model_id: 1 for m in self.engine.router.catalog.models if m.enabled}]
+            return Response(model_list(map(self._entry, ids)), media_type="application/json")
         listed = {id: self._describe(id) for id in VIRTUAL_MODELS}
         for model in self.engine.router.catalog.models:
             if model.enabled and model.model_id not in listed:
@@ -305,12 +245,23 @@ class Gateway:
 
     async def show_model(self, request: Request) -> Response:
         name = request.path_params["id"].removeprefix(MODELS_PREFIX).replace("auto:", "auto-")
-        if name not in VIRTUAL_MODELS:
+        anthropic = "anthropic-version" in request.headers
+        if name not in VIRTUAL_MODELS and not (anthropic and name in ALIASES):
             try:
                 self.engine.router.catalog.resolve(name)
             except ModelNotFound as error:
                 raise ModelNotFound(error.message, status=404) from None
-        return json_response(self._describe(name))
+        return json_response(self._entry(name) if anthropic else self._describe(name))
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        """A model as Anthropic lists it."""
+        catalog = self.engine.router.catalog
+        own = name in ALIASES or name in VIRTUAL_MODELS
+        models = catalog.auto_chain if own else catalog.resolve(name)
+        windows = [model.context_window for model in models]
+        lengths = [model.max_output for model in models if model.max_output is not None]
+        shown = "Freeway " + name.removeprefix("claude-freeway").strip("-") if own else models[0].name
+        return model_entry(name, shown.strip(), max(windows, default=None), max(lengths, default=None))
 
     def _describe(self, name: str) -> dict[str, Any]:
         """A model as OpenAI lists it, with the context window that agents look for."""
@@ -330,18 +281,6 @@ class Gateway:
         except DatabaseError:
             return json_response({"status": "database unavailable"}, 503)
         return json_response({"status": "ok"})
-
-
-def local_route(route: LocalRoute) -> Route:
-    """An endpoint that a dialect answers by itself."""
-
-    async def endpoint(request: Request) -> Response:
-        raw = b""
-        if route.method == "POST":
-            raw = await request.body()
-        return Response(route.answer(request.path_params, raw, time.time()), media_type="application/json")
-
-    return Route(route.path, endpoint, methods=[route.method])
 
 
 @contextlib.asynccontextmanager

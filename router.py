@@ -27,7 +27,7 @@ from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
 from routing.standing import NO_STANDING, Protection, Standing
 from wire.chat import Mode, Need
-from wire.errors import GatewayError, InvalidRequest, NoProviders
+from wire.errors import GatewayError, InvalidRequest, NoProviders, PromptTooLong
 
 PENALTY_WEIGHT = 0.05
 DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
@@ -502,11 +502,4 @@ def unfit(need: Need, models: list[Model]) -> GatewayError:
         return InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
     if need.tools and not (models := [m for m in models if m.tools]):
         return InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
-    largest = max(m.context_window for m in models)
-    return InvalidRequest(
-        f"The request needs about {need.tokens} tokens, and the largest context window here is {largest}. "
-        "Shorten the messages or lower max_tokens.",
-        status=413,
-        code="context_length_exceeded",
-        param="messages",
-    )
+    return PromptTooLong(need.tokens, max(m.context_window for m in models))

@@ -322,6 +322,13 @@ class ChatDialect:
     """POST /v1/chat/completions."""
 
     paths = ("/v1/chat/completions",)
+    id_headers = (b"x-request-id",)
+
+    def is_spoken(self, path: str, headers: Mapping[bytes, bytes]) -> bool:
+        return False
+
+    def status(self, error: GatewayError) -> int:
+        return error.status
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
         return error.body()

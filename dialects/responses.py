@@ -7,7 +7,7 @@ and new ids come from the caller.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -101,10 +101,17 @@ class ResponsesDialect:
     """POST /v1/responses. `new_token` gives a random text that nobody can guess, 32 characters or more."""
 
     paths = ("/v1/responses",)
+    id_headers = (b"x-request-id",)
 
     def __init__(self, new_token: Callable[[], str], bytes_max: int = KEPT_BYTES_MAX) -> None:
         self._new_token = new_token
         self._store = ResponseStore(bytes_max)
+
+    def is_spoken(self, path: str, headers: Mapping[bytes, bytes]) -> bool:
+        return False
+
+    def status(self, error: GatewayError) -> int:
+        return error.status
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
         return error.body()

@@ -26,7 +26,7 @@ from records.metrics import Metrics
 from router import Plan, Router
 from routing.route import Route
 from routing.standing import Protection
-from transport.client import ClientGone, Receive, Send, Stopping, unless_disconnected
+from transport.client import ClientGone, CutShort, Receive, Send, Stopping, unless_disconnected
 from wire.chat import Chat, Dialect
 from wire.errors import GatewayError, NoProviders
 
@@ -71,6 +71,7 @@ class Engine:
         """Serve a parsed exchange to its end. Raises GatewayError while nothing has been sent."""
         chat = exchange.chat
         assert chat is not None
+        exchange.id_headers = dialect.id_headers
         self.running.add(exchange)
         exchange.delivery = delivery = Delivery(
             send,
@@ -83,7 +84,7 @@ class Engine:
             delivery.keep_alive()
         try:
             try:
-                last = await unless_disconnected(receive, self._run(exchange, chat, delivery))
+                last = await unless_disconnected(receive, self._serve(exchange, chat, delivery))
             except asyncio.CancelledError:
                 last = stopped(delivery)
             finally:
@@ -99,6 +100,16 @@ class Engine:
             self.running.discard(exchange)
             exchange.delivery, exchange.begun = None, delivery.started
             self._close(exchange)
+
+    async def _serve(self, exchange: Exchange, chat: Chat, delivery: Delivery) -> bytes | None:
+        if chat.answered is None:
+            return await self._run(exchange, chat, delivery)
+        exchange.status = "success"  # what needs no provider leaves no row: statistics and limits are about providers
+        if chat.stream:
+            await delivery.begin_stream()
+        else:
+            await delivery.begin_whole(len(chat.answered))
+        return chat.answered
 
     async def _run(self, exchange: Exchange, chat: Chat, delivery: Delivery) -> bytes | None:
         """The one loop. Gives the last bytes of the answer, when its provider has been let go of already; None where
@@ -309,6 +320,7 @@ def stopped(delivery: Delivery) -> bytes | None:
 
 
 async def finish(send: Send, last: bytes | None) -> None:
-    """End the response. Without an end the server closes the connection, and the client sends its request again."""
-    if last is not None:
-        await send({"type": "http.response.body", "body": last})
+    """End the response. Raises CutShort where the client is told best by a connection that breaks off."""
+    if last is None:
+        raise CutShort
+    await send({"type": "http.response.body", "body": last})

@@ -36,6 +36,7 @@ class Exchange:
     waited_s: float = 0.0
     waiting_since: float | None = None
     begun: bool = False  # the client has been sent a part of the response
+    id_headers: tuple[bytes, ...] = (b"x-request-id",)
     status: str = "error"
     first_event_ms: int | None = None
 
@@ -59,7 +60,7 @@ def trail(exchange: Exchange) -> str:
 
 def route_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     """The headers that tell how a request was routed (SPEC 3.8)."""
-    headers = [(b"x-request-id", exchange.id.encode())]
+    headers = [(name, exchange.id.encode()) for name in exchange.id_headers]
     if exchange.route is not None:
         headers.append((b"x-routed-via", header_value(exchange.route.model.label)))
     if exchange.failures:

@@ -9,7 +9,7 @@ from typing import Any
 from protection import RULES, Cooling, Failure, UpstreamError
 from router import Plan
 from routing.route import Route
-from wire.errors import GatewayError, NoProviders
+from wire.errors import GatewayError, NoProviders, PromptTooLong
 
 WAITING = {f for f, rule in RULES.items() if rule.cooling in (Cooling.KEY, Cooling.INVALID)}
 REFUSAL_STATUSES = {400, 422}  # with these a provider calls the request itself bad
@@ -74,6 +74,9 @@ def exhausted(
     details: dict[str, Any] = {"retry_after_s": retry_after_s, "attempts": [attempt.as_json() for attempt in attempts]}
     refused = [a for a in attempts if a.calls_request_bad or a.error.failure in TOO_LONG_OR_FILTERED]
     if request_is_bad(attempts) or (attempts and len(refused) == len(attempts)):
+        if attempts[-1].error.failure is Failure.CONTEXT_LENGTH:
+            window = max(attempt.route.model.context_window for attempt in attempts)
+            return PromptTooLong(max(plan.need.tokens, window + 1), window, attempts=details["attempts"])
         return refusal(attempts)
     if waiting and (plan.banned or any(b.reason in ("transient", "trial") for b in blocked)):
         message = "Every model that could serve this is resting after failures. Try again shortly."

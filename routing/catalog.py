@@ -7,13 +7,14 @@ catalogue alone (the chain, pools, names) is worked out here, once. No I/O: reco
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from protection import LEVELS as LEVELS
 from protection import KeyStatus as KeyStatus
 from protection import Level as Level  # what a platform's `protection` says
+from wire.chat import Need
 from wire.errors import ModelNotFound
 
 DEMO_ADAPTER = "demo"  # the built-in platform that serves only when there is nothing else (SPEC 1.5)
@@ -162,6 +163,17 @@ class Catalog:
     def intelligence(self, model: Model) -> float:
         """The rank that a model counts as where a limit is set on ranks: the chain's median for an unranked one."""
         return self._median_rank if model.intelligence_rank is None else model.intelligence_rank
+
+    def knows(self, name: str) -> bool:
+        """Whether a model has this name, enabled or not."""
+        platform, _, model_id = name.partition("/")
+        return name in self.by_name or any(m.platform.id == platform for m in self.by_name.get(model_id, ()))
+
+    def meant(self, need: Need) -> Need:
+        """The need with the mode in place of a model, where the name only stands for one because no model has it."""
+        if need.pinned is None or need.unknown_means is None or self.knows(need.pinned):
+            return need
+        return replace(need, mode=need.unknown_means, pinned=None)
 
     def resolve(self, name: str, kind: Kind = Kind.CHAT) -> list[Model]:
         """The enabled models a client means by this name: on the platform it named, then elsewhere under the same id.

@@ -24,6 +24,8 @@ import aiohttp
 import pytest
 import uvicorn
 import uvloop
+from anthropic import AsyncAnthropic
+from anthropic import DefaultAsyncHttpxClient as AnthropicHttp
 from fake_provider import FakeProvider, until
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
@@ -264,12 +266,17 @@ class Gateway(Client):
         http = DefaultAsyncHttpxClient(verify=False)  # no TLS here, and its list of authorities takes 20 ms
         return AsyncOpenAI(base_url=f"{self.base_url}/v1", api_key=self.api_key, max_retries=0, http_client=http)
 
+    @cached_property
+    def anthropic(self) -> AsyncAnthropic:
+        http = AnthropicHttp(verify=False)
+        return AsyncAnthropic(base_url=self.base_url, api_key=self.api_key, max_retries=0, http_client=http)
+
     async def stop(self) -> None:
         """As SIGTERM does; a second call does nothing."""
         if self._serving is None:
             return
-        if "openai" in vars(self):
-            await self.openai.close()
+        for client in {"openai", "anthropic"} & vars(self).keys():
+            await getattr(self, client).close()
         await self.http.close()
         self._server.should_exit = True
         await self._serving

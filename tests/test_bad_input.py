@@ -271,7 +271,10 @@ async def test_a_request_longer_than_every_window_is_refused(start_gateway, fake
 
     got = await gateway.chat("x" * 6_000)
 
-    assert (got.status, got.error["code"]) == (413, "context_length_exceeded")
+    assert_error(got, 400, "invalid_request_error", "context_length_exceeded")
+    assert (
+        "maximum context length is 2000 tokens. However, your messages resulted in 2500 tokens" in got.error["message"]
+    )
     assert fake.called == []
 
 

@@ -1,14 +1,17 @@
 """Issue 5, must-show 2: what a failure costs does not depend on the dialect in which the client asked.
 
-Every fault of chat's own tables, and those in mid-stream, is met by the same requests in both dialects, and everything
-that they leave behind is compared. One gateway serves a whole table, so each fault gets a clean slate first.
+Every fault of chat's own tables, and those in mid-stream, is met by the same requests in all dialects, and everything
+that they leave behind is compared. One gateway serves a whole table, so each fault gets a clean slate first. What a
+client of the Messages API is told of each is judged by that API's own models.
 """
 
 import asyncio
 
+import aiohttp
 import pytest
-from conftest import both_ways
+from conftest import Answer, Stream, both_ways
 from fake_provider import PAUSE, ROLE, Every, chunk, completion, error, event, sse
+from strict_messages import assert_error, assert_in_order, assert_message, events_of
 from test_failover import EITHER, STREAMED, TWO_KEYS, WHOLE, Failure, of_status
 from test_responses_stream import BREAKS
 
@@ -37,7 +40,9 @@ STREAMED_FAULTS = {
 REQUESTS = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4000},
     "/v1/responses": {"input": "hi", "max_output_tokens": 4000},
+    "/v1/messages": {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4000},
 }
+MESSAGES_STATUS = {400: "invalid_request_error", 429: "rate_limit_error", 529: "overloaded_error"}
 LOGGED = ("platform", "model_id", "requested_model", "routing_mode", "status", "error_kind", "http_status")
 LOGGED += ("error", "input_tokens", "output_tokens", "attempt", "streamed", "skipped_models")
 ROUTED = ("X-Routed-Via", "X-Fallback-Attempts", "X-Fallback-Trail")
@@ -59,13 +64,17 @@ async def test_a_fault_costs_the_same_in_every_dialect(start_gateway, fake, stre
     assert faults
 
     for name, fault in faults.items():
-        as_chat, as_response = [
+        as_chat, as_response, as_message = [
             await traces(gateway, fake, fault, path, {"model": "auto-smart", "stream": streaming} | request)
             for path, request in REQUESTS.items()
         ]
 
         for part, as_told in as_chat.items():
             assert as_told == as_response[part], (name, part)
+            assert part == "told" or as_told == as_message[part], (name, part)
+        assert [status_in_messages(told) for told in as_chat["told"]] == [
+            told["status"] for told in as_message["told"]
+        ], name
         first = as_chat["rows"][0]
         assert first["platform"] == "a", name
         assert fault.kind in (None, first["error_kind"] or first["status"]), name
@@ -91,7 +100,8 @@ async def traces(gateway, fake, fault: Failure, path: str, request: dict) -> dic
     return {
         "called": fake.called,
         "sent": [sent.json for sent in fake.requests],
-        "answers": answers,
+        "answers": [{header: told[header] for header in ROUTED} for told in answers],
+        "told": answers,
         "rows": [{name: row[name] for name in LOGGED} for row in reversed(rows) if row["id"] > latest["id"]],
         "cooling": [c["model_id"] for c in left["transient_cooldowns"]],
         "cooling keys": [c["model_id"] for c in left["key_cooldowns"]],
@@ -102,14 +112,41 @@ async def traces(gateway, fake, fault: Failure, path: str, request: dict) -> dic
 
 async def ask(gateway, path: str, request: dict, session: str) -> dict:
     """How one request was answered, but for its text."""
-    got = await gateway.send(request, path=path, headers={"x-session-id": session})
+    pieces, cut = [], False
+    async with gateway.post(request, path=path, headers={"x-session-id": session}) as response:
+        try:
+            async for data in response.content.iter_any():
+                pieces.append(data)
+        except aiohttp.ClientPayloadError:
+            cut = True
+    got = Stream(response.status, response.headers, b"".join(pieces))
+    if path == "/v1/messages":
+        assert_in_its_own_form(got, request, cut=cut)
+    else:
+        assert not cut
     told = {name: got.headers.get(name) for name in ROUTED}
     told |= {"status": got.status, "says when": "Retry-After" in got.headers}
-    if got.status != 200:
+    if got.status != 200 and path != "/v1/messages":
         told["error"] = error = got.error
         for attempt in error.get("attempts", ()):
             del attempt["ms"]
     return told
+
+
+def assert_in_its_own_form(got: Answer, request: dict, *, cut: bool) -> None:
+    if got.status != 200:
+        assert_error(got, got.status, MESSAGES_STATUS[got.status])
+    elif not request["stream"]:
+        assert_message(got.json, request["model"])
+    else:
+        events = events_of(got)
+        assert_in_order(events, request["model"])
+        assert cut is (events[-1]["type"] not in ("message_stop", "error"))
+
+
+def status_in_messages(told: dict) -> int:
+    """What a client of the Messages API is told where one of chat is told this (SPEC 16.4)."""
+    return 529 if told["status"] > 500 else 400 if told["status"] == 422 else told["status"]
 
 
 def bad(keys: list[dict]) -> list[dict]:

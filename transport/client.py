@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from wire.errors import GatewayError, InvalidRequest
@@ -23,6 +23,10 @@ class ClientGone(Exception):
     """The client closed its connection. A normal exit."""
 
 
+class CutShort(Exception):
+    """The client's connection is to be closed in the middle of its answer, which must not look like a finished one."""
+
+
 class Stopping(GatewayError):
     """The server no longer waits for this request."""
 
@@ -32,7 +36,7 @@ class Stopping(GatewayError):
         super().__init__(self.words, status=503, type="routing_error", code="gateway_stopping")
 
 
-async def read_body(headers: dict[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
+async def read_body(headers: Mapping[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
     """The request's body, refused as soon as it is too large."""
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > bytes_max:

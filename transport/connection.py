@@ -11,6 +11,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from transport.client import CutShort
 from wire.errors import GatewayError, InvalidRequest
 
 HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; checked read by read, so a little more may slip in
@@ -44,8 +45,15 @@ class ClientConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        async def served(scope: Any, receive: Any, send: Any) -> None:
+            try:
+                await app(scope, receive, send)
+            except CutShort:
+                cycle.disconnected = True  # by us: nothing that uvicorn would have to complain of
+                self.transport.close()
+
         self._served = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, served)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:  # what arrives is read and dropped, because a reset would overtake the answer

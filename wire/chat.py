@@ -53,6 +53,7 @@ class Need:
     vision: bool = False
     tools: bool = False
     strict: bool = False  # only the pinned model may answer (`X-Fallback: none`)
+    unknown_means: Mode | None = None  # what the pinned name asks for where no model has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ class Chat:
     conversation: str = field(default="", repr=False)  # the client's own name for it, where the body has one
     tool_names: Mapping[str, str] = field(default_factory=dict)  # renamed for strict servers: new name to the client's
     origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
+    answered: bytes | None = field(default=None, repr=False)  # the whole response, where no provider is needed
 
 
 def token_count(value: object) -> int | None:
@@ -166,6 +168,7 @@ class LocalRoute:
     method: str
     path: str  # with {parameters} as in Starlette's routes
     answer: Callable[[Mapping[str, str], bytes, float], bytes]  # path parameters, body, UTC seconds: JSON
+    keyless: bool = False  # open to everyone
 
 
 class Dialect(Protocol):
@@ -174,6 +177,16 @@ class Dialect(Protocol):
     @property
     def paths(self) -> tuple[str, ...]:
         """The paths that requests are POSTed to."""
+
+    @property
+    def id_headers(self) -> tuple[bytes, ...]:
+        """The headers in which a response tells the request's id."""
+
+    def is_spoken(self, path: str, headers: Mapping[bytes, bytes]) -> bool:
+        """Whether a request to a path beside `paths` comes from a client of this dialect."""
+
+    def status(self, error: GatewayError) -> int:
+        """The status of an error response."""
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
         """The body of an error response."""

@@ -49,6 +49,22 @@ class ModelNotFound(InvalidRequest):
         super().__init__(message, status=status, code="model_not_found", param="model")
 
 
+class PromptTooLong(InvalidRequest):
+    """No model holds this request: `tokens` are needed, and the largest window is `window`. The words are OpenAI's,
+    which clients recognise and then shorten the conversation."""
+
+    def __init__(self, tokens: int, window: int, *, attempts: list[dict[str, Any]] | None = None) -> None:
+        super().__init__(
+            f"This model's maximum context length is {window} tokens. However, your messages resulted in {tokens} "
+            "tokens. Please reduce the length of the messages.",
+            param="messages",
+            code="context_length_exceeded",
+        )
+        self.tokens = tokens
+        self.window = window
+        self.attempts = attempts
+
+
 class Unauthorized(GatewayError):
     def __init__(self) -> None:
         message = "Missing or wrong API key. Send it as 'Authorization: Bearer <key>'."
