@@ -98,7 +98,7 @@ class Gateway:
             MessagesDialect(lambda: secrets.token_hex(24)),
         )
         self._started = int(time.time())
-        endpoints = Router(
+        self.endpoints = Router(
             [
                 Route("/v1/models", self.list_models),
                 Route("/v1/models/{id:path}", self.show_model),
@@ -110,7 +110,7 @@ class Gateway:
             redirect_slashes=False,
             default=self._not_found,
         )
-        self._door = Door(self.engine, dialects, endpoints, api_key=self.api_key, admin_key=self.admin_key)
+        self._door = Door(self.engine, dialects, self.endpoints, api_key=self.api_key, admin_key=self.admin_key)
 
     def _restore_ledger(self) -> None:
         """Quotas go on where the last process stopped."""

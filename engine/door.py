@@ -62,7 +62,9 @@ class Door:
             if dialect is not None and scope["method"] == "POST":
                 await self._serve(exchange, dialect, headers, receive, send)
             else:
-                await self._endpoints(scope, receive, with_request_id(send, exchange.id, spoken.id_headers))
+                await self._endpoints(
+                    {**scope, "app": self}, receive, with_request_id(send, exchange.id, spoken.id_headers)
+                )
         except GatewayError as error:
             if exchange.chat is None:  # what got further has a line of its own
                 told = {"path": path[:PATH_CHARS_MAX], "status": error.status, "code": error.code}

@@ -13,6 +13,7 @@ from conftest import API_KEY
 from starlette.routing import Route
 
 import gateway as service
+from engine import door
 
 ADMIN_KEY = "admin-test-0123456789abcdef"
 OPEN = {"/", "/healthz", "/api/hello"}  # the last is how one client greets a gateway, and no door of the operator's
@@ -20,7 +21,7 @@ OPEN = {"/", "/healthz", "/api/hello"}  # the last is how one client greets a ga
 
 def all_routes(app: service.Gateway) -> list[tuple[str, str, bool]]:
     """(method, path, whether it is the operator's) of everything that the service answers."""
-    routes = [route for route in app._cold.routes if isinstance(route, Route)]
+    routes = [route for route in app.endpoints.routes if isinstance(route, Route)]
     known = {(method, route.path) for route in routes for method in route.methods or {"GET"}}
     known |= {("POST", path) for path in app._dialects}
     filled = [(method, path.replace("{id}", "1").replace("{id:path}", "auto")) for method, path in sorted(known)]
@@ -161,7 +162,7 @@ async def test_keys_are_compared_in_constant_time(start_gateway, path):
 
     def watch(frame: FrameType, event: str, function: object) -> None:
         if event == "c_call" and function is hmac.compare_digest:
-            compared.append(service.credential(frame.f_locals["headers"]))
+            compared.append(door.credential(frame.f_locals["headers"]))
 
     sys.setprofile(watch)
     try:
@@ -174,7 +175,7 @@ async def test_keys_are_compared_in_constant_time(start_gateway, path):
 
 
 def test_the_keys_are_used_for_nothing_but_that_comparison():
-    tree = ast.parse(Path(service.__file__).read_text())
+    tree = ast.parse(Path(door.__file__).read_text())
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "hmac.compare_digest"]
     assert [ast.unparse(call.args[0]) for call in calls] == ["credential(headers)"]
     within = set(ast.walk(calls[0].args[1]))
