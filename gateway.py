@@ -97,6 +97,7 @@ class Gateway:
             ResponsesDialect(lambda: secrets.token_hex(24)),
             MessagesDialect(lambda: secrets.token_hex(24)),
         )
+        self.paths = [path for dialect in dialects for path in dialect.paths]  # that are POSTed to
         self._started = int(time.time())
         self.endpoints = Router(
             [
@@ -217,7 +218,7 @@ class Gateway:
     # Endpoints that are not chat.
 
     async def _not_found(self, scope: Any, receive: Receive, send: Send) -> None:
-        if self._door.speaks(scope["path"]):  # with another method: many open a base URL in their browser
+        if scope["path"] in self.paths:  # with another method: many open a base URL in their browser
             raise HTTPException(405, headers={"Allow": "POST"})
         raise HTTPException(404, "Not found")
 

@@ -59,6 +59,36 @@ class Attempt:
     loop's, which are monotonic seconds.
     """
 
+    __slots__ = (
+        "_adapter",
+        "_at_end",
+        "_began",
+        "_call",
+        "_clock",
+        "_end_at",
+        "_first",
+        "_heard_at",
+        "_incoming",
+        "_pieces",
+        "_quiet_s",
+        "_refused",
+        "_response",
+        "_size",
+        "_timeouts",
+        "_upstream",
+        "_whole",
+        "chat",
+        "completion",
+        "ended",
+        "number",
+        "outcome",
+        "route",
+        "started",
+        "state",
+        "tally",
+        "ttfb_ms",
+    )
+
     def __init__(self, providers: Providers, route: Route, chat: Chat, number: int) -> None:
         self.route = route
         self.chat = chat

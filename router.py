@@ -12,7 +12,6 @@ the way.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -86,8 +85,8 @@ class Plan:
     failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
     again_at: float = 0.0  # nothing that has failed is asked again before
     skipped: dict[int, Model] = field(default_factory=dict)
-    platform_failures: Counter[str] = field(default_factory=Counter)
-    key_failures: Counter[int] = field(default_factory=Counter)  # by model
+    platform_failures: dict[str, int] = field(default_factory=dict)
+    key_failures: dict[int, int] = field(default_factory=dict)  # by model
     blocked: dict[int, Blocked] = field(default_factory=dict)
     wait_s: float | None = None  # until the soonest of what is blocked comes back
     cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
@@ -113,9 +112,9 @@ class Plan:
             again = now + TRIAL_SPACING_S
             if model.id in self.failed or (route.key.id, model.id) in self.failed_keys:  # tried again, in vain
                 self.again_at = max(self.again_at, now + pause_s)
-        self.platform_failures[model.platform.id] += 1
+        self.platform_failures[model.platform.id] = self.platform_failures.get(model.platform.id, 0) + 1
         if skip.scope is Scope.KEY:
-            self.key_failures[model.id] += 1
+            self.key_failures[model.id] = self.key_failures.get(model.id, 0) + 1
             self.failed_keys[route.key.id, model.id] = again
         elif skip.scope is Scope.WINDOW:
             self.skip_window(model)
@@ -146,9 +145,9 @@ class Plan:
 
     def is_deep(self, model: Model) -> bool:
         """Whether so much has failed around this model that others come first."""
-        if self.platform_failures[model.platform.id] >= DEEP_FAILURES:
+        if self.platform_failures.get(model.platform.id, 0) >= DEEP_FAILURES:
             return True
-        return self.key_failures[model.id] >= DEEP_FAILURES
+        return self.key_failures.get(model.id, 0) >= DEEP_FAILURES
 
     def skipped_labels(self) -> list[str]:
         return sorted({*self.cooling, *(m.label for m in self.skipped.values())})

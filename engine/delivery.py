@@ -29,6 +29,22 @@ CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers
 class Delivery:
     """One response on its way. `headers` gives those that tell how the request was routed, as far as that is known."""
 
+    __slots__ = (
+        "_headers",
+        "_heartbeat",
+        "_interval_s",
+        "_loop",
+        "_send",
+        "_silence_s",
+        "_timer",
+        "_written_at",
+        "blocked_since",
+        "encoder",
+        "started",
+        "streams",
+        "tally",
+    )
+
     def __init__(
         self, send: Send, encoder: Encoder, headers: Callable[[], Headers], *, interval_s: float, silence_s: float
     ) -> None:

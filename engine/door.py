@@ -45,10 +45,6 @@ class Door:
         self._loopback_only = engine.settings.host in LOOPBACK_HOSTS
         self._body_bytes_max = engine.settings.max_body_bytes
 
-    def speaks(self, path: str) -> bool:
-        """Whether this is a dialect's own path, which is POSTed to."""
-        return path in self._dialects
-
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         exchange = self._engine.exchange()
         path, headers = scope["path"], dict(scope["headers"])
@@ -60,7 +56,7 @@ class Door:
         try:
             self._admit(path, headers)
             if dialect is not None and scope["method"] == "POST":
-                await self._serve(exchange, dialect, headers, receive, send)
+                await self._serve(exchange, dialect, scope, headers, receive, send)
             else:
                 await self._endpoints(
                     {**scope, "app": self}, receive, with_request_id(send, exchange.id, spoken.id_headers)
@@ -104,7 +100,9 @@ class Door:
         if not hmac.compare_digest(credential(headers), self._admin_key if admin else self._api_key):
             raise Unauthorized
 
-    async def _serve(self, exchange: Exchange, dialect: Dialect, headers: Given, receive: Receive, send: Send) -> None:
+    async def _serve(
+        self, exchange: Exchange, dialect: Dialect, scope: Any, headers: Given, receive: Receive, send: Send
+    ) -> None:
         """One request of any dialect."""
         # The body has no name here: it would live as long as its answer.
         chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc)
@@ -116,7 +114,7 @@ class Door:
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)
         try:
-            await self._engine.answer(exchange, dialect, receive, send)
+            await self._engine.answer(exchange, dialect, scope["freeway.client"], send)
         except GatewayError as error:
             self._engine.refuse(exchange, error)
             raise

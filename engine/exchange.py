@@ -26,7 +26,7 @@ from records.metrics import Metrics
 from router import Plan, Router
 from routing.route import Route
 from routing.standing import Protection
-from transport.client import ClientGone, CutShort, Receive, Send, Stopping, unless_disconnected
+from transport.client import Client, ClientGone, CutShort, Send, Stopping, unless_gone
 from wire.chat import Chat, Dialect
 from wire.errors import GatewayError, NoProviders
 
@@ -67,7 +67,7 @@ class Engine:
         deadline = now + self.settings.request_budget_ms / 1000
         return Exchange(id, now, utc, deadline, task, self.settings.wait_for_capacity_ms / 1000)
 
-    async def answer(self, exchange: Exchange, dialect: Dialect, receive: Receive, send: Send) -> None:
+    async def answer(self, exchange: Exchange, dialect: Dialect, client: Client, send: Send) -> None:
         """Serve a parsed exchange to its end. Raises GatewayError while nothing has been sent."""
         chat = exchange.chat
         assert chat is not None
@@ -84,14 +84,14 @@ class Engine:
             delivery.keep_alive()
         try:
             try:
-                last = await unless_disconnected(receive, self._serve(exchange, chat, delivery))
+                last = await unless_gone(client, self._serve(exchange, chat, delivery))
             except asyncio.CancelledError:
                 last = stopped(delivery)
             finally:
                 delivery.rest()
             delivery.blocked_since = asyncio.get_running_loop().time()
             try:
-                await finish(send, last)  # the last await: from here on receive() would report our own end as a leaving
+                await finish(send, last)
             except asyncio.CancelledError:  # its client takes nothing any more; for the provider all has been settled
                 return
         except ClientGone:

@@ -164,6 +164,8 @@ class Books:
 
     def _feed_gate(self, attempt: Attempt, ok: bool, now: float) -> None:
         router, model = self._router, attempt.route.model
+        if ok and not router.gates.knows(model.id):  # the usual case: nothing to remember
+            return
         hold = not ok and router.gates_hold(model, now)
         change = router.gates.feed(model.id, ok=ok, rate=router.success_rate(model), hold=hold, now=now, rng=self._rng)
         if change is not None:

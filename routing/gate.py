@@ -54,6 +54,10 @@ class Gates:
     def is_open(self, model: int) -> bool:
         return model in self._open
 
+    def knows(self, model: int) -> bool:
+        """Whether anything is remembered of this model."""
+        return model in self._gates
+
     def any_open(self) -> bool:
         return bool(self._open)
 

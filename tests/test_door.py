@@ -23,7 +23,7 @@ def all_routes(app: service.Gateway) -> list[tuple[str, str, bool]]:
     """(method, path, whether it is the operator's) of everything that the service answers."""
     routes = [route for route in app.endpoints.routes if isinstance(route, Route)]
     known = {(method, route.path) for route in routes for method in route.methods or {"GET"}}
-    known |= {("POST", path) for path in app._dialects}
+    known |= {("POST", path) for path in app.paths}
     filled = [(method, path.replace("{id}", "1").replace("{id:path}", "auto")) for method, path in sorted(known)]
     return [(m, p.replace("{token}", "x"), p.startswith(("/api", "/metrics"))) for m, p in filled]
 

@@ -85,39 +85,47 @@ def unpacked(raw: bytes, encoding: bytes, bytes_max: int) -> bytes:
     return unpacked
 
 
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Run the work in the current task; a client's disconnect cancels it and raises ClientGone.
+class Client:
+    """Whoever sent a request: its connection says here when it is lost, which cancels the work that is done for it.
 
-    uvicorn neither cancels the app nor fails send() when the client leaves: only receive() tells.
+    `listen` makes the connection read on: uvicorn stops reading behind a large body, and would not notice its end.
     """
-    task = asyncio.current_task()
+
+    __slots__ = ("gone", "listen", "task")
+
+    def __init__(self, listen: Callable[[], None]) -> None:
+        self.gone = False
+        self.listen = listen
+        self.task: asyncio.Task[Any] | None = None  # that works for it
+
+    def leave(self) -> None:
+        self.gone = True
+        if self.task is not None:
+            self.task.cancel()
+
+
+async def unless_gone(client: Client, work: Coroutine[Any, Any, T]) -> T:
+    """Run the work in the current task; the client's leaving cancels it and raises ClientGone."""
+    client.task = task = asyncio.current_task()
     assert task is not None
-    watcher = asyncio.create_task(watch(receive, task))
+    client.listen()
     try:
         result = await work
     except asyncio.CancelledError:
-        if not watcher.done() or task.uncancel() > 0:  # somebody else's cancellation goes on
+        if not client.gone or task.uncancel() > 0:  # somebody else's cancellation goes on
             raise
         raise ClientGone from None
     except BaseException:
-        if not watcher.done():
+        if not client.gone:
             raise
         await absorb_cancellation(task)
         raise ClientGone from None
-    else:
-        if watcher.done():
-            await absorb_cancellation(task)
-            raise ClientGone
-        return result
     finally:
-        watcher.cancel()
-
-
-async def watch(receive: Receive, task: asyncio.Task[Any]) -> None:
-    """Cancel the task when the client leaves."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    task.cancel()
+        client.task = None
+    if client.gone:
+        await absorb_cancellation(task)
+        raise ClientGone
+    return result
 
 
 async def absorb_cancellation(task: asyncio.Task[Any]) -> None:

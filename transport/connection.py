@@ -11,7 +11,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from transport.client import CutShort
+from transport.client import Client, CutShort
 from wire.errors import GatewayError, InvalidRequest
 
 HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; checked read by read, so a little more may slip in
@@ -30,6 +30,7 @@ class ClientConnection(HttpToolsProtocol):
         self._refused = False
         self._last_seen: object = self  # the request at the last look; at first none, and not even a look
         self._timer: asyncio.TimerHandle | None = None
+        self._client: Client | None = None  # whose request is being served
         self._served: RequestResponseCycle | None = None  # `cycle` is the last request that came, perhaps behind this
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -42,6 +43,8 @@ class ClientConnection(HttpToolsProtocol):
         if self._served is not None and not self._served.response_complete:  # uvicorn tells the last one only
             self._served.disconnected = True
             self._served.message_event.set()
+            if self._client is not None:
+                self._client.leave()
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
@@ -53,6 +56,8 @@ class ClientConnection(HttpToolsProtocol):
                 self.transport.close()
 
         self._served = cycle
+        self._client = Client(self.flow.resume_reading)
+        cycle.scope["freeway.client"] = self._client  # type: ignore[typeddict-unknown-key]
         super()._start_asgi_task(cycle, served)
 
     def data_received(self, data: bytes) -> None:
