@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters.json_schema import without_keys
 from protection import Failure, UpstreamError
-from routing.catalog import Model
+from routing.catalog import Model, Prefill
 from wire.chat import Chat, flat_text
 from wire.jsontext import JSON
 
@@ -46,19 +46,19 @@ def outgoing(model: Model, chat: Chat) -> JSON:
     body["messages"] = outgoing_messages(body["messages"], quirks)
     apply_quirks(body, quirks, model.max_output)
     if body["messages"][-1]["role"] == "assistant":
-        mark_prefill(body, quirks.get("prefill", "none"))
+        mark_prefill(body, model.prefill)
     return body
 
 
-def mark_prefill(body: JSON, form: str) -> None:
+def mark_prefill(body: JSON, form: Prefill) -> None:
     """Say that the last message is to be continued: the client's own prefill, or an answer that broke (SPEC 14.4).
 
     Last of all, so that no rule about fields takes it away again.
     """
     *before, last = body["messages"]
-    if form in ("prefix", "partial"):
-        body["messages"] = [*before, {**last, form: True}]
-    elif form == "continue_final_message":
+    if form in (Prefill.PREFIX, Prefill.PARTIAL):
+        body["messages"] = [*before, {**last, str(form): True}]
+    elif form is Prefill.CONTINUE_FINAL_MESSAGE:
         body.update(continue_final_message=True, add_generation_prompt=False)
         if type(last["content"]) is str:  # its template loses white space there, and then does not find the text
             body["messages"] = [*before, {**last, "content": last["content"].rstrip()}]

@@ -17,6 +17,7 @@ from typing import Any
 from engine.story import Story
 from engine.wording import UNSPACED, letter_start, plain, repeats_itself
 from protection import Failure, UpstreamError
+from routing.catalog import Model, Prefill
 from wire.chat import CHARS_PER_TOKEN, Chat
 from wire.jsontext import JSON
 
@@ -59,8 +60,8 @@ class Continuation:
     is_json: bool  # the whole answer must be JSON
 
 
-def continuation(chat: Chat, story: Story, quirks: Mapping[str, Any], *, prefill: bool = True) -> Continuation:
-    """What to ask a model with these quirks. `prefill` is false once the model has refused one.
+def continuation(chat: Chat, story: Story, model: Model, *, prefill: bool = True) -> Continuation:
+    """What to ask this model. `prefill` is false once it has refused one.
 
     An answer in JSON mode is never re-asked: between other words and JSON there is no seam that could be checked.
     """
@@ -69,15 +70,15 @@ def continuation(chat: Chat, story: Story, quirks: Mapping[str, Any], *, prefill
     again = Continuation(chat, Way.AGAIN, "", is_json)
     if not text.strip() or chat.body["messages"][-1]["role"] == "assistant":  # the client's own prefill
         return again
-    if prefill and quirks.get("prefill", "none") != "none" and (at := cut(text)):
+    if prefill and model.prefill is not Prefill.NONE and (at := cut(text)):
         given: list[JSON] = [{"role": "assistant", "content": text[:at]}]
-        return Continuation(asked(chat, story, quirks, given, text[at:]), Way.PREFILL, text[at:], is_json)
+        return Continuation(asked(chat, story, model.quirks, given, text[at:]), Way.PREFILL, text[at:], is_json)
     if not is_json and (cue := anchor(text)):
         given = [
             {"role": "assistant", "content": text},
             {"role": "user", "content": REASK.format(anchor=cue)},
         ]
-        return Continuation(asked(chat, story, quirks, given, cue), Way.REASK, cue, is_json)
+        return Continuation(asked(chat, story, model.quirks, given, cue), Way.REASK, cue, is_json)
     return again
 
 

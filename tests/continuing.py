@@ -7,8 +7,18 @@ where it may also break off: at a character, in one of the ways of `BREAKS`.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Reply, ReplyTo, Request, chunk, error, event, sse, usage_chunk
+
+from routing import catalog as catalogue
+
+# Models as routing knows them: one that takes no prefill, and one that does.
+NONE = catalogue.Model(
+    1, catalogue.Platform("p", "P", "openai", "http://127.0.0.1:1/v1"), "m", "M", 1, 1, 100_000, None, None, None, None,
+    None, True, True, frozenset(), frozenset(), True, 1, True,
+)  # fmt: skip
+PLAIN = replace(NONE, prefill=catalogue.Prefill.PLAIN)
 
 Model = Callable[[dict], str | None]
 

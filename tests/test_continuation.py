@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import pytest
 from conftest import default_key
+from continuing import NONE, PLAIN
 
 from adapters.registry import ADAPTERS
 from config.catalog_files import load_catalog
-from config.settings import SettingsError, load_settings
+from config.settings import load_settings
 from dialects.chat import chat_from
 from engine.rescue import Way, anchor, continuation, cut, refused_prefill
 from engine.story import Story
 from protection import Failure, UpstreamError
-from routing.catalog import Key, Model
+from routing.catalog import Key, Model, Prefill
 from wire.chat import Event, chunk_of
 
 TEXT = "The harbour was quiet that night, and the lamps along the quay had been put out; only the do"
@@ -43,7 +44,7 @@ def model_named(catalogue, label: str) -> Model:
         if model.label == label:
             return model
     platform = catalogue.platforms[label]
-    return replace(catalogue.models[0], platform=platform, quirks=platform.quirks)
+    return replace(catalogue.models[0], platform=platform, quirks=platform.quirks, prefill=platform.prefill)
 
 
 def sent(model: Model, chat) -> dict:
@@ -63,7 +64,7 @@ PREFILLED = {
 @pytest.mark.parametrize(("label", "last"), PREFILLED.items(), ids=PREFILLED)
 def test_a_prefill_stands_last_cut_at_a_word_in_the_platforms_own_form(catalogue, label, last):
     model = model_named(catalogue, label)
-    asked = continuation(chat_of(), told(TEXT), model.quirks)
+    asked = continuation(chat_of(), told(TEXT), model)
 
     body = sent(model, asked.chat)
 
@@ -76,7 +77,7 @@ def test_a_prefill_stands_last_cut_at_a_word_in_the_platforms_own_form(catalogue
 
 def test_a_prefill_is_the_last_turn_of_the_model_on_the_wire_that_has_turns(catalogue):
     model = model_named(catalogue, "google/gemini-3.5-flash")
-    asked = continuation(chat_of(reasoning_effort="high"), told(TEXT), model.quirks)
+    asked = continuation(chat_of(reasoning_effort="high"), told(TEXT), model)
 
     body = sent(model, asked.chat)
 
@@ -87,7 +88,7 @@ def test_a_prefill_is_the_last_turn_of_the_model_on_the_wire_that_has_turns(cata
 @pytest.mark.parametrize("label", ["google/gemini-3.8-flash", "groq/openai/gpt-oss-120b", "cerebras/gpt-oss-120b"])
 def test_models_that_take_no_prefill_are_reasked_by_the_anchor(catalogue, label):
     model = model_named(catalogue, label)
-    asked = continuation(chat_of(), told(TEXT + "g\n"), model.quirks)
+    asked = continuation(chat_of(), told(TEXT + "g\n"), model)
 
     assert asked.way is Way.REASK
     *_, before, last = asked.chat.body["messages"]
@@ -102,7 +103,7 @@ def test_models_that_take_no_prefill_are_reasked_by_the_anchor(catalogue, label)
 @pytest.mark.parametrize("form", ["plain", "prefix", "partial", "continue_final_message"])
 def test_a_clients_own_prefill_is_marked_like_one_of_ours(catalogue, form):
     model = model_named(catalogue, "vllm")
-    model = replace(model, quirks={**model.quirks, "prefill": form})
+    model = replace(model, prefill=Prefill(form))
 
     body = sent(model, chat_of(messages=[USER, {"role": "assistant", "content": "Once "}]))
 
@@ -112,30 +113,12 @@ def test_a_clients_own_prefill_is_marked_like_one_of_ours(catalogue, form):
     assert body.get("continue_final_message") == (True if form == "continue_final_message" else None)
 
 
-def test_how_a_prefill_is_taken_is_a_field_of_platforms_and_models(tmp_path):
-    def quirks_with(**prefill: str) -> object:
-        platform = {"id": "p", "adapter": "openai", "base_url": "http://127.0.0.1:1"}
-        model = {"platform": "p", "model_id": "m"}
-        own = {"platforms": [platform | {k: v for k, v in [("prefill", prefill.get("platform"))] if v}]}
-        own["models"] = [model | {k: v for k, v in [("prefill", prefill.get("model"))] if v}]
-        (tmp_path / "own.json").write_text(json.dumps(own))
-        settings = load_settings([], {"GATEWAY_CATALOG": str(tmp_path / "own.json")}, tmp_path)
-        return next(m for m in load_catalog(settings, ADAPTERS).models if m.label == "p/m").quirks.get("prefill")
-
-    assert quirks_with() is None
-    assert quirks_with(platform="partial") == "partial"
-    assert quirks_with(platform="partial", model="none") == "none"
-    with pytest.raises(SettingsError, match="platform p: prefill: expected one of none, plain"):
-        quirks_with(platform="yes")
-
-
 def test_the_rest_is_asked_for_without_forced_calls_without_new_thoughts_and_within_the_limit(catalogue):
     tools = [{"type": "function", "function": {"name": "f"}}]
     chat = chat_of(max_tokens=1000, tools=tools, tool_choice="required", seed=7, stop=["END"], temperature=0.5)
-    quirks = {"reasoning_efforts": ["none", "high"]}
     story = told(TEXT, reasoning_content="x" * 400)
 
-    asked = continuation(chat, story, quirks)
+    asked = continuation(chat, story, replace(NONE, quirks={"reasoning_efforts": ["none", "high"]}))
 
     body = asked.chat.body
     assert "tool_choice" not in body
@@ -151,31 +134,31 @@ def test_the_rest_is_asked_for_without_forced_calls_without_new_thoughts_and_wit
 
 
 def test_effort_is_not_told_to_models_that_may_not_know_the_word():
-    assert "reasoning_effort" not in continuation(chat_of(), told(TEXT), {}).chat.body
-    assert continuation(chat_of(reasoning_effort="low"), told(TEXT), {}).chat.body["reasoning_effort"] == "none"
+    assert "reasoning_effort" not in continuation(chat_of(), told(TEXT), NONE).chat.body
+    assert continuation(chat_of(reasoning_effort="low"), told(TEXT), NONE).chat.body["reasoning_effort"] == "none"
     chat = chat_of(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none")
-    assert continuation(chat, told(TEXT), {}).chat.body["tool_choice"] == "none"
+    assert continuation(chat, told(TEXT), NONE).chat.body["tool_choice"] == "none"
 
 
 def test_a_limit_that_is_used_up_still_leaves_room_for_the_anchor_and_a_token():
-    asked = continuation(chat_of(max_tokens=5), told(TEXT), {})
+    asked = continuation(chat_of(max_tokens=5), told(TEXT), NONE)
     assert asked.chat.max_tokens == 1 + -(-len(asked.cue) // 4)
 
 
 @pytest.mark.parametrize(
-    ("text", "quirks", "fields"),
+    ("text", "model", "fields"),
     [
-        ("", {"prefill": "plain"}, {}),  # thoughts alone
-        (" \n", {"prefill": "plain"}, {}),
-        ("Hello", {"prefill": "plain"}, {}),  # no word stands before the last
-        ("Hello wo", {}, {}),  # too short for an anchor
-        (TEXT, {}, {"response_format": {"type": "json_object"}}),
-        (TEXT, {"prefill": "plain"}, {"messages": [USER, {"role": "assistant", "content": "Once"}]}),
+        ("", PLAIN, {}),  # thoughts alone
+        (" \n", PLAIN, {}),
+        ("Hello", PLAIN, {}),  # no word stands before the last
+        ("Hello wo", NONE, {}),  # too short for an anchor
+        (TEXT, NONE, {"response_format": {"type": "json_object"}}),
+        (TEXT, PLAIN, {"messages": [USER, {"role": "assistant", "content": "Once"}]}),
     ],
 )
-def test_where_nothing_can_be_gone_on_from_the_request_is_made_again_as_it_was(text, quirks, fields):
+def test_where_nothing_can_be_gone_on_from_the_request_is_made_again_as_it_was(text, model, fields):
     chat = chat_of(**fields)
-    asked = continuation(chat, told(text), quirks)
+    asked = continuation(chat, told(text), model)
     assert (asked.way, asked.cue, asked.chat) == (Way.AGAIN, "", chat)
 
 
@@ -193,13 +176,13 @@ def test_where_nothing_can_be_gone_on_from_the_request_is_made_again_as_it_was(t
     ],
 )
 def test_a_400_to_a_prefill_says_nothing_of_the_model(failure, status, way, refused):
-    asked = continuation(chat_of(), told(TEXT), {"prefill": "plain"} if way is Way.PREFILL else {})
+    asked = continuation(chat_of(), told(TEXT), PLAIN if way is Way.PREFILL else NONE)
     assert asked.way is way
     assert refused_prefill(UpstreamError(failure, "no", status=status), asked) is refused
 
 
 def test_after_a_refused_prefill_the_model_is_reasked():
-    asked = continuation(chat_of(), told(TEXT), {"prefill": "plain"}, prefill=False)
+    asked = continuation(chat_of(), told(TEXT), PLAIN, prefill=False)
     assert asked.way is Way.REASK
 
 

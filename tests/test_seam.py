@@ -4,6 +4,8 @@ import re
 
 import pytest
 from continuing import (
+    NONE,
+    PLAIN,
     TEXTS,
     changes_white_space,
     continues_prefill,
@@ -30,13 +32,13 @@ from engine.rescue import Continuation, Way, continuation
 from engine.seam import HELD_CHARS_MAX, HELD_S, Seam
 from engine.story import Story
 from engine.wording import plain
+from routing.catalog import Model
 from wire.chat import Event, chunk_of
 
 CHAT = chat_from({"messages": [{"role": "user", "content": "hi"}], "stream": True})
 FIRST = {"id": "chatcmpl-first", "created": 1, "model": "first-model"}
 SECOND = {"id": "chatcmpl-second", "created": 2, "model": "second-model"}
-PREFILL = {"prefill": "plain"}
-EITHER = [{}, PREFILL]
+EITHER = [NONE, PLAIN]
 
 
 def event(text: str | None = None, *, finish: str | None = None, head: dict = SECOND, **delta: object) -> Event:
@@ -49,12 +51,12 @@ def told(text: str) -> Story:
     return story
 
 
-def asked_for(story: Story, model, quirks: dict, chat=CHAT) -> tuple[Continuation, str]:
+def asked_for(story: Story, model, to: Model, chat=CHAT) -> tuple[Continuation, str]:
     """What the model was asked, and what it says; asked once more, where it takes no prefill."""
-    asked = continuation(chat, story, quirks)
+    asked = continuation(chat, story, to)
     said = model(asked.chat.body)
     if said is None:
-        asked = continuation(chat, story, quirks, prefill=False)
+        asked = continuation(chat, story, to, prefill=False)
         said = model(asked.chat.body)
     return asked, said
 
@@ -88,12 +90,12 @@ def in_pieces(text: str, size: int) -> list[str]:
     return [text[at : at + size] for at in range(0, len(text), size)]
 
 
-def cut_everywhere(text: str, model, quirks: dict) -> list[tuple[int, str | Misfit]]:
+def cut_everywhere(text: str, model, to: Model) -> list[tuple[int, str | Misfit]]:
     """The whole answer, or why there is none, for each character behind which the first provider may break off."""
     results: list[tuple[int, str | Misfit]] = []
     for cut in range(1, len(text) + 1):
         story = told(text[:cut])
-        asked, said = asked_for(story, model, quirks)
+        asked, said = asked_for(story, model, to)
         rest = joined(story, asked, in_pieces(said, (1, 5, 23, 100, 10_000)[cut % 5]))
         results.append((cut, rest if isinstance(rest, Misfit) else text[:cut] + rest))
     return results
@@ -104,53 +106,53 @@ ten_texts = pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 
 @ten_texts
 @pytest.mark.parametrize(
-    ("model", "quirks"),
+    ("model", "to"),
     [
-        (continues_prefill, PREFILL),
-        (starts_over, PREFILL),
-        (starts_over, {}),
-        (repeats_anchor, {}),
-        (repeats_less, {}),
-        (changes_white_space, {}),
-        (doubles_blanks, {}),
-        (curls_quotes, {}),
-        (straightens_quotes, {}),
-        (lambda text: refuses_prefill(repeats_anchor(text)), PREFILL),
-        (lambda text: refuses_prefill(starts_over(text)), PREFILL),
+        (continues_prefill, PLAIN),
+        (starts_over, PLAIN),
+        (starts_over, NONE),
+        (repeats_anchor, NONE),
+        (repeats_less, NONE),
+        (changes_white_space, NONE),
+        (doubles_blanks, NONE),
+        (curls_quotes, NONE),
+        (straightens_quotes, NONE),
+        (lambda text: refuses_prefill(repeats_anchor(text)), PLAIN),
+        (lambda text: refuses_prefill(starts_over(text)), PLAIN),
     ],
 )
-def test_an_answer_cut_behind_any_character_is_completed_to_the_letter(text, model, quirks):
-    for cut, whole in cut_everywhere(text, model(text), quirks):
+def test_an_answer_cut_behind_any_character_is_completed_to_the_letter(text, model, to):
+    for cut, whole in cut_everywhere(text, model(text), to):
         assert whole == text, f"cut behind {cut}: {text[:cut]!r}"
 
 
 @ten_texts
 @pytest.mark.parametrize(
-    ("model", "quirks"),
+    ("model", "to"),
     [
-        (starts_over_differently, {}),
-        (starts_over_differently, PREFILL),
-        (has_preamble, {}),
-        (has_preamble, PREFILL),
+        (starts_over_differently, NONE),
+        (starts_over_differently, PLAIN),
+        (has_preamble, NONE),
+        (has_preamble, PLAIN),
     ],
 )
-def test_what_is_no_continuation_is_given_up_wherever_the_answer_was_cut(text, model, quirks):
-    for cut, whole in cut_everywhere(text, model(text), quirks):
+def test_what_is_no_continuation_is_given_up_wherever_the_answer_was_cut(text, model, to):
+    for cut, whole in cut_everywhere(text, model(text), to):
         assert isinstance(whole, Misfit), f"cut behind {cut}: {whole!r}"
 
 
 @ten_texts
-@pytest.mark.parametrize(("model", "quirks"), [(goes_on_without_echo, {}), (trims_its_answer, PREFILL)])
-def test_what_cannot_be_joined_with_certainty_is_joined_exactly_or_given_up(text, model, quirks):
-    for cut, whole in cut_everywhere(text, model(text), quirks):
+@pytest.mark.parametrize(("model", "to"), [(goes_on_without_echo, NONE), (trims_its_answer, PLAIN)])
+def test_what_cannot_be_joined_with_certainty_is_joined_exactly_or_given_up(text, model, to):
+    for cut, whole in cut_everywhere(text, model(text), to):
         assert isinstance(whole, Misfit) or whole.rstrip() == text.rstrip(), f"cut behind {cut}: {whole!r}"
 
 
 @ten_texts
-@pytest.mark.parametrize("quirks", EITHER)
-def test_a_restart_that_diverges_is_given_up_unless_the_client_has_nothing_that_it_lacks(text, quirks):
+@pytest.mark.parametrize("to", EITHER)
+def test_a_restart_that_diverges_is_given_up_unless_the_client_has_nothing_that_it_lacks(text, to):
     other = diverged(text)
-    for cut, whole in cut_everywhere(text, diverges(text), quirks):
+    for cut, whole in cut_everywhere(text, diverges(text), to):
         if other.startswith(text[:cut]):
             assert whole == other
         else:
@@ -170,11 +172,11 @@ def cut_texts(draw):
 
 @given(cut_texts(), st.integers(1, 30), st.sampled_from(EITHER))
 @settings(max_examples=400)
-def test_honest_models_complete_any_text_exactly(cut_text, size, quirks):
+def test_honest_models_complete_any_text_exactly(cut_text, size, to):
     text, cut = cut_text
     for model in (repeats_anchor, starts_over, continues_prefill):
         story = told(text[:cut])
-        asked, said = asked_for(story, model(text), quirks)
+        asked, said = asked_for(story, model(text), to)
 
         rest = joined(story, asked, in_pieces(said, size))
 
@@ -183,10 +185,10 @@ def test_honest_models_complete_any_text_exactly(cut_text, size, quirks):
 
 @given(NASTY.filter(lambda text: text.strip()), NASTY, st.integers(1, 30), st.sampled_from(EITHER))
 @settings(max_examples=600)
-def test_nothing_is_joined_but_what_the_new_stream_says_from_a_place_at_which_both_agree(delivered, said, size, quirks):
+def test_nothing_is_joined_but_what_the_new_stream_says_from_a_place_at_which_both_agree(delivered, said, size, to):
     """Whatever a model says: what the client has in the end closes with all of it, word for word."""
     story = told(delivered)
-    asked = continuation(CHAT, story, quirks)
+    asked = continuation(CHAT, story, to)
 
     rest = joined(story, asked, in_pieces(said, size))
 
@@ -203,7 +205,7 @@ def test_how_the_new_stream_is_cut_into_chunks_makes_no_difference(cut_text, siz
     text, cut = cut_text
     for model in (repeats_anchor, starts_over, starts_over_differently, goes_on_without_echo):
         story = told(text[:cut])
-        asked, said = asked_for(story, model(text), {})
+        asked, said = asked_for(story, model(text), NONE)
         pieces, at = [], 0
         for size in sizes:
             pieces.append(said[at : at + size])
@@ -253,7 +255,7 @@ BEFORE = LONG + "only the dog"
 )
 def test_a_reasked_model_is_joined_at_its_echo(delivered, said, rest):
     story = told(delivered)
-    asked = continuation(CHAT, story, {})
+    asked = continuation(CHAT, story, NONE)
     said = said.format(anchor=asked.cue, stripped=asked.cue.rstrip()) if "{" in said else said
     for size in (1, 3, 1000):
         assert joined(story, asked, in_pieces(said, size)) == rest
@@ -280,7 +282,7 @@ def test_a_reasked_model_is_joined_at_its_echo(delivered, said, rest):
 )
 def test_a_prefilled_model_is_joined_at_the_tail_that_was_held_back(delivered, said, rest):
     story = told(delivered)
-    asked = continuation(CHAT, story, PREFILL)
+    asked = continuation(CHAT, story, PLAIN)
     assert asked.way is Way.PREFILL
     for size in (1, 3, 1000):
         assert joined(story, asked, in_pieces(said, size)) == rest
@@ -302,20 +304,20 @@ def test_a_prefilled_model_is_joined_at_the_tail_that_was_held_back(delivered, s
 )
 def test_a_model_that_is_asked_again_has_to_say_what_the_client_has(delivered, said, rest):
     story = told(delivered)
-    asked = continuation(CHAT, story, {})
+    asked = continuation(CHAT, story, NONE)
     assert asked.way is Way.AGAIN
     for size in (1, 3, 1000):
         assert joined(story, asked, in_pieces(said, size)) == rest
 
 
-@pytest.mark.parametrize("quirks", EITHER)
+@pytest.mark.parametrize("to", EITHER)
 @pytest.mark.parametrize("size", [1, 2, 1000])
-def test_an_emoji_whose_halves_come_from_two_providers_is_one(quirks, size):
+def test_an_emoji_whose_halves_come_from_two_providers_is_one(to, size):
     text = LONG + "and the moon 🌙🌙 rose"
     moon = text.index("🌙")
     story = told(text[:moon] + "\ud83c")
     for model in (repeats_anchor, starts_over, continues_prefill):
-        asked, said = asked_for(story, model(text), quirks)
+        asked, said = asked_for(story, model(text), to)
         units = said.encode("utf-16-le", "surrogatepass")
         pieces = [
             units[at : at + 2 * size].decode("utf-16-le", "surrogatepass") for at in range(0, len(units), 2 * size)
@@ -327,14 +329,14 @@ def test_an_emoji_whose_halves_come_from_two_providers_is_one(quirks, size):
         whole = (story.delivered + rest).encode("utf-16-le", "surrogatepass").decode("utf-16-le")
         assert whole == text
     other = text.replace("🌙", "😀")
-    asked, said = asked_for(story, starts_over(other), quirks)
+    asked, said = asked_for(story, starts_over(other), to)
     assert isinstance(joined(story, asked, in_pieces(said, size)), Misfit)
 
 
 # --- What else a stream brings --------------------------------------------------------------------------------------
 def test_the_rest_is_in_the_first_streams_name_and_says_no_role_and_no_thoughts():
     story = told(BEFORE)
-    asked = continuation(CHAT, story, {})
+    asked = continuation(CHAT, story, NONE)
     seam = Seam(story, asked)
     thoughts = event(role="assistant", reasoning_content="Where was I?")
     events = [thoughts, event(asked.cue, role="assistant"), event(" barked"), event(".", finish="length")]
@@ -350,7 +352,7 @@ def test_the_rest_is_in_the_first_streams_name_and_says_no_role_and_no_thoughts(
 
 def test_a_call_behind_the_seam_goes_on_and_one_before_it_is_given_up():
     story = told(BEFORE)
-    asked = continuation(CHAT, story, {})
+    asked = continuation(CHAT, story, NONE)
     call = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
     step = Seam(story, asked).feed([event(asked.cue), event(tool_calls=[call]), event(finish="tool_calls")], 0.0)
@@ -363,7 +365,7 @@ def test_a_call_behind_the_seam_goes_on_and_one_before_it_is_given_up():
 def test_an_answer_that_had_only_thoughts_starts_again_without_the_second_ones():
     story = Story()
     story.feed([event(head=FIRST, role="assistant", reasoning_content="Hm.")])
-    asked = continuation(CHAT, story, PREFILL)
+    asked = continuation(CHAT, story, PLAIN)
     assert asked == Continuation(CHAT, Way.AGAIN, "", False)
 
     step = Seam(story, asked).feed([event(reasoning_content="Let me see."), event("Any"), event("thing")], 0.0)
@@ -377,7 +379,7 @@ def test_an_answer_that_had_only_thoughts_starts_again_without_the_second_ones()
 )
 def test_three_seconds_from_the_first_word_a_match_must_have_been_found(said, misfit):
     story = told(BEFORE)
-    seam = Seam(story, continuation(CHAT, story, {}))
+    seam = Seam(story, continuation(CHAT, story, NONE))
     assert seam.feed([event(" ", reasoning_content="a long thought")], 0.0).misfit is None
     assert seam.feed([], 60.0).misfit is None  # thinking is no text
 
@@ -388,7 +390,7 @@ def test_three_seconds_from_the_first_word_a_match_must_have_been_found(said, mi
 
 def test_no_more_than_240_characters_are_held_back_without_a_match():
     story = told(BEFORE)
-    seam = Seam(story, continuation(CHAT, story, {}))
+    seam = Seam(story, continuation(CHAT, story, NONE))
     assert seam.feed([event(" " * HELD_CHARS_MAX)], 0.0).misfit is None
     assert seam.feed([event(" ")], 0.0).misfit is Misfit.TOO_LONG
 
@@ -397,7 +399,7 @@ def test_a_restart_of_a_long_answer_is_followed_for_as_long_as_it_takes():
     words = " ".join(f"word{number}" for number in range(20_000))
     cut = len(words) // 2
     story = told(words[:cut])
-    asked = continuation(CHAT, story, {})
+    asked = continuation(CHAT, story, NONE)
     assert joined(story, asked, in_pieces(re.sub(r"(9\d*) ", r"\1\n", words), 5_000)) == re.sub(
         r"(9\d*) ", r"\1\n", words[cut:]
     )
@@ -405,21 +407,21 @@ def test_a_restart_of_a_long_answer_is_followed_for_as_long_as_it_takes():
 
 
 @pytest.mark.parametrize(
-    ("quirks", "said", "whole"),
+    ("to", "said", "whole"),
     [
-        ({}, '{"a": 1, "b": 2}', True),  # asked again
-        ({}, '{"a": 1, "c": 2}', True),  # another answer, but all the client has fits
-        ({}, '{"b": 1}', False),
-        (PREFILL, ' 1, "b": 2}', True),
-        (PREFILL, ' 1, "b": 2', False),  # is no JSON as a whole
-        (PREFILL, '{"a": 1, "b": 2}', True),
+        (NONE, '{"a": 1, "b": 2}', True),  # asked again
+        (NONE, '{"a": 1, "c": 2}', True),  # another answer, but all the client has fits
+        (NONE, '{"b": 1}', False),
+        (PLAIN, ' 1, "b": 2}', True),
+        (PLAIN, ' 1, "b": 2', False),  # is no JSON as a whole
+        (PLAIN, '{"a": 1, "b": 2}', True),
     ],
 )
-def test_a_json_answer_goes_on_by_prefill_or_by_an_equal_restart_and_must_parse(quirks, said, whole):
+def test_a_json_answer_goes_on_by_prefill_or_by_an_equal_restart_and_must_parse(to, said, whole):
     body = {"messages": [{"role": "user", "content": "hi"}], "response_format": {"type": "json_object"}}
     story = told('{"a": 1')
-    asked = continuation(chat_from(body), story, quirks)
-    assert asked.way is (Way.PREFILL if quirks else Way.AGAIN)
+    asked = continuation(chat_from(body), story, to)
+    assert asked.way is (Way.PREFILL if to is PLAIN else Way.AGAIN)
 
     seam = Seam(story, asked)
     steps = [seam.feed([event(piece)], 0.0) for piece in said]
@@ -431,7 +433,7 @@ def test_a_json_answer_goes_on_by_prefill_or_by_an_equal_restart_and_must_parse(
 
 def test_a_stream_that_ends_without_a_word_of_how_is_given_up_unless_it_had_joined():
     story = told(BEFORE)
-    asked = continuation(CHAT, story, {})
+    asked = continuation(CHAT, story, NONE)
     seam = Seam(story, asked)
     seam.feed([event("only")], 0.0)
     assert seam.end().misfit is Misfit.ENDED
@@ -443,7 +445,7 @@ def test_a_stream_that_ends_without_a_word_of_how_is_given_up_unless_it_had_join
 def test_an_answer_that_changed_providers_twice_is_one(text=LONG + BEFORE + " barked, twice, and was silent."):
     story = told(text[:100])
     for cut in (150, 200, len(text)):
-        asked, said = asked_for(story, repeats_anchor(text), {})
+        asked, said = asked_for(story, repeats_anchor(text), NONE)
         until = len(said) - (len(text) - cut)
         step = Seam(story, asked).feed([event(said[:until])], 0.0)
         story.feed(step.events)
