@@ -14,7 +14,7 @@ from typing import Any
 
 from adapters.json_schema import without_keys
 from protection import Failure, UpstreamError
-from routing.catalog import Model
+from routing.catalog import Model, Prefill
 from wire.chat import Chat, flat_text
 from wire.jsontext import JSON
 
@@ -45,7 +45,23 @@ def outgoing(model: Model, chat: Chat) -> JSON:
             body["stream_options"] = {"include_usage": True}
     body["messages"] = outgoing_messages(body["messages"], quirks)
     apply_quirks(body, quirks, model.max_output)
+    if body["messages"][-1]["role"] == "assistant":
+        mark_prefill(body, model.prefill)
     return body
+
+
+def mark_prefill(body: JSON, form: Prefill) -> None:
+    """Say that the last message is to be continued: the client's own prefill, or an answer that broke (SPEC 14.4).
+
+    Last of all, so that no rule about fields takes it away again.
+    """
+    *before, last = body["messages"]
+    if form in (Prefill.PREFIX, Prefill.PARTIAL):
+        body["messages"] = [*before, {**last, str(form): True}]
+    elif form is Prefill.CONTINUE_FINAL_MESSAGE:
+        body.update(continue_final_message=True, add_generation_prompt=False)
+        if type(last["content"]) is str:  # its template loses white space there, and then does not find the text
+            body["messages"] = [*before, {**last, "content": last["content"].rstrip()}]
 
 
 def apply_quirks(body: JSON, quirks: Mapping[str, Any], max_output: int | None) -> None:
@@ -226,12 +242,10 @@ def system_first(messages: list[JSON]) -> list[JSON]:
 
 
 def strict_turns(messages: list[JSON]) -> list[JSON]:
-    """After a tool's result the assistant speaks; the last word is not the assistant's, unless to be continued."""
+    """After a tool's result the assistant speaks."""
     turns: list[JSON] = []
     for message in messages:
         if turns and turns[-1]["role"] == "tool" and message["role"] == "user":
             turns.append({"role": "assistant", "content": "OK."})
         turns.append(message)
-    if turns and turns[-1]["role"] == "assistant":
-        turns[-1] = {**turns[-1], "prefix": True}
     return turns

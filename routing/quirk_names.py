@@ -33,7 +33,7 @@ QUIRKS: Mapping[str, type] = {
     "tool_call_id_pattern": str,
     "replay_reasoning_content": bool,  # wants its thoughts back
     "system_first": bool,  # one system message, at the head
-    "strict_turns": bool,  # an assistant turn between result and user; a last assistant turn is marked as prefix
+    "strict_turns": bool,  # an assistant turn between result and user
     # Gemini's wire
     "system_as_user": bool,
     "thinking": str,  # how effort is told: "level" or "budget"

@@ -1,0 +1,87 @@
+"""When a second route joins an attempt whose first token is late (SPEC 15).
+
+Late is what the model itself makes of it: the time within which 95 of 100 of its recent answers had begun. A budget
+keeps an hour in which everything is late from doubling everybody's requests. No I/O, no clock.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+
+SAMPLES_MIN = 20  # SPEC 15.1: below them nothing is known
+SAMPLES_MAX = 200  # of one model: a change in its pace has its effect within some ten answers
+MODELS_MAX = 2_000  # far more than any catalogue has; of 3 KB each
+LATE_SHARE = 0.95
+DAY_LEFT_MIN = 0.1  # of a key's requests or tokens of the day; what is left is for those that have no other route
+SAVED_MAX = 10  # hedges that a quiet hour may save for a bad one
+WHOLE = 100  # a hedge, in percent of a request
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Between which times, in seconds, an answer begins to be late."""
+
+    low_s: float
+    high_s: float
+
+    def clamp(self, seconds: float | None) -> float:
+        """The higher one where nothing is known."""
+        return self.high_s if seconds is None else min(max(seconds, self.low_s), self.high_s)
+
+
+FIRST_TOKEN = Bounds(2.0, 8.0)  # of a stream
+WHOLE_ANSWER = Bounds(5.0, 30.0)
+
+
+class Latencies:
+    """How long each model took lately, of its successes: to a first token, or to a whole answer."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._recent: OrderedDict[int, tuple[deque[float], list[float]]] = OrderedDict()  # by age, and by size
+
+    def add(self, model: int, seconds: float) -> None:
+        if (held := self._recent.get(model)) is None:
+            held = self._recent[model] = deque(), []
+            if len(self._recent) > MODELS_MAX:
+                self._recent.popitem(last=False)
+        by_age, by_size = held
+        if len(by_age) == SAMPLES_MAX:
+            del by_size[bisect_left(by_size, by_age.popleft())]
+        by_age.append(seconds)
+        insort(by_size, seconds)
+        self._recent.move_to_end(model)
+
+    def late_after_s(self, model: int) -> float:
+        """When an attempt on this model has waited long enough for a second to join it."""
+        held = self._recent.get(model)
+        if held is None or len(held[1]) < SAMPLES_MIN:
+            return self._bounds.clamp(None)
+        by_size = held[1]
+        return self._bounds.clamp(by_size[min(int(len(by_size) * LATE_SHARE), len(by_size) - 1)])
+
+
+class HedgeBudget:
+    """How many requests may have a second route: a share of them all, of which a few can be saved.
+
+    Counted in whole percents, so that the share is kept exactly. The first hedge is granted on credit: a gateway that
+    has just started need not wait for twenty requests.
+    """
+
+    def __init__(self, percent: int) -> None:
+        self._percent = percent
+        self._balance = 0
+
+    def earn(self) -> None:
+        """A request has come."""
+        self._balance = min(self._balance + self._percent, SAVED_MAX * WHOLE)
+
+    def spend(self, day_left: float) -> bool:
+        """Whether a second route may join now, on a key with this fraction of its day left (1 without a limit); then it
+        is paid for."""
+        if self._balance <= 0 or day_left < DAY_LEFT_MIN:
+            return False
+        self._balance -= WHOLE
+        return True
