@@ -27,9 +27,10 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from adapters.registry import ADAPTERS
-from admin.api import Admin, json_response, resource
+from admin.api import Admin
 from admin.control import Control
 from admin.discovery import keep_discovering
+from admin.http import json_response, resource
 from admin.page import Page
 from config.catalog_files import load_catalog
 from config.proxies import proxies

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import orjson
@@ -19,10 +19,12 @@ from starlette.routing import Route
 
 from admin.control import Control
 from admin.discovery import discover
+from admin.http import json_response, resource
+from admin.protection import ProtectionAdmin
 from config.catalog_files import provider_key
 from config.settings import SettingsError, spelled
 from engine.exchange import Engine
-from protection import Failure, Level, UpstreamError
+from protection import Failure, UpstreamError
 from records.analytics import WINDOWS, Reports, analytics
 from records.controls import (
     Link,
@@ -38,13 +40,13 @@ from records.controls import (
     set_status,
     show_key,
 )
-from records.database import Connection, DatabaseError
+from records.database import Connection
 from records.metrics import CONTENT_TYPE
 from records.request_log import FILTERS, list_requests
 from routing.catalog import Key, KeyStatus, Model, pools
 from routing.scores import UNSEEN
 from transport.client import read_body
-from wire.errors import GatewayError, InvalidRequest
+from wire.errors import InvalidRequest
 
 VERSION = "0.1.0"
 ROWS_DEFAULT, ROWS_MAX = 100, 1000  # of the log in one answer
@@ -53,24 +55,6 @@ LABEL_CHARS_MAX, KEY_CHARS_MAX = 100, 4096
 PRIORITY_MAX = 10**9
 WINDOW_DEFAULT = "24h"
 KINDS_OF_JSON = {bool: "true or false", int: "a whole number", str: "a string"}
-Endpoint = Callable[[Request], Awaitable[Response]]
-
-
-def json_response(value: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(value), status, media_type="application/json", headers={"cache-control": "no-store"})
-
-
-def resource(path: str, **methods: Endpoint) -> Route:
-    """One path with an endpoint for each method."""
-
-    async def endpoint(request: Request) -> Response:
-        try:
-            return await methods["GET" if request.method == "HEAD" else request.method](request)
-        except DatabaseError as error:
-            message = f"The database cannot be used right now: {error}. Nothing was changed; try again."
-            raise GatewayError(message, status=503, code="database_unavailable") from None
-
-    return Route(path, endpoint, methods=list(methods))
 
 
 class Admin:
@@ -96,10 +80,8 @@ class Admin:
             resource("/api/fallback", GET=self.show_chain, PUT=self.change_chain),
             resource("/api/analytics", GET=self.analytics),
             resource("/api/requests", GET=self.requests),
-            resource("/api/protection", GET=self.protection),
-            resource("/api/protection/cooldowns", DELETE=self.clear_cooldowns),
-            resource("/api/protection/bans", DELETE=self.lift_bans),
             resource("/metrics", GET=self.metrics),
+            *ProtectionAdmin(self._engine).routes(),
         ]
 
     # What is.
@@ -136,69 +118,6 @@ class Admin:
                 }
                 for platform in self._engine.router.catalog.platforms.values()
             ]
-        )
-
-    async def protection(self, request: Request) -> Response:
-        """Levels, sessions, bans, running attempts and cooldowns."""
-        protection, catalog, now = self._engine.protection, self._engine.router.catalog, time.monotonic()
-
-        def named(model_id: int) -> dict[str, Any]:
-            model = catalog.by_id[model_id]
-            return {"platform": model.platform.id, "model_id": model.model_id}
-
-        sessions = [session for _, session in protection.sessions.active(now)]
-        by_model = Counter(session.model for session in sessions if session.model is not None)
-        return json_response(
-            {
-                "levels": protection.levels,
-                "default_level": Level.MODEL_SKIP,
-                "sessions": {
-                    "count": len(sessions),
-                    "by_model": [{**named(model), "count": count} for model, count in by_model.most_common()],
-                },
-                "bans": [
-                    {
-                        "session": key,
-                        "platforms": [
-                            {"platform": platform, "reason": ban.reason, "ms_left": round((ban.until - now) * 1000)}
-                            for platform, ban in bans.items()
-                        ],
-                    }
-                    for key, bans in protection.bans(now)
-                ],
-                "gates": [
-                    {
-                        "model_db_id": model,
-                        **named(model),
-                        "since_ms": round((now - (gate.opened_at or now)) * 1000),
-                        "next_trial_ms": max(0, round((gate.trial_at - now) * 1000)),
-                        "trials_failed": gate.trials_failed,
-                    }
-                    for model, gate in self._engine.router.gates.open_gates()
-                ],
-                "waiting": [
-                    {
-                        "request_id": waiter.request_id,
-                        "since_ms": round((now - waiter.since) * 1000),
-                        "eta_ms": max(0, round((waiter.eta - now) * 1000)),
-                    }
-                    for waiter in self._engine.waiting.waiters()
-                ],
-                "trials": [
-                    {"model_db_id": model, "since_ms": round((now - since) * 1000)}
-                    for model, since in protection.trials.items()
-                ],
-                "active": [{**named(a.model), "ms": round((now - a.since) * 1000)} for a in protection.active],
-                "transient_cooldowns": [
-                    {"model_db_id": model, **named(model), "ms_left": round(left * 1000)}
-                    for model, left in protection.transient.active(now)
-                ],
-                "key_cooldowns": [
-                    {"key_id": key, **named(model), "ms_left": round(left * 1000)}
-                    for (key, model), left in protection.keys.active(now)
-                    if not key or key in self._engine.router.key_status  # else it has been deleted or switched off
-                ],
-            }
         )
 
     async def requests(self, request: Request) -> Response:
@@ -345,21 +264,6 @@ class Admin:
             raise InvalidRequest(f"Model {twice[0]} occurs twice.", param="model_db_id", code="duplicate_id")
         await self._control.apply(lambda db: change_chain(db, links))
         return json_response(self._chain())
-
-    async def clear_cooldowns(self, request: Request) -> Response:
-        protection = self._engine.protection
-        count = len(protection.transient) + len(protection.keys)
-        protection.clear_cooldowns()
-        self._engine.router.gates.close_all()
-        self._engine.waiting.wake()
-        self._engine.log.write("info", "cooldowns_cleared", count=count)
-        return json_response({"cleared": count})
-
-    async def lift_bans(self, request: Request) -> Response:
-        lifted = self._engine.protection.lift_bans(time.monotonic())
-        self._engine.waiting.wake()
-        self._engine.log.write("info", "bans_lifted", count=lifted)
-        return json_response({"lifted": lifted})
 
     def _link(self, index: int, change: Any) -> Link:
         place = f"[{index}]"

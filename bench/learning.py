@@ -22,25 +22,32 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config.settings import Settings
 from dialects.chat import ChatDialect
+from engine.record import Exchange
+from engine.settle import Books
+from protection import Answered, Failed, Failure, Outcome, Phase, UpstreamError
 from records.database import Store
+from records.eventlog import EventLog
+from records.metrics import Metrics
 from records.request_log import model_stats
 from records.rows import Row, insert_rows
 from router import Router
 from routing.catalog import Catalog, Key, KeyStatus, Model, Platform
-from routing.cooldowns import Cooldowns
+from routing.route import Route
 from routing.scores import Stats
-from routing.standing import NO_STANDING
+from routing.standing import NO_STANDING, Protection
 from wire.chat import Chat
 
 RATES = {"best": 0.95, "good": 0.8, "poor": 0.5, "bad": 0.1}
 BROKEN = {**RATES, "best": 0.0}
-WINDOW_DAYS, REFRESH_S, COOLDOWN_S = 7, 60.0, 15.0  # the defaults of SPEC 1.3
+WINDOW_DAYS, REFRESH_S = 7, 60.0  # the defaults of SPEC 1.3
 GAP_S = 6.0  # between two requests: a busy agent
 RECENT = 20  # requests whose routes show where the traffic is now
 HALF = 0.5  # of the recent requests: with less, the traffic has left; with more, it is back
@@ -67,15 +74,24 @@ class Served:
         return self.best_rate - self.first_rate
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What the books have to know of an attempt."""
+
+    route: Route
+    outcome: Outcome
+    started: float
+
+
 @dataclass
 class World:
-    """A router and a store over these models, and the simulated second it is."""
+    """A gateway's state over these models, and the simulated second it is. Every failure is of one kind."""
 
     store: Store
     router: Router
-    transient: Cooldowns[int]
+    books: Books
     rng: Random
-    cooldown_s: float = COOLDOWN_S
+    failure: Failure
     window_days: int = WINDOW_DAYS
     now: float = 0.0
     refreshed: float = float("-inf")
@@ -104,10 +120,11 @@ class World:
         )
 
     def request(self, rates: Mapping[str, float], chat: Chat) -> Served:
-        """One request through the plan, as the attempt loop takes it: a failed model rests, the next is asked."""
+        """One request through the plan, as the attempt loop takes it: a failure has its costs, the next is asked."""
         if self.now - self.refreshed >= REFRESH_S:
             self.refresh()
         plan = self.router.plan(chat.need, NO_STANDING, self.now, self.rng)
+        exchange = Exchange("", self.now, self.now, deadline=inf, task=None, wait_max_s=0.0, plan=plan)
         asked: list[str] = []
         ok = False
         while not ok and (route := self.router.next_route(plan, self.now)) is not None:
@@ -115,9 +132,8 @@ class World:
             asked.append(name)
             ok = self.rng.random() < rates[name]
             self.log(name, ok, self.now)
-            if not ok:
-                plan.skip(route.model)
-                self.transient.set(route.model.id, self.now + self.cooldown_s, self.now)
+            failed = Failed(UpstreamError(self.failure, "simulated"), Phase.BEFORE_STREAM)
+            self.books.charge(exchange, Tried(route, Answered() if ok else failed, self.now), self.now)
         first_rate = rates[asked[0]] if asked else 0.0
         return Served(self.now, tuple(asked), ok, max(rates.values()), first_rate)
 
@@ -135,10 +151,13 @@ class World:
 
 
 @contextmanager
-def world(seed: int, *, cooldown_s: float = COOLDOWN_S, names: Sequence[str] = tuple(RATES)) -> Iterator[World]:
+def world(
+    seed: int, *, failure: Failure = Failure.SERVER_ERROR, names: Sequence[str] = tuple(RATES)
+) -> Iterator[World]:
     """A fresh world in a directory that goes away with it."""
-    transient: Cooldowns[int] = Cooldowns()
-    router = Router(transient, Cooldowns())
+    settings, rng = Settings(), Random(seed)
+    protection = Protection(levels={}, sticky_ttl_s=settings.sticky_ttl_ms / 1000, thread_cooldown_s=0.0)
+    router = Router(protection)
     platforms = [Platform(id=name, name=name, adapter="openai", base_url="http://127.0.0.1:1") for name in names]
     keys = [Key(id, platform.id, "secret") for id, platform in enumerate(platforms, start=1)]
     models = [equal_model(id, platform) for id, platform in enumerate(platforms, start=1)]
@@ -146,7 +165,8 @@ def world(seed: int, *, cooldown_s: float = COOLDOWN_S, names: Sequence[str] = t
     with tempfile.TemporaryDirectory() as directory:
         store = Store(Path(directory) / "learning.db", bytes(32))
         try:
-            yield World(store, router, transient, Random(seed), cooldown_s)
+            books = Books(settings, protection, router, store, EventLog("error"), Metrics(), rng, lambda: None)
+            yield World(store, router, books, rng, failure)
         finally:
             asyncio.run(store.close())
 
@@ -221,11 +241,11 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{options.requests} requests in each phase, one every {GAP_S:g} s; success rates {RATES}\n")
     pasts = {"nothing known": 0, "1000 requests in 5 days": 1000}
-    cooldowns = {"failures that cool (5xx, no connection)": COOLDOWN_S, "failures that do not (empty, 404)": 0.0}
+    kinds = {"failures that cool (5xx, no connection)": Failure.SERVER_ERROR, "failures that do not": Failure.EMPTY}
     for past, count in pasts.items():
-        for failures, cooldown_s in cooldowns.items():
+        for failures, failure in kinds.items():
             print(f"{past}; {failures}")
-            with world(options.seed, cooldown_s=cooldown_s) as simulated:
+            with world(options.seed, failure=failure) as simulated:
                 remember(simulated, RATES, count, 5.0)
                 print_phases(three_phases(simulated, options.requests))
 

@@ -106,15 +106,23 @@ class Books:
         else:
             row.status = "cancelled"
             row.error_kind = "lost_race" if isinstance(outcome, LostRace) else None
-        for effect in costs(outcome, self._facts(exchange, attempt, now), now):
-            self.apply(effect, exchange, attempt, now)
+        self.charge(exchange, attempt, now)
         if route.trial:
-            self._protection.trials.pop(route.model.id, None)
             self._metrics.trial(row.status)
             self._freed()
         exchange.status = row.status
         self._metrics.attempt(row)
         self._store.log(row)
+
+    def charge(self, exchange: Exchange, attempt: Attempt, now: float) -> None:
+        """Change state by what the attempt's outcome costs, and give its trial back, whatever happens."""
+        assert attempt.outcome is not None
+        try:
+            for effect in costs(attempt.outcome, self._facts(exchange, attempt, now), now):
+                self.apply(effect, exchange, attempt, now)
+        finally:
+            if attempt.route.trial:
+                self._protection.trials.pop(attempt.route.model.id, None)
 
     def apply(self, effect: Effect, exchange: Exchange, attempt: Attempt, now: float) -> None:
         """Change state by one effect of this attempt."""

@@ -129,18 +129,21 @@ async def test_protection_shows_every_restriction_and_what_runs(start_gateway, f
         await running.content.readany()
         shown = await gateway.protection()
     assert shown.keys() == {
-        "levels", "default_level", "sessions", "bans", "active", "transient_cooldowns", "key_cooldowns",
+        "levels", "default_level", "sessions", "bans", "active", "transient_cooldowns", "key_cooldowns", "gates",
+        "waiting", "trials",
     }  # fmt: skip
     assert (shown["default_level"], shown["levels"]["a"]) == ("model-skip", "provider-ban")
     ids = {entry["model_id"]: entry["model_db_id"] for entry in await get(gateway, "/api/fallback")}
     (_, key, _) = await get(gateway, "/api/keys")
     (ban,), (active,) = shown["bans"], shown["active"]
     (cooling,), (resting,) = shown["transient_cooldowns"], shown["key_cooldowns"]
-    assert ban == {"session": ban["session"], "platforms": ["a"]}
+    (banned,) = ban["platforms"]
+    assert 0 < banned.pop("ms_left") <= 1_800_000
+    assert banned == {"platform": "a", "reason": "provider-ban:5xx:before-stream"}
     assert active == {"platform": "c", "model_id": "c-model", "ms": active["ms"]}
     assert 0 < cooling.pop("ms_left") <= 15_000
     assert cooling == {"model_db_id": ids["a-model"], "platform": "a", "model_id": "a-model"}
-    assert 0 < resting.pop("ms_left") <= 120_000
+    assert 0 < resting.pop("ms_left") <= 7_500
     assert resting == {"key_id": key["id"], "platform": "b", "model_id": "b-model"}
 
 

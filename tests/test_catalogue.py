@@ -247,6 +247,19 @@ async def test_a_new_model_is_there_on_demand(start_gateway, fake):
     assert (await gateway.chat(model="b:7b")).text == "I am b:7b"
 
 
+async def test_a_model_that_is_no_longer_listed_is_gone_from_what_protection_shows(start_gateway, fake):
+    fake.script("mine", listing({"id": "a:1b"}, {"id": "b:7b"}))
+    gateway = await start_gateway(MINE)
+    await discovered(gateway)
+    fake.script("mine", lambda request: error(503) if request.method == "POST" else listing({"id": "b:7b"})(request))
+    assert (await gateway.chat("hi", model="auto-smart")).status == 502
+    assert set(await gateway.cooled_models()) == {"a:1b", "b:7b"}
+
+    await gateway.send({}, path="/api/models/discover")
+
+    assert set(await gateway.cooled_models()) == {"b:7b"}
+
+
 async def test_a_server_with_a_key_is_asked_with_its_key(start_gateway, fake):
     fake.script("mine", listing({"id": "a:1b"}))
     await start_gateway({"mine": {"discover": True, "models": [], "keys": ["sk-my-own-key-0001"]}})

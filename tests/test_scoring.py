@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dialects.chat import ChatDialect
+from protection import Scope, Skip
 from router import Router
 from routing.catalog import Catalog, Key, KeyStatus, Model, Platform, Pool, by_rank, pools
-from routing.cooldowns import Cooldowns
 from routing.ledger import Penalties
 from routing.scores import Stats, Weights, Yardstick, belief, quantiles, speed_score, ttfb_score, value
-from routing.standing import NO_STANDING, Standing
+from routing.standing import NO_STANDING, Protection, Standing
 from wire.chat import Chat, Mode
 
 NOW = 1000.0
@@ -54,8 +54,8 @@ class World:
 
     def __init__(self, *all_facts: dict) -> None:
         self.models = models_of(*all_facts)
-        self.transient, self.key_cooldowns = Cooldowns[int](), Cooldowns[tuple[int, int]]()
-        self.router = Router(self.transient, self.key_cooldowns)
+        self.protection = Protection(levels={}, sticky_ttl_s=1800.0, thread_cooldown_s=180.0)
+        self.router = Router(self.protection)
         platforms = list(dict.fromkeys(model.platform for model in self.models))
         self.keys = {p.id: Key(100 + n, p.id, "secret") for n, p in enumerate(platforms, start=1)}
         self.router.load(
@@ -76,7 +76,7 @@ class World:
     def rest_key(self, id: int, seconds: float = 60.0) -> None:
         """The model's only key rests for it."""
         model = self.models[id - 1]
-        self.key_cooldowns.set((self.keys[model.platform.id].id, id), NOW + seconds, NOW)
+        self.protection.keys.set((self.keys[model.platform.id].id, id), NOW + seconds, NOW)
 
 
 def a_chat(model: str = "auto", **fields) -> Chat:
@@ -351,12 +351,22 @@ def test_an_empty_chain_has_no_pools():
 LIKED = {"exclude_from": ["balanced"], "prefer_in": ["smart"]}
 
 
-def test_balanced_leaves_out_what_is_marked_even_with_the_best_statistics():
+def test_balanced_keeps_what_is_marked_for_last_even_with_the_best_statistics():
     world = World({**LIKED, "intelligence_rank": 1}, {}, {})
     world.router.scores.learn({1: seen(1000, 0, tok_s=500.0, ttfb_ms=50.0), 2: seen(0, 1000), 3: seen(0, 1000)})
 
-    assert all(1 not in order for order in world.orders("auto-balanced"))
-    assert all(1 in order for mode in ("smart", "fast", "priority") for order in world.orders(f"auto-{mode}"))
+    assert all(order[2] == 1 for order in world.orders("auto-balanced"))
+    assert all(order[0] == 1 for mode in ("smart", "fast", "priority") for order in world.orders(f"auto-{mode}"))
+
+
+def test_what_is_left_out_takes_no_part_in_the_comparison_of_the_others():
+    facts = [{"intelligence_rank": 1}, {"intelligence_rank": 9}]
+    alone, with_marked = World(*facts), World(*facts, {"intelligence_rank": 1000, "exclude_from": ["balanced"]})
+    stats = {1: seen(0.95 * MANY, 0.05 * MANY), 2: seen(MANY, 0)}
+    for world in (alone, with_marked):
+        world.router.scores.learn(stats)
+
+    assert alone.first("auto-balanced") == with_marked.first("auto-balanced") == {1}
 
 
 def test_what_is_left_out_is_reachable_by_name():
@@ -365,10 +375,10 @@ def test_what_is_left_out_is_reachable_by_name():
     assert {order[0] for name in ("m1", "p1/m1") for order in world.orders(name)} == {1}
 
 
-def test_what_is_left_out_does_not_follow_a_pinned_model_either():
+def test_what_is_left_out_follows_a_pinned_model_last_too():
     world = World(LIKED, {}, {})
 
-    assert {frozenset(order) for order in world.orders("m2")} == {frozenset({2, 3})}
+    assert {tuple(order) for order in world.orders("m2")} == {(2, 3, 1)}
 
 
 def test_smart_puts_what_is_marked_first_in_the_order_of_the_catalogue():
@@ -415,7 +425,8 @@ def test_a_mark_acts_in_the_mode_it_names_and_in_no_other(mode):
     for other in Mode:
         orders = world.orders(f"auto-{other}")
         assert {order[0] == 1 for order in orders} == {other is mode}
-        assert {5 in order for order in orders} == {other is not mode}
+        assert {len(order) for order in orders} == {5}
+        assert all(order[4] == 5 for order in orders) is (other is mode)
 
 
 # --- What a session prefers (SPEC 4.5) ----------------------------------------------------------------------------
@@ -440,7 +451,7 @@ def test_a_sessions_key_is_tried_first_and_the_others_after_it():
         routes = []
         while (route := world.router.next_route(plan, NOW)) is not None:
             routes.append(route.key.id)
-            plan.failed_keys.add((route.key.id, 1))
+            plan.note_failure(route, Skip(Scope.KEY, again=False), NOW, None)
         assert routes[0] == 102
         assert sorted(routes) == [101, 102, 103]
 
@@ -467,7 +478,7 @@ def test_what_is_held_back_comes_last_and_is_never_left_out():
 def test_what_is_held_back_is_tried_when_all_others_are_cooling_or_out_of_capacity():
     world = World({}, {}, {"rpd": 1})
     standing = Standing(others_models={1})
-    world.transient.set(2, NOW + 60, NOW)
+    world.protection.transient.set(2, NOW + 60, NOW)
     tried = []
     for _ in range(2):
         plan = world.router.plan(a_chat("auto-smart").need, standing, NOW, Random(0))
