@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from config.catalog_files import CatalogFiles
 from records.database import Connection, Store
-from records.keys import sync_environment_keys, sync_file_keys
+from records.keys import judge_keys, sync_environment_keys, sync_file_keys
 from records.models import Snapshot, load_snapshot, sync_models
 from router import Router
 from routing.catalog import Model
@@ -25,8 +25,10 @@ T = TypeVar("T")
 class Control:
     """Owns the catalogue files in force and is the only one that loads a snapshot into the router."""
 
-    def __init__(self, files: CatalogFiles, store: Store, router: Router) -> None:
+    def __init__(self, files: CatalogFiles, store: Store, router: Router, changed: Callable[[], None]) -> None:
+        """`changed` is called after each change, for requests that wait for a route."""
         self.files = files
+        self._changed = changed
         self._store = store
         self._router = router
         self._one_at_a_time = asyncio.Lock()
@@ -71,7 +73,9 @@ class Control:
         status = {id: newer.get(id, read) for id, read in snapshot.key_status.items()}
         self.files = files
         self._router.load(snapshot.catalog, status)
+        self._changed()
         return result
 
     def _snapshot(self, db: Connection, files: CatalogFiles) -> Snapshot:
+        judge_keys(db, self._store.vault, files.platforms)
         return load_snapshot(db, self._store.vault, files.platforms, files.models, files.aliases)

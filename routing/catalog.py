@@ -6,6 +6,7 @@ catalogue alone (the chain, pools, names) is worked out here, once. No I/O: reco
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -120,6 +121,25 @@ def keeps_prompts_private(platform: Platform, key: Key) -> bool:
     """Whether prompts sent with this key are known not to train anybody's models (SPEC 21.4)."""
     trains = platform.trains_on_prompts if key.trains_on_prompts is None else key.trains_on_prompts
     return platform.local or trains is False
+
+
+ACCOUNT = re.compile(r"[A-Za-z0-9_-]+")  # goes into an address as it is
+WRITTEN = "This key is not written as it has to be: "
+
+
+def is_templated(platform: Platform) -> bool:
+    """Whether the address has a place for the account that a key belongs to."""
+    return "{" in platform.base_url
+
+
+def how_written(platform: Platform, secret: str) -> str | None:
+    """What the operator is told of a key without its account; None for a key that can be used as it is (SPEC 2.5)."""
+    if not is_templated(platform):
+        return None
+    account, _, token = secret.partition(":")
+    if ACCOUNT.fullmatch(account) and token:
+        return None
+    return f"{WRITTEN}{platform.key_format or 'account_id:token'}."
 
 
 class Pool(StrEnum):
