@@ -47,7 +47,7 @@ from records.database import Connection, DatabaseError, Store, ping
 from records.eventlog import EventLog
 from records.eventlog import Handler as LibraryLog
 from records.keys import client_key
-from records.request_log import delete_old_rows, model_stats, todays_use
+from records.request_log import clients_use, delete_old_rows, model_stats, todays_use
 from records.vault import StoreError
 from router import Router as ModelRouter
 from routing.catalog import is_demo
@@ -120,6 +120,8 @@ class Gateway:
         router.ledger.utc_offset_s = utc - now
         for model, key, ago_s, requests, tokens in self.store.write_now(lambda db: todays_use(db, utc)):
             router.ledger.restore(model, key, at=now - ago_s, requests=requests, tokens=tokens, now=now)
+        for client, ago_s, requests, tokens in self.store.write_now(lambda db: clients_use(db, utc)):
+            self.control.clients.restore(client, ago_s=ago_s, requests=requests, tokens=tokens, now=now, utc=utc)
 
     # The lifespan: what runs besides requests.
 

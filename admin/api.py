@@ -9,6 +9,7 @@ from __future__ import annotations
 from starlette.routing import Route
 
 from admin.chain import Chain
+from admin.clients import Clients
 from admin.control import Control
 from admin.keys import Keys
 from admin.live import Live
@@ -19,5 +20,5 @@ from engine.exchange import Engine
 def admin_routes(engine: Engine, control: Control) -> list[Route]:
     """Everything under /api, and /metrics."""
     chain = Chain(engine, control)
-    parts = (Live(engine), Keys(engine, control), chain, LogReports(engine, chain))
+    parts = (Live(engine), Keys(engine, control), Clients(engine, control), chain, LogReports(engine, chain))
     return [route for part in parts for route in part.routes()]
