@@ -27,11 +27,12 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 
 from adapters.registry import ADAPTERS
-from admin.api import Admin
+from admin.api import admin_routes
+from admin.bodies import json_response, resource
 from admin.control import Control
 from admin.discovery import keep_discovering
-from admin.http import json_response, resource
 from admin.page import Page
+from admin.rechecks import keep_rechecking
 from config.catalog_files import load_catalog
 from config.proxies import proxies
 from config.settings import Settings, SettingsError, check_binding, load_settings
@@ -46,7 +47,7 @@ from records.database import Connection, DatabaseError, Store, ping
 from records.eventlog import EventLog
 from records.eventlog import Handler as LibraryLog
 from records.keys import client_key
-from records.request_log import delete_old_rows, model_stats, todays_use
+from records.request_log import clients_use, delete_old_rows, model_stats, todays_use
 from records.vault import StoreError
 from router import Router as ModelRouter
 from routing.catalog import is_demo
@@ -90,7 +91,7 @@ class Gateway:
         )
         router = ModelRouter(protection)
         self.engine = Engine(settings, protection, router, self.store, self.log, Random())
-        self.control = Control(files, self.store, router)
+        self.control = Control(files, self.store, router, self.engine.waiting.wake)
         self.control.start()
         self._restore_ledger()
         dialects: tuple[Dialect, ...] = (
@@ -107,7 +108,7 @@ class Gateway:
                 *(self._local_route(route) for dialect in dialects for route in dialect.extra_routes()),
                 Route("/healthz", self.healthz),
                 resource("/", GET=Page().show),
-                *Admin(self.engine, self.control).routes(),
+                *admin_routes(self.engine, self.control),
             ],
             redirect_slashes=False,
             default=self._not_found,
@@ -120,6 +121,8 @@ class Gateway:
         router.ledger.utc_offset_s = utc - now
         for model, key, ago_s, requests, tokens in self.store.write_now(lambda db: todays_use(db, utc)):
             router.ledger.restore(model, key, at=now - ago_s, requests=requests, tokens=tokens, now=now)
+        for client, ago_s, requests, tokens in self.store.write_now(lambda db: clients_use(db, utc)):
+            self.control.clients.restore(client, ago_s=ago_s, requests=requests, tokens=tokens, now=now, utc=utc)
 
     # The lifespan: what runs besides requests.
 
@@ -135,7 +138,13 @@ class Gateway:
             first_token_s=s.first_token_timeout_ms / 1000,
         )
         try:
-            jobs = (self._refresh(), self._sweep(), self._retain(), keep_discovering(self.engine, self.control))
+            jobs = (
+                self._refresh(),
+                self._sweep(),
+                self._retain(),
+                keep_discovering(self.engine, self.control),
+                keep_rechecking(self.engine, self.control, s.key_recheck_ms / 1000),
+            )
             upstream = Upstream(s.connect_timeout_ms / 1000, proxies=self.proxies)
             async with upstream, background(self.log, *jobs):
                 self.engine.providers = Providers(timeouts, upstream)

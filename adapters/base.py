@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from routing.catalog import Key, Model, Platform
+from protection import Failure, UpstreamError
+from routing.catalog import Key, Model, Platform, how_written, is_templated
 from wire.chat import Chat, Completion, Event, Tally, chunk_of, frame
 from wire.http import Endpoint
 from wire.jsontext import JSON
@@ -24,9 +25,14 @@ class Request:
 
 
 def base_url(platform: Platform, key: Key) -> tuple[str, str]:
-    """The platform's address and the credential to send, with `{account_id}` taken from an `account_id:token` key."""
+    """The platform's address and the credential to send, with `{account_id}` taken from an `account_id:token` key.
+
+    Raises UpstreamError for a key without its account: no part of it may get into an address (SPEC 2.5).
+    """
     url, secret = platform.base_url, key.secret
-    if "{" in url:
+    if words := how_written(platform, secret):
+        raise UpstreamError(Failure.AUTH, words)
+    if is_templated(platform):
         account, _, secret = secret.partition(":")
         url = re.sub(r"\{\w+\}", account, url)
     return url, secret or platform.quirks.get("anonymous_key", "")

@@ -14,19 +14,23 @@ from typing import TypeVar
 
 from config.catalog_files import CatalogFiles
 from records.database import Connection, Store
-from records.keys import sync_environment_keys, sync_file_keys
+from records.keys import judge_keys, sync_environment_keys, sync_file_keys
 from records.models import Snapshot, load_snapshot, sync_models
 from router import Router
 from routing.catalog import Model
+from routing.clients import ClientKeys
 
 T = TypeVar("T")
 
 
 class Control:
-    """Owns the catalogue files in force and is the only one that loads a snapshot into the router."""
+    """Owns the catalogue files in force and the client keys; alone loads snapshots into the router."""
 
-    def __init__(self, files: CatalogFiles, store: Store, router: Router) -> None:
+    def __init__(self, files: CatalogFiles, store: Store, router: Router, changed: Callable[[], None]) -> None:
+        """`changed` is called after each change, for requests that wait for a route."""
         self.files = files
+        self.clients = ClientKeys()
+        self._changed = changed
         self._store = store
         self._router = router
         self._one_at_a_time = asyncio.Lock()
@@ -45,6 +49,7 @@ class Control:
 
         snapshot = self._store.write_now(sync)
         self._router.load(snapshot.catalog, snapshot.key_status)
+        self.clients.load(snapshot.clients)
 
     async def apply(self, change: Callable[[Connection], T]) -> T:
         """Make an operator's change, all of it or nothing; it holds from the next request on."""
@@ -71,7 +76,10 @@ class Control:
         status = {id: newer.get(id, read) for id, read in snapshot.key_status.items()}
         self.files = files
         self._router.load(snapshot.catalog, status)
+        self.clients.load(snapshot.clients)
+        self._changed()
         return result
 
     def _snapshot(self, db: Connection, files: CatalogFiles) -> Snapshot:
+        judge_keys(db, self._store.vault, files.platforms)
         return load_snapshot(db, self._store.vault, files.platforms, files.models, files.aliases)

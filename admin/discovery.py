@@ -14,7 +14,7 @@ from typing import Any
 from admin.control import Control
 from config.catalog_files import make_model
 from engine.exchange import Engine
-from protection import UpstreamError
+from protection import KeyStatus, UpstreamError
 from records.database import DatabaseError
 from routing.catalog import KEYLESS, Model, Platform
 
@@ -50,7 +50,10 @@ async def discover(engine: Engine, control: Control) -> dict[str, int | None]:
 
 async def listed(engine: Engine, platform: Platform) -> list[Model] | None:
     """The models that a platform's server lists; None when it cannot be asked."""
-    keys = engine.router.catalog.keys.get(platform.id) or ([KEYLESS] if platform.keyless else [])
+    statuses = engine.router.key_status
+    keys = [k for k in engine.router.catalog.keys.get(platform.id, ()) if statuses.get(k.id) is not KeyStatus.INVALID]
+    if not keys and platform.keyless:
+        keys = [KEYLESS]
     for key in keys[:1]:
         try:
             return read_list(await engine.providers.list_models(platform, key), platform)

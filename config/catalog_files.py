@@ -17,7 +17,7 @@ import orjson
 
 from config.settings import Settings, SettingsError
 from config.shapes import COUNT, FLAG, NUMBER, OBJECT, TEXT, TEXTS, WHOLE, Shape, one_of
-from routing.catalog import DEMO_ADAPTER, Kind, Level, Model, Platform, Prefill
+from routing.catalog import DEMO_ADAPTER, Level, Model, ModelKind, Platform, Prefill
 from routing.day import is_known
 from routing.quirk_names import QUIRKS
 from wire.chat import MODES
@@ -58,7 +58,7 @@ PLATFORM_FIELDS: Mapping[str, Shape] = {
     "terms_url": TEXT.or_null(), "terms_checked": TEXT.or_null(), "check_path": TEXT.or_null(), "daily_reset": TEXT,
 }  # fmt: skip
 MODEL_FIELDS: Mapping[str, Shape] = {
-    "platform": TEXT, "model_id": TEXT, "name": TEXT, "kind": one_of(*Kind), "family": TEXT, "dimensions": COUNT,
+    "platform": TEXT, "model_id": TEXT, "name": TEXT, "kind": one_of(*ModelKind), "family": TEXT, "dimensions": COUNT,
     "intelligence_rank": RANK, "speed_rank": RANK, "context_window": COUNT, "max_output": COUNT, "rpm": COUNT,
     "rpd": COUNT, "tpm": COUNT, "tpd": COUNT, "tools": FLAG, "vision": FLAG, "exclude_from": TEXTS,
     "prefer_in": TEXTS, "quirks": OBJECT, "prefill": PREFILL, "completions": FLAG,
@@ -240,11 +240,11 @@ def make_model(fields: dict[str, Any], platforms: Mapping[str, Platform], warnin
         if wrong := [mode for mode in fields.get(name, ()) if mode not in MODES]:
             raise SettingsError(f"{label}: {name}: {wrong[0]!r} is no mode; expected {', '.join(sorted(MODES))}")
     platform = platforms[fields["platform"]]
-    kind = Kind(fields.get("kind", Kind.CHAT))
+    kind = ModelKind(fields.get("kind", ModelKind.CHAT))
     made = {
         **dict.fromkeys(("intelligence_rank", "speed_rank", "max_output", "rpm", "rpd", "tpm", "tpd")),
         "name": fields["model_id"],
-        "tools": kind is Kind.CHAT,
+        "tools": kind is ModelKind.CHAT,
         "vision": False,
         "completions": platform.completions,
         **fields,

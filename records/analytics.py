@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
+from records.clients import client_names
 from records.rows import iso
 
 HOUR_S, DAY_S = 3600, 86_400
@@ -24,7 +25,7 @@ WINDOWS: Mapping[str, tuple[int, int]] = {
     "90d": (90 * DAY_S, 3 * DAY_S),
 }
 COUNTS = ("successes", "errors", "cancelled", "input_tokens", "output_tokens")
-# Cancelled attempts are told, and count in nothing else (SPEC 8.6).
+# Cancelled attempts are shown, and count in nothing else (SPEC 8.6).
 TOKENS = ", ".join(
     f"COALESCE(SUM(CASE WHEN status <> 'cancelled' THEN {name} END), 0) AS {name}"
     for name in ("input_tokens", "output_tokens")
@@ -38,7 +39,7 @@ LAST_ATTEMPTS = """(
 )"""
 NONE = (None, None)
 BUCKET = "CAST((julianday(created_at) - julianday(:start)) * 86400 / :step AS INTEGER)"
-PER_MODEL, PER_PLATFORM, ALL = ("platform", "model_id"), ("platform",), ("1",)
+PER_MODEL, PER_PLATFORM, PER_CLIENT, ALL = ("platform", "model_id"), ("platform",), ("client",), ("1",)
 
 
 class Reports:
@@ -58,7 +59,7 @@ class Reports:
 
 
 def analytics(db: sqlite3.Connection, window: str, utc: float) -> dict[str, Any]:
-    """Totals, the same by model and by platform, and a series over time, in the contract's shape."""
+    """Totals, the same by model, platform and client, and a series over time, in the contract's shape."""
     length_s, step_s = WINDOWS[window]
     since = utc - length_s
     start = since - since % step_s
@@ -68,6 +69,7 @@ def analytics(db: sqlite3.Connection, window: str, utc: float) -> dict[str, Any]
         "totals": totals(db, bound),
         "by_model": grouped(db, PER_MODEL, bound),
         "by_platform": grouped(db, PER_PLATFORM, bound),
+        "by_client": by_client(db, bound),
         "series": series(db, bound, start, step_s, utc),
     }
 
@@ -112,6 +114,12 @@ def grouped(db: sqlite3.Connection, columns: tuple[str, ...], bound: Mapping[str
         entry = dict(zip((*columns, "attempts", *COUNTS), row, strict=True))
         entries.append(entry | {"p50_ms": p50, "p95_ms": p95, "ttfb_p50_ms": ttfb_p50, "ttfb_p95_ms": ttfb_p95})
     return entries
+
+
+def by_client(db: sqlite3.Connection, bound: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Attempts of each client key; client null is the gateway's own key."""
+    names = client_names(db)
+    return [{**entry, "name": names.get(entry["client"])} for entry in grouped(db, PER_CLIENT, bound)]
 
 
 def percentiles(

@@ -1,6 +1,6 @@
 """What the operator changes in the database: keys, models and the fallback chain.
 
-Each function is one transaction's work, for `Engine.apply` or `Store.read`; it returns None where the id is unknown.
+Each function is one transaction's work, for `Control.apply` or `Store.read`; it returns None where the id is unknown.
 Secrets go in and never come out: a key leaves here masked.
 """
 
@@ -20,6 +20,7 @@ MODEL_COLUMNS = (
     "id", "platform", "model_id", "display_name", "intelligence_rank", "speed_rank", "context_window", "rpm_limit",
     "rpd_limit", "tpm_limit", "tpd_limit", "supports_tools", "supports_vision", "enabled", "kind",
 )  # fmt: skip
+CHANGEABLE = {"label", "enabled", "trains_on_prompts"}  # columns of `api_keys`
 FLAGS = ("enabled", "supports_tools", "supports_vision")
 
 
@@ -50,43 +51,50 @@ def read_secret(db: sqlite3.Connection, vault: Vault, id: int) -> tuple[str, str
 
 
 def put_key(
-    db: sqlite3.Connection, vault: Vault, platform: str, secret: str, label: str | None
-) -> tuple[dict[str, Any], bool]:
-    """Store a key; gives it as shown, and whether it is new.
+    db: sqlite3.Connection, vault: Vault, platform: str, secret: str, changes: Mapping[str, Any]
+) -> tuple[int, bool]:
+    """Store a key; gives its id, and whether it is new.
 
     Giving a known key again is a wish to use it: its row is switched on, and tried again if it was invalid. One whose
     variable has gone loses the variable's label too, or the next start would switch it off again.
     """
     known = {id for (id,) in db.execute("SELECT id FROM api_keys WHERE platform = ?", (platform,))}
-    id = add_key(db, vault, platform, secret, label or "")
+    id = add_key(db, vault, platform, secret, "")
     if id in known:
         db.execute(
-            "UPDATE api_keys SET enabled = 1, gone = 0, label = COALESCE(?, CASE gone WHEN 1 THEN '' ELSE label END), "
+            "UPDATE api_keys SET enabled = 1, gone = 0, label = CASE gone WHEN 1 THEN '' ELSE label END, "
             "status = CASE status WHEN 'invalid' THEN 'unknown' ELSE status END, "
             "last_error = CASE status WHEN 'invalid' THEN NULL ELSE last_error END WHERE id = ?",
-            (label, id),
+            (id,),
         )
-    return list_keys(db, vault, id)[0], id not in known
+    set_columns(db, id, changes)
+    return id, id not in known
 
 
-def change_key(
-    db: sqlite3.Connection, vault: Vault, id: int, *, label: str | None, enabled: bool | None, reset: bool
-) -> dict[str, Any] | None:
-    """Change what is not None; `reset` makes the key's status unknown, so that it is tried again."""
-    if label is not None:
-        db.execute("UPDATE api_keys SET label = ? WHERE id = ?", (label, id))
-    if enabled is not None:
-        db.execute("UPDATE api_keys SET enabled = ?, gone = 0 WHERE id = ?", (enabled, id))
+def change_key(db: sqlite3.Connection, id: int, changes: Mapping[str, Any], *, reset: bool) -> None:
+    """Change these columns; `reset` makes the key's status unknown, so that it is tried again."""
+    set_columns(db, id, changes)
     if reset:
         set_status(db, id, KeyStatus.UNKNOWN, None)
-    return show_key(db, vault, id)
+
+
+def set_columns(db: sqlite3.Connection, id: int, changes: Mapping[str, Any]) -> None:
+    for name in CHANGEABLE & changes.keys():
+        db.execute(f"UPDATE api_keys SET {name} = ? WHERE id = ?", (changes[name], id))
+    if "enabled" in changes:
+        db.execute("UPDATE api_keys SET gone = 0 WHERE id = ?", (id,))
 
 
 def set_status(db: sqlite3.Connection, id: int, status: KeyStatus | None, last_error: str | None) -> None:
-    """Note what a check has found; a status of None is no news of it."""
+    """Note what a check has found; a status of None says nothing of the key."""
     db.execute(
         "UPDATE api_keys SET status = COALESCE(?, status), last_error = ? WHERE id = ?", (status, last_error, id)
     )
+
+
+def forget_status(db: sqlite3.Connection, id: int) -> None:
+    """An invalid key is to be tried again; what was wrong with it can still be read."""
+    db.execute("UPDATE api_keys SET status = 'unknown' WHERE id = ? AND status = 'invalid'", (id,))
 
 
 def delete_key(db: sqlite3.Connection, id: int) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import secrets
 import sqlite3
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from records.rows import iso
 from records.vault import Vault
-from routing.catalog import KeyStatus
+from routing.catalog import WRITTEN, KeyStatus, Platform, how_written, is_templated
 
 
 # What the gateway asks of the database. Each is one transaction's work, for `write` or `read`.
@@ -65,6 +65,24 @@ def sync_environment_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[
     for (id,) in db.execute("SELECT id FROM api_keys WHERE label LIKE 'env:%'").fetchall():
         if id not in present:
             db.execute("UPDATE api_keys SET enabled = 0, gone = 1 WHERE id = ? AND enabled = 1", (id,))
+
+
+def judge_keys(db: sqlite3.Connection, vault: Vault, platforms: Mapping[str, Platform]) -> None:
+    """A key that is not written as its platform needs it is invalid, whatever else is said of it (SPEC 2.5).
+
+    Part of every change, so it holds however a key came in. One that is right now (the platform has got another
+    address, say) is tried again.
+    """
+    rows = db.execute("SELECT id, platform, status, last_error, encrypted_key, iv, auth_tag FROM api_keys").fetchall()
+    for id, name, status, last_error, *sealed in rows:
+        platform = platforms.get(name)
+        if platform is None or not (is_templated(platform) or (last_error or "").startswith(WRITTEN)):
+            continue
+        words = how_written(platform, vault.decrypt(*sealed))
+        if words is not None and (status, last_error) != (KeyStatus.INVALID, words):
+            set_key_status(db, id, KeyStatus.INVALID, words)
+        elif words is None and (last_error or "").startswith(WRITTEN):
+            set_key_status(db, id, KeyStatus.UNKNOWN, None)
 
 
 def set_key_status(db: sqlite3.Connection, id: int, status: KeyStatus, last_error: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The `models` and `fallback_config` tables: synced from the catalogue, read back as a routing snapshot."""
+"""The `models` and `fallback_config` tables, synced from the catalogue; and the snapshot that routing works from."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from records.clients import load_clients
 from records.vault import Vault
 from routing.catalog import Catalog, Key, KeyStatus, Model, Platform, by_rank
+from routing.clients import Client
 
 
 def sync_models(db: sqlite3.Connection, models: Sequence[Model]) -> None:
@@ -44,10 +46,11 @@ def sync_models(db: sqlite3.Connection, models: Sequence[Model]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The catalogue in force and the status of every enabled key."""
+    """The catalogue in force, the status of every enabled key, and the client keys."""
 
     catalog: Catalog
     key_status: dict[int, KeyStatus]
+    clients: list[Client]
 
 
 def load_snapshot(
@@ -78,4 +81,4 @@ def load_snapshot(
             trains_on_prompts = None if trains is None else bool(trains)
             keys.append(Key(id, platform, vault.decrypt(ciphertext, iv, tag), label, trains_on_prompts))
             status[id] = KeyStatus(state_name)
-    return Snapshot(Catalog(platforms.values(), placed, keys, aliases), status)
+    return Snapshot(Catalog(platforms.values(), placed, keys, aliases), status, load_clients(db))

@@ -67,6 +67,24 @@ def todays_use(db: sqlite3.Connection, utc: float) -> list[tuple[int, int, float
     ]
 
 
+def clients_use(db: sqlite3.Connection, utc: float) -> list[tuple[int, float, int, int]]:
+    """(client, seconds ago, requests, tokens) of this UTC day, oldest first; each request of the last minute stands for
+    itself. A request counts once, by its first attempt; one that asked nobody does not count."""
+    return [
+        (client, max(0.0, days_ago * 86_400), requests, tokens)
+        for client, days_ago, requests, tokens in db.execute(
+            "WITH asked AS ("
+            "  SELECT client, request_id, MIN(created_at) AS began,"
+            "    SUM(CASE WHEN cached THEN 0 ELSE COALESCE(input_tokens, 0) + COALESCE(output_tokens, 0) END) AS tokens"
+            "  FROM requests WHERE created_at >= :since AND client IS NOT NULL AND (attempt > 0 OR cached)"
+            "  GROUP BY client, request_id"
+            ") SELECT client, julianday(:now) - julianday(MAX(began)), COUNT(*), SUM(tokens) FROM asked "
+            "GROUP BY client, CASE WHEN began >= :minute_ago THEN request_id END ORDER BY MAX(began)",
+            {"now": iso(utc), "since": iso(min(utc - utc % 86_400, utc - 60)), "minute_ago": iso(utc - 60)},
+        )
+    ]
+
+
 def delete_old_rows(db: sqlite3.Connection, retention_days: int) -> int:
     """Remove a slice of the rows past retention; gives how many, so that the caller goes on until none is left."""
     return db.execute(
@@ -75,7 +93,9 @@ def delete_old_rows(db: sqlite3.Connection, retention_days: int) -> int:
     ).rowcount
 
 
-FILTERS = {"status": "status", "platform": "platform", "model": "model_id", "request_id": "request_id"}
+FILTERS = {
+    "status": "status", "platform": "platform", "model": "model_id", "request_id": "request_id", "client": "client",
+}  # fmt: skip
 
 
 def list_requests(

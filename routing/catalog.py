@@ -6,6 +6,7 @@ catalogue alone (the chain, pools, names) is worked out here, once. No I/O: reco
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -30,7 +31,7 @@ class Prefill(StrEnum):
     CONTINUE_FINAL_MESSAGE = "continue_final_message"  # with this in the body, and no generation prompt
 
 
-class Kind(StrEnum):
+class ModelKind(StrEnum):
     """What a model is asked for. Chat is never routed to embedding models, nor embeddings to chat models."""
 
     CHAT = "chat"
@@ -87,7 +88,7 @@ class Model:
     in_chain: bool
     quirks: Mapping[str, Any] = field(default_factory=dict)  # the platform's, and over them its own
     discovered: bool = False  # its platform's server has listed it; no catalogue file has it
-    kind: Kind = Kind.CHAT
+    kind: ModelKind = ModelKind.CHAT
     family: str = ""  # the same weights, whoever serves them; its own id where the catalogue does not say
     dimensions: int | None = None  # of an embedding
     prefill: Prefill = Prefill.NONE
@@ -122,6 +123,25 @@ def keeps_prompts_private(platform: Platform, key: Key) -> bool:
     return platform.local or trains is False
 
 
+ACCOUNT = re.compile(r"[A-Za-z0-9_-]+")  # goes into an address as it is
+WRITTEN = "This key is not written as it has to be: "
+
+
+def is_templated(platform: Platform) -> bool:
+    """Whether the address has a place for the account that a key belongs to."""
+    return "{" in platform.base_url
+
+
+def how_written(platform: Platform, secret: str) -> str | None:
+    """What the operator is told of a key without its account; None for a key that can be used as it is (SPEC 2.5)."""
+    if not is_templated(platform):
+        return None
+    account, _, token = secret.partition(":")
+    if ACCOUNT.fullmatch(account) and token:
+        return None
+    return f"{WRITTEN}{platform.key_format or 'account_id:token'}."
+
+
 class Pool(StrEnum):
     FAST = "fast"
     BALANCED = "balanced"
@@ -153,8 +173,8 @@ class Catalog:
             self.by_name.setdefault(model.model_id, []).append(model)
         self.aliases = aliases  # as the operator spelt them: name → mode or model
         in_order = sorted((m for m in self.models if m.enabled and m.in_chain), key=lambda m: m.priority)
-        self.chain = [m for m in in_order if m.kind is Kind.CHAT]
-        self.embeddings = [m for m in in_order if m.kind is Kind.EMBEDDING]
+        self.chain = [m for m in in_order if m.kind is ModelKind.CHAT]
+        self.embeddings = [m for m in in_order if m.kind is ModelKind.EMBEDDING]
         self.pools = pools(self.chain)
         self._median_rank = median(m.intelligence_rank for m in self.chain) or 0.0
         demo_only = not any(self.keys.get(p.id) or p.keyless for p in self.platforms.values() if not is_demo(p))
@@ -175,7 +195,7 @@ class Catalog:
             return need
         return replace(need, mode=need.unknown_means, pinned=None)
 
-    def resolve(self, name: str, kind: Kind = Kind.CHAT) -> list[Model]:
+    def resolve(self, name: str, kind: ModelKind = ModelKind.CHAT) -> list[Model]:
         """The enabled models a client means by this name: on the platform it named, then elsewhere under the same id.
 
         An exact `model_id` wins over `platform/model_id`, because ids contain slashes. Raises ModelNotFound.

@@ -206,6 +206,19 @@ class Client:
         async with self.http.get(self.base_url + path, headers=authorized) as response:
             return Answer(response.status, response.headers, await response.read())
 
+    async def call(self, method: str, path: str, content: object = None) -> tuple[int, object]:
+        """A call of the admin API: its status and its JSON. Bytes are sent as they are."""
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        headers = {"authorization": f"Bearer {self.api_key}"}
+        async with self.http.request(method, self.base_url + path, data=data, headers=headers) as response:
+            return response.status, json.loads(await response.read())
+
+    async def seen(self, path: str) -> object:
+        """What the admin API shows there."""
+        status, shown = await self.call("GET", path)
+        assert status == 200, shown
+        return shown
+
     async def protection(self) -> dict:
         return (await self.get("/api/protection")).json
 

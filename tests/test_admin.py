@@ -1,40 +1,24 @@
 """The admin API: what it shows, what it refuses, and that a change holds from the next request on."""
 
 import asyncio
-import json
 import sqlite3
 from itertools import product
 
 import pytest
-from conftest import IN_ORDER, case, default_key
-from fake_provider import PAUSE, Wait, answer, body, chunk, completion, error, raw, sse
+from conftest import IN_ORDER, case
+from fake_provider import PAUSE, answer, body, chunk, error, sse
 
 NEW_KEY = "sk-brand-new-key-0042"
 
 
-async def send(gateway, method: str, path: str, content: object = None):
-    """One call with a JSON body; gives its status and its JSON."""
-    data = content if isinstance(content, bytes) else json.dumps(content).encode()
-    headers = {"authorization": f"Bearer {gateway.api_key}"}
-    async with gateway.http.request(method, gateway.base_url + path, data=data, headers=headers) as response:
-        raw_body = await response.read()
-        return response.status, json.loads(raw_body)
-
-
-async def get(gateway, path: str):
-    answer = await gateway.get(path)
-    assert answer.status == 200, answer.body
-    return answer.json
-
-
 async def add_key(gateway, platform: str = "a", key: str = NEW_KEY, **more):
-    status, added = await send(gateway, "POST", "/api/keys", {"platform": platform, "key": key, **more})
+    status, added = await gateway.call("POST", "/api/keys", {"platform": platform, "key": key, **more})
     assert status == 201, added
     return added
 
 
 async def chain(gateway) -> dict[str, dict]:
-    return {entry["model_id"]: entry for entry in await get(gateway, "/api/fallback")}
+    return {entry["model_id"]: entry for entry in await gateway.seen("/api/fallback")}
 
 
 def order(entries) -> list[str]:
@@ -47,7 +31,7 @@ def order(entries) -> list[str]:
 
 async def test_status_counts_what_there_is(start_gateway):
     gateway = await start_gateway(["a", "b"])
-    status = await get(gateway, "/api/status")
+    status = await gateway.seen("/api/status")
     assert status.keys() == {
         "version", "uptime_s", "platforms", "models", "keys", "routable_models", "log_queue", "log_dropped",
     }  # fmt: skip
@@ -57,7 +41,7 @@ async def test_status_counts_what_there_is(start_gateway):
 async def test_platforms_are_listed_with_their_level_in_force_and_their_keys(start_gateway):
     gateway = await start_gateway({"a": {"keys": ["sk-one-0000001", "sk-two-0000002"]}, "b": {"keys": []}},
                                   {"THREAD_PROTECTION_PLATFORMS": "b:off"})  # fmt: skip
-    listed = {platform["id"]: platform for platform in await get(gateway, "/api/platforms")}
+    listed = {platform["id"]: platform for platform in await gateway.seen("/api/platforms")}
     assert listed["a"].keys() == {
         "id", "name", "adapter", "base_url", "keyless", "protection", "keys", "signup_url",
     }  # fmt: skip
@@ -129,32 +113,57 @@ async def test_protection_shows_every_restriction_and_what_runs(start_gateway, f
         await running.content.readany()
         shown = await gateway.protection()
     assert shown.keys() == {
-        "levels", "default_level", "sessions", "bans", "active", "transient_cooldowns", "key_cooldowns", "gates",
-        "waiting", "trials",
+        "levels", "default_level", "sessions", "bans", "gates", "waiting", "trials", "active", "transient_cooldowns",
+        "key_cooldowns",
     }  # fmt: skip
     assert (shown["default_level"], shown["levels"]["a"]) == ("model-skip", "provider-ban")
-    ids = {entry["model_id"]: entry["model_db_id"] for entry in await get(gateway, "/api/fallback")}
-    (_, key, _) = await get(gateway, "/api/keys")
+    ids = {entry["model_id"]: entry["model_db_id"] for entry in await gateway.seen("/api/fallback")}
+    (_, key, _) = await gateway.seen("/api/keys")
     (ban,), (active,) = shown["bans"], shown["active"]
     (cooling,), (resting,) = shown["transient_cooldowns"], shown["key_cooldowns"]
-    (banned,) = ban["platforms"]
-    assert 0 < banned.pop("ms_left") <= 1_800_000
-    assert banned == {"platform": "a", "reason": "provider-ban:5xx:before-stream"}
+    ((banned,), session) = ban.pop("platforms"), ban.pop("session")
+    assert (ban, bool(session)) == ({}, True)
+    assert (banned["platform"], banned["reason"]) == ("a", "provider-ban:5xx:before-stream")
+    assert 0 < banned["ms_left"] <= 1_800_000
     assert active == {"platform": "c", "model_id": "c-model", "ms": active["ms"]}
     assert 0 < cooling.pop("ms_left") <= 15_000
     assert cooling == {"model_db_id": ids["a-model"], "platform": "a", "model_id": "a-model"}
-    assert 0 < resting.pop("ms_left") <= 7_500
+    assert 0 < resting.pop("ms_left") <= 120_000
     assert resting == {"key_id": key["id"], "platform": "b", "model_id": "b-model"}
 
 
 async def test_models_are_the_rows_of_their_table(start_gateway):
     gateway = await start_gateway({"a": {"model": {"rpm": 7, "vision": True}}})
-    (shown,) = [model for model in await get(gateway, "/api/models") if model["platform"] == "a"]
+    (shown,) = [model for model in await gateway.seen("/api/models") if model["platform"] == "a"]
     assert shown.keys() == {
         "id", "platform", "model_id", "display_name", "intelligence_rank", "speed_rank", "context_window", "rpm_limit",
         "rpd_limit", "tpm_limit", "tpd_limit", "supports_tools", "supports_vision", "enabled", "kind",
     }  # fmt: skip
     assert (shown["rpm_limit"], shown["rpd_limit"], shown["supports_vision"], shown["enabled"]) == (7, None, True, True)
+
+
+async def test_bans_are_lifted_at_once(start_gateway, fake):
+    gateway = await start_gateway({"a": {"protection": "provider-ban", "model": {"prefer_in": ["smart"]}}, "b": {}})
+    fake.script("a", error(503), answer("a again"))
+    assert (await gateway.chat("hi", model="auto-smart")).text == "hello from b"
+    assert await gateway.call("DELETE", "/api/protection/bans") == (200, {"lifted": 1})
+    assert (await gateway.protection())["bans"] == []
+    assert await gateway.call("DELETE", "/api/protection/bans") == (200, {"lifted": 0})
+
+
+async def test_what_was_noted_of_a_model_that_its_server_no_longer_lists_is_not_shown(start_gateway, fake):
+    def lists(*names):
+        listed = body({"data": [{"id": name} for name in names]})
+        return lambda request: listed if request.method == "GET" else error(503)
+
+    gateway = await start_gateway({"mine": {"keyless": True, "discover": True, "models": []}, "b": {}})
+    fake.script("mine", lists("m:1b"))
+    await gateway.call("POST", "/api/models/discover", {})
+    await gateway.chat(model="m:1b")
+    assert [c["model_id"] for c in (await gateway.protection())["transient_cooldowns"]] == ["m:1b"]
+    fake.script("mine", lists("m:2b"))
+    await gateway.call("POST", "/api/models/discover", {})
+    assert (await gateway.protection())["transient_cooldowns"] == []
 
 
 async def test_clearing_the_cooldowns_makes_everything_routable_at_once(start_gateway, fake):
@@ -163,238 +172,9 @@ async def test_clearing_the_cooldowns_makes_everything_routable_at_once(start_ga
     fake.script("b", error(429), answer("b again"))
     assert (await gateway.chat()).status == 502
     assert await gateway.cooled_models() and await gateway.cooled_keys()
-    assert await send(gateway, "DELETE", "/api/protection/cooldowns") == (200, {"cleared": 2})
+    assert await gateway.call("DELETE", "/api/protection/cooldowns") == (200, {"cleared": 2})
     assert not await gateway.cooled_models() and not await gateway.cooled_keys()
     assert (await gateway.chat()).text == "a again"
-
-
-# --- Keys -----------------------------------------------------------------------------------------------------------
-
-
-async def test_a_key_added_serves_the_next_request_and_a_deleted_one_does_not(start_gateway, fake):
-    gateway = await start_gateway({"a": {"keys": []}, "b": {}})
-    assert (await gateway.chat()).text == "hello from b"
-    added = await add_key(gateway)
-    assert (await gateway.chat()).text == "hello from a"
-    assert fake.requests[-1].key == NEW_KEY
-    assert await send(gateway, "DELETE", f"/api/keys/{added['id']}") == (200, {"id": added["id"], "deleted": True})
-    assert (await gateway.chat()).text == "hello from b"
-    assert [key["platform"] for key in await get(gateway, "/api/keys")] == ["b"]
-
-
-async def test_a_key_switched_off_rests_until_it_is_switched_on(start_gateway):
-    gateway = await start_gateway(["a", "b"])
-    (key, _) = await get(gateway, "/api/keys")
-    status, changed = await send(gateway, "PATCH", f"/api/keys/{key['id']}", {"enabled": False, "label": "spare"})
-    assert (status, changed["enabled"], changed["label"]) == (200, False, "spare")
-    assert (await gateway.chat()).text == "hello from b"
-    await send(gateway, "PATCH", f"/api/keys/{key['id']}", {"enabled": True})
-    assert (await gateway.chat()).text == "hello from a"
-
-
-async def test_an_invalid_key_is_tried_again_when_its_status_is_made_unknown(start_gateway, fake):
-    gateway = await start_gateway(["a", "b"])
-    fake.script("a", error(401, "no such key"), answer("well again"))
-    assert (await gateway.chat()).text == "hello from b"
-    async with asyncio.timeout(3):
-        while not (key := (await get(gateway, "/api/keys"))[0])["last_error"]:  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-    assert (key["status"], key["last_error"]) == ("invalid", "no such key")
-    assert (await gateway.chat()).text == "hello from b"
-    status, key = await send(gateway, "PATCH", f"/api/keys/{key['id']}", {"status": "unknown"})
-    assert (status, key["status"], key["last_error"]) == (200, "unknown", None)
-    assert (await gateway.chat()).text == "well again"
-
-
-async def test_a_key_given_twice_is_one_row_that_is_switched_on_again(start_gateway):
-    gateway = await start_gateway({"a": {"keys": []}, "b": {}})
-    added = await add_key(gateway, label="first")
-    await send(gateway, "PATCH", f"/api/keys/{added['id']}", {"enabled": False})
-    status, again = await send(gateway, "POST", "/api/keys", {"platform": "a", "key": f"Bearer {NEW_KEY}"})
-    assert (status, again) == (200, added)
-    assert len(await get(gateway, "/api/keys")) == 2
-    assert (await gateway.chat()).text == "hello from a"
-
-
-async def test_a_new_key_inherits_nothing_from_a_deleted_one(start_gateway, fake):
-    gateway = await start_gateway({"b": {}, "a": {"keys": [], "model": {"rpm": 1}}})
-    fake.script("b", error(400))
-    fake.script("a", error(429, headers={"retry-after": "600"}), answer("fresh"))
-    old = await add_key(gateway)
-    assert (await gateway.chat()).status != 200
-    assert [c["key_id"] for c in (await gateway.protection())["key_cooldowns"]] == [old["id"]]
-    await send(gateway, "DELETE", f"/api/keys/{old['id']}")
-    assert (await gateway.protection())["key_cooldowns"] == []
-    new = await add_key(gateway, key="sk-another-key-0043")
-    assert new["id"] != old["id"]
-    assert (await gateway.chat()).text == "fresh"
-
-
-async def test_a_request_that_runs_on_a_deleted_key_ends_well(start_gateway, fake):
-    gateway = await start_gateway({"a": {"keys": []}, "b": {}})
-    added = await add_key(gateway)
-    go = asyncio.Event()
-    fake.script("a", raw(Wait(go), *completion("late").steps))
-    asking = asyncio.create_task(gateway.chat())
-    await fake.arrived()
-    await send(gateway, "DELETE", f"/api/keys/{added['id']}")
-    go.set()
-    assert (await asking).text == "late"
-    assert (await gateway.chat()).text == "hello from b"
-
-
-async def test_keys_that_are_all_invalid_are_no_reason_for_the_demo_but_keys_switched_off_are(start_gateway, fake):
-    gateway = await start_gateway({"a": {"keys": []}})
-    fake.script("a", error(401), answer("well again"))
-    added = await add_key(gateway)
-    await gateway.chat(model="auto")
-    assert (await gateway.chat(model="auto")).error["code"] == "no_providers"
-    await send(gateway, "PATCH", f"/api/keys/{added['id']}", {"enabled": False})
-    assert (await gateway.chat(model="auto")).headers["x-routed-via"] == "demo/demo"
-    await send(gateway, "PATCH", f"/api/keys/{added['id']}", {"enabled": True})
-    assert (await gateway.chat(model="auto")).error["code"] == "no_providers"
-    await send(gateway, "PATCH", f"/api/keys/{added['id']}", {"status": "unknown"})
-    assert (await gateway.chat(model="auto")).text == "well again"
-
-
-async def test_the_first_key_ends_the_demo_and_the_last_one_gone_brings_it_back(start_gateway):
-    gateway = await start_gateway({"a": {"keys": []}})
-    assert (await gateway.chat(model="auto")).headers["x-routed-via"] == "demo/demo"
-    added = await add_key(gateway)
-    assert (await gateway.chat(model="auto")).text == "hello from a"
-    await send(gateway, "DELETE", f"/api/keys/{added['id']}")
-    assert (await gateway.chat(model="auto")).headers["x-routed-via"] == "demo/demo"
-
-
-WRONG_KEYS = [
-    ({"platform": "a"}, "key", "missing_field"),
-    ({"key": NEW_KEY}, "platform", "missing_field"),
-    ({"platform": "nowhere", "key": NEW_KEY}, "platform", "unknown_platform"),
-    ({"platform": "a", "key": "sk-two\nlines"}, "key", "invalid_key"),
-    ({"platform": "a", "key": "sk-line-end\n"}, "key", "invalid_key"),
-    ({"platform": "a", "key": "sk with blanks"}, "key", "invalid_key"),
-    ({"platform": "a", "key": " sk-blank-before"}, "key", "invalid_key"),
-    ({"platform": "a", "key": "sk-blank-behind "}, "key", "invalid_key"),
-    ({"platform": "a", "key": "   "}, "key", "invalid_key"),
-    ({"platform": "a", "key": ""}, "key", "invalid_key"),
-    ({"platform": "a", "key": "sk-ümläut"}, "key", "invalid_key"),
-    ({"platform": "a", "key": "x" * 5000}, "key", "invalid_key"),
-    ({"platform": "a", "key": 5}, "key", "invalid_type"),
-    ({"platform": "a", "key": None}, "key", "invalid_type"),
-    ({"platform": ["a"], "key": NEW_KEY}, "platform", "invalid_type"),
-    ({"platform": "a", "key": NEW_KEY, "label": 1}, "label", "invalid_type"),
-    ({"platform": "a", "key": NEW_KEY, "label": "x" * 101}, "label", "invalid_value"),
-    ({"platform": "a", "key": NEW_KEY, "label": "env:FAKE"}, "label", None),
-    ({"platform": "a", "key": NEW_KEY, "colour": "red"}, "colour", "unknown_field"),
-    ([{"platform": "a", "key": NEW_KEY}], None, "invalid_type"),
-    (b"{not json", None, "invalid_json"),
-    (b"", None, "invalid_json"),
-    (b'{"platform": "a", "key": NaN}', None, "invalid_json"),
-]
-
-
-async def test_a_key_that_cannot_be_right_is_refused_and_never_quoted(start_gateway):
-    gateway = await start_gateway(["a"])
-    for content, param, code in WRONG_KEYS:
-        with case(content):
-            status, answered = await send(gateway, "POST", "/api/keys", content)
-            found = answered["error"]
-            assert (status, found["type"], found["param"], found["code"]) == (400, "invalid_request_error", param, code)
-            if isinstance(content, dict) and isinstance(content.get("key"), str) and len(content["key"].strip()) > 3:
-                assert content["key"].strip() not in json.dumps(answered, ensure_ascii=False)
-            assert len(await get(gateway, "/api/keys")) == 1
-
-
-BAD_CHANGES = [
-    ({"enabled": 1}, "enabled"),
-    ({"enabled": "yes"}, "enabled"),
-    ({"enabled": None}, "enabled"),
-    ({"status": "healthy"}, "status"),
-    ({"status": True}, "status"),
-    ({"label": []}, "label"),
-    ({"key": "sk-other-key-0001"}, "key"),
-    ("enabled", None),
-]
-
-
-async def test_a_bad_change_to_a_key_changes_nothing(start_gateway):
-    gateway = await start_gateway(["a"])
-    before = await get(gateway, "/api/keys")
-    for content, param in BAD_CHANGES:
-        with case(content):
-            status, answered = await send(gateway, "PATCH", f"/api/keys/{before[0]['id']}", content)
-            error = answered["error"]
-            assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param)
-            assert await get(gateway, "/api/keys") == before
-
-
-async def test_a_body_beyond_all_reason_is_refused(start_gateway):
-    gateway = await start_gateway(["a"])
-    status, answered = await send(gateway, "POST", "/api/keys", b" " * 1_100_000)
-    assert (status, answered["error"]["code"]) == (413, "request_too_large")
-
-
-# --- Checking a key -------------------------------------------------------------------------------------------------
-
-MODELS = body({"object": "list", "data": [{"id": "a-model"}]})
-
-
-@pytest.mark.parametrize(
-    ("reply", "status", "last_error"),
-    [
-        (MODELS, "healthy", None),
-        (body([{"id": "a-model"}]), "healthy", None),
-        (error(401, "no such key"), "invalid", "no such key"),
-        (error(429, "slow down"), "rate_limited", "slow down"),
-        (error(503, "we are sorry"), "unknown", "we are sorry"),
-        (body({"error": {"message": "wrapped", "code": 401}}), "invalid", "wrapped"),
-        (body("<html>"), "unknown", "The provider's answer is not JSON."),
-        (body("", status=302, headers={"location": "http://127.0.0.1:1/"}), "unknown", ...),
-        (error(401, f"key {default_key('a')} is wrong"), "invalid", ...),
-    ],
-)
-async def test_a_check_asks_for_models_only_and_notes_what_it_learns(start_gateway, fake, reply, status, last_error):
-    gateway = await start_gateway(["a"])
-    fake.script("a", reply)
-    (before,) = await get(gateway, "/api/keys")
-    code, checked = await send(gateway, "POST", f"/api/keys/{before['id']}/check")
-    assert (code, checked["status"]) == (200, status)
-    assert last_error is ... or checked["last_error"] == last_error
-    assert default_key("a") not in json.dumps(checked)
-    (asked,) = fake.requests
-    assert (asked.method, asked.path, asked.key) == ("GET", "/a/v1/models", default_key("a"))
-    assert await get(gateway, "/api/keys") == [checked]
-    assert (await get(gateway, "/api/requests"))["rows"] == []
-
-
-async def test_a_check_of_a_key_ends_in_time(start_gateway, fake):
-    gateway = await start_gateway(["a"], {"REQUEST_TIMEOUT_MS": "50"})
-    fake.script("a", raw(PAUSE))
-    (key,) = await get(gateway, "/api/keys")
-    _, checked = await send(gateway, "POST", f"/api/keys/{key['id']}/check")
-    assert (checked["status"], checked["last_error"]) == ("unknown", "The provider did not answer in time.")
-
-
-async def test_a_list_of_models_that_everyone_gets_proves_no_key(start_gateway, fake):
-    gateway = await start_gateway({"a": {"check_path": ""}, "b": {"check_path": "/../key"}})
-    fake.script("a", MODELS, error(401, "not even a list"))
-    fake.script("b", MODELS)
-    first, second = await get(gateway, "/api/keys")
-    _, checked = await send(gateway, "POST", f"/api/keys/{first['id']}/check")
-    assert (checked["status"], checked["last_error"]) == ("unknown", None)
-    _, checked = await send(gateway, "POST", f"/api/keys/{first['id']}/check")
-    assert checked["status"] == "invalid"
-    _, checked = await send(gateway, "POST", f"/api/keys/{second['id']}/check")
-    assert (checked["status"], fake.requests[-1].path) == ("healthy", "/b/key")
-
-
-async def test_a_check_that_succeeds_brings_an_invalid_key_back(start_gateway, fake):
-    gateway = await start_gateway(["a", "b"])
-    fake.script("a", error(401), MODELS, answer("back"))
-    await gateway.chat()
-    key, _ = await get(gateway, "/api/keys")
-    assert (await send(gateway, "POST", f"/api/keys/{key['id']}/check"))[1]["status"] == "healthy"
-    assert (await gateway.chat()).text == "back"
 
 
 # --- Models and the chain -------------------------------------------------------------------------------------------
@@ -402,32 +182,32 @@ async def test_a_check_that_succeeds_brings_an_invalid_key_back(start_gateway, f
 
 async def test_a_model_switched_off_is_gone_from_the_next_request_on(start_gateway):
     gateway = await start_gateway(["a", "b"])
-    model = next(m for m in await get(gateway, "/api/models") if m["model_id"] == "a-model")
-    status, changed = await send(gateway, "PATCH", f"/api/models/{model['id']}", {"enabled": False})
+    model = next(m for m in await gateway.seen("/api/models") if m["model_id"] == "a-model")
+    status, changed = await gateway.call("PATCH", f"/api/models/{model['id']}", {"enabled": False})
     assert (status, changed) == (200, model | {"enabled": False})
     assert (await gateway.chat()).text == "hello from b"
     assert (await gateway.chat(model="a-model")).error["code"] == "model_not_found"
-    assert "a-model" not in [m["id"] for m in (await get(gateway, "/v1/models"))["data"]]
-    await send(gateway, "PATCH", f"/api/models/{model['id']}", {"enabled": True})
+    assert "a-model" not in [m["id"] for m in (await gateway.seen("/v1/models"))["data"]]
+    await gateway.call("PATCH", f"/api/models/{model['id']}", {"enabled": True})
     assert (await gateway.chat()).text == "hello from a"
 
 
 @pytest.mark.parametrize("content", [{}, {"enabled": 0}, {"enabled": True, "platform": "b"}, [], b"\xff"])
 async def test_a_bad_change_to_a_model_is_refused(start_gateway, content):
     gateway = await start_gateway(["a"])
-    model = next(m for m in await get(gateway, "/api/models") if m["model_id"] == "a-model")
-    status, answered = await send(gateway, "PATCH", f"/api/models/{model['id']}", content)
+    model = next(m for m in await gateway.seen("/api/models") if m["model_id"] == "a-model")
+    status, answered = await gateway.call("PATCH", f"/api/models/{model['id']}", content)
     assert (status, answered["error"]["type"]) == (400, "invalid_request_error")
 
 
 async def test_the_chain_can_be_put_into_another_order(start_gateway):
     gateway = await start_gateway(["a", "b", "c"])
-    before = await get(gateway, "/api/fallback")
+    before = await gateway.seen("/api/fallback")
     assert order(before) == ["a-model", "b-model", "c-model"]
     last = next(entry for entry in before if entry["model_id"] == "c-model")
     reordered = [last, *(entry for entry in before if entry is not last)]
     wanted = [{"model_db_id": e["model_db_id"], "priority": n} for n, e in enumerate(reordered, 1)]
-    status, after = await send(gateway, "PUT", "/api/fallback", wanted)
+    status, after = await gateway.call("PUT", "/api/fallback", wanted)
     assert (status, order(after)) == (200, ["c-model", "a-model", "b-model"])
     assert [entry["priority"] for entry in after] == list(range(1, len(after) + 1))
     assert (await gateway.chat()).text == "hello from c"
@@ -436,8 +216,8 @@ async def test_the_chain_can_be_put_into_another_order(start_gateway):
 async def test_a_model_taken_out_of_the_chain_still_serves_those_who_name_it(start_gateway):
     gateway = await start_gateway(["a", "b"])
     first = (await chain(gateway))["a-model"]
-    status, after = await send(
-        gateway, "PUT", "/api/fallback", [{"model_db_id": first["model_db_id"], "enabled": False}]
+    status, after = await gateway.call(
+        "PUT", "/api/fallback", [{"model_db_id": first["model_db_id"], "enabled": False}]
     )
     shown = {entry["model_id"]: entry for entry in after}["a-model"]
     assert (status, shown["enabled"], shown["priority"], shown["score"]) == (200, False, first["priority"], None)
@@ -449,8 +229,8 @@ async def test_a_model_taken_out_of_the_chain_still_serves_those_who_name_it(sta
 async def test_a_priority_that_is_taken_moves_the_others_on(start_gateway):
     gateway = await start_gateway(["a", "b", "c"])
     shown = await chain(gateway)
-    status, after = await send(
-        gateway, "PUT", "/api/fallback", [{"model_db_id": shown["c-model"]["model_db_id"], "priority": 1}]
+    status, after = await gateway.call(
+        "PUT", "/api/fallback", [{"model_db_id": shown["c-model"]["model_db_id"], "priority": 1}]
     )
     assert status == 200
     assert order(after) == ["c-model", "a-model", "b-model"]
@@ -477,37 +257,37 @@ async def test_a_priority_that_is_taken_moves_the_others_on(start_gateway):
 )
 async def test_one_bad_entry_and_the_chain_stays_as_it_was(start_gateway, bad, param):
     gateway = await start_gateway(["a", "b"])
-    before = await get(gateway, "/api/fallback")
+    before = await gateway.seen("/api/fallback")
     good = {"model_db_id": before[0]["model_db_id"], "enabled": False, "priority": 99}
     if isinstance(bad, dict):
         bad = {name: before[1]["model_db_id"] if value is ... else value for name, value in bad.items()}
-    status, answered = await send(gateway, "PUT", "/api/fallback", [good, good if bad == "the first again" else bad])
+    status, answered = await gateway.call("PUT", "/api/fallback", [good, good if bad == "the first again" else bad])
     assert (status, answered["error"]["type"], answered["error"]["param"]) == (400, "invalid_request_error", param)
-    assert await get(gateway, "/api/fallback") == before
+    assert await gateway.seen("/api/fallback") == before
 
 
 @pytest.mark.parametrize("content", [{}, {"model_db_id": 1}, "x", 5, None])
 async def test_a_chain_that_is_no_list_is_refused(start_gateway, content):
     gateway = await start_gateway(["a"])
-    status, answered = await send(gateway, "PUT", "/api/fallback", content)
+    status, answered = await gateway.call("PUT", "/api/fallback", content)
     assert (status, answered["error"]["type"]) == (400, "invalid_request_error")
 
 
 async def test_an_empty_list_changes_nothing(start_gateway):
     gateway = await start_gateway(["a", "b"])
-    before = await get(gateway, "/api/fallback")
-    assert await send(gateway, "PUT", "/api/fallback", []) == (200, before)
+    before = await gateway.seen("/api/fallback")
+    assert await gateway.call("PUT", "/api/fallback", []) == (200, before)
 
 
 async def test_changes_survive_a_restart(start_gateway):
     gateway = await start_gateway(["a", "b"])
     shown = await chain(gateway)
-    await send(gateway, "PUT", "/api/fallback", [{"model_db_id": shown["b-model"]["model_db_id"], "priority": 0}])
+    await gateway.call("PUT", "/api/fallback", [{"model_db_id": shown["b-model"]["model_db_id"], "priority": 0}])
     await add_key(gateway)
     await gateway.stop()
     gateway = await start_gateway(["a", "b"])
     assert (await gateway.chat()).text == "hello from b"
-    assert len(await get(gateway, "/api/keys")) == 3
+    assert len(await gateway.seen("/api/keys")) == 3
 
 
 async def test_changes_in_the_midst_of_traffic_fail_no_request(start_gateway):
@@ -517,10 +297,10 @@ async def test_changes_in_the_midst_of_traffic_fail_no_request(start_gateway):
 
     async def meddle():
         for turn in range(10):
-            await send(gateway, "PUT", "/api/fallback", [{"model_db_id": ids[turn % 3], "priority": 0}])
-            await send(gateway, "PATCH", f"/api/models/{ids[turn % 2]}", {"enabled": bool(turn % 4 < 2)})
+            await gateway.call("PUT", "/api/fallback", [{"model_db_id": ids[turn % 3], "priority": 0}])
+            await gateway.call("PATCH", f"/api/models/{ids[turn % 2]}", {"enabled": bool(turn % 4 < 2)})
             added = await add_key(gateway, key=f"sk-passing-{turn:06}")
-            await send(gateway, "DELETE", f"/api/keys/{added['id']}")
+            await gateway.call("DELETE", f"/api/keys/{added['id']}")
 
     answers = await asyncio.gather(meddle(), *(gateway.ask(model=IN_ORDER, streaming=n % 2 == 0) for n in range(60)))
     assert {answered.status for answered in answers[1:]} == {200}
@@ -543,7 +323,7 @@ async def test_an_unknown_id_is_a_404(start_gateway):
     for (method, path), id in product(WITH_IDS, NO_IDS):
         with case((method, path, id[:40])):
             content = {"enabled": True} if method == "PATCH" else None
-            status, answered = await send(gateway, method, path.replace("{id}", id), content)
+            status, answered = await gateway.call(method, path.replace("{id}", id), content)
             assert (status, answered["error"]["code"]) == (404, "not_found")
 
 
@@ -592,8 +372,8 @@ async def test_a_locked_database_refuses_a_change_and_says_so(start_gateway):
     gateway = await start_gateway(["a"])
     lock = sqlite3.connect(gateway.db, isolation_level=None)
     lock.execute("BEGIN IMMEDIATE")
-    status, answered = await send(gateway, "POST", "/api/keys", {"platform": "a", "key": NEW_KEY})
+    status, answered = await gateway.call("POST", "/api/keys", {"platform": "a", "key": NEW_KEY})
     lock.execute("ROLLBACK")
     lock.close()
     assert (status, answered["error"]["code"]) == (503, "database_unavailable")
-    assert len(await get(gateway, "/api/keys")) == 1
+    assert len(await gateway.seen("/api/keys")) == 1

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import sqlite3
 from pathlib import Path
 
@@ -36,12 +35,6 @@ def lists(*names: str):
     return reply
 
 
-async def call(gateway, method: str, path: str, content: object = None) -> tuple[int, object]:
-    headers = {"authorization": f"Bearer {gateway.api_key}"}
-    async with gateway.http.request(method, gateway.base_url + path, json=content, headers=headers) as response:
-        return response.status, json.loads(await response.read())
-
-
 async def served(gateway) -> set[str]:
     return {model["id"] for model in (await gateway.get("/v1/models")).json["data"]}
 
@@ -53,34 +46,34 @@ async def test_a_failed_commit_of_a_discovery_changes_nothing_and_later_changes_
     fake.script("mine", lists("new:1b"))
     run(gateway.db, BREAK_COMMIT)
 
-    status, refused = await call(gateway, "POST", "/api/models/discover", {})
+    status, refused = await gateway.call("POST", "/api/models/discover", {})
 
     assert (status, refused["error"]["code"]) == (503, "database_unavailable")
     assert "new:1b" not in await served(gateway)
-    (b,) = [model for model in (await call(gateway, "GET", "/api/models"))[1] if model["model_id"] == "b-model"]
+    (b,) = [model for model in (await gateway.call("GET", "/api/models"))[1] if model["model_id"] == "b-model"]
     for enabled in (False, True):  # with the discovered model still unwritten
-        status, changed = await call(gateway, "PATCH", f"/api/models/{b['id']}", {"enabled": enabled})
+        status, changed = await gateway.call("PATCH", f"/api/models/{b['id']}", {"enabled": enabled})
         assert (status, changed["enabled"]) == (200, enabled)
     run(gateway.db, MEND_COMMIT)
-    assert (await call(gateway, "POST", "/api/models/discover", {}))[0] == 200
+    assert (await gateway.call("POST", "/api/models/discover", {}))[0] == 200
     assert (await gateway.chat(model="new:1b")).text == "I am new:1b"
 
 
 async def test_a_failed_commit_of_the_operators_change_changes_nothing_and_later_changes_work(start_gateway, fake):
     gateway = await start_gateway(["a", "b"])
-    keys, chain = await call(gateway, "GET", "/api/keys"), await call(gateway, "GET", "/api/fallback")
+    keys, chain = await gateway.call("GET", "/api/keys"), await gateway.call("GET", "/api/fallback")
     last = [{"model_db_id": chain[1][0]["model_db_id"], "priority": 10_000}]
     key = {"platform": "a", "key": "sk-another-key-0042"}
     run(gateway.db, BREAK_COMMIT)
 
-    assert (await call(gateway, "POST", "/api/keys", key))[0] == 503
-    assert (await call(gateway, "PUT", "/api/fallback", last))[0] == 503
+    assert (await gateway.call("POST", "/api/keys", key))[0] == 503
+    assert (await gateway.call("PUT", "/api/fallback", last))[0] == 503
 
-    assert await call(gateway, "GET", "/api/keys") == keys
-    assert await call(gateway, "GET", "/api/fallback") == chain
+    assert await gateway.call("GET", "/api/keys") == keys
+    assert await gateway.call("GET", "/api/fallback") == chain
     run(gateway.db, MEND_COMMIT)
-    assert (await call(gateway, "POST", "/api/keys", key))[0] == 201
-    status, changed = await call(gateway, "PUT", "/api/fallback", last)
+    assert (await gateway.call("POST", "/api/keys", key))[0] == 201
+    status, changed = await gateway.call("PUT", "/api/fallback", last)
     assert (status, changed[-1]["model_db_id"]) == (200, last[0]["model_db_id"])
 
 
@@ -90,23 +83,23 @@ async def test_changes_at_the_same_time_all_hold(start_gateway, fake):
     added = [{"platform": "b", "key": f"sk-another-key-{n:04}"} for n in range(10)]
 
     answers = await asyncio.gather(
-        *(call(gateway, "POST", "/api/keys", key) for key in added),
-        *(call(gateway, "POST", "/api/models/discover", {}) for _ in range(5)),
+        *(gateway.call("POST", "/api/keys", key) for key in added),
+        *(gateway.call("POST", "/api/models/discover", {}) for _ in range(5)),
     )
 
     assert {status for status, _ in answers} <= {200, 201}
     assert {f"m:{n}b" for n in range(20)} <= await served(gateway)
-    assert (await call(gateway, "GET", "/api/status"))[1]["keys"] == 11
+    assert (await gateway.call("GET", "/api/status"))[1]["keys"] == 11
 
 
 async def test_a_key_found_invalid_while_a_change_is_written_stays_invalid(start_gateway, fake):
     fake.script("a", error(401))
     gateway = await start_gateway(["a", "b"])
-    (b,) = [model for model in (await call(gateway, "GET", "/api/models"))[1] if model["model_id"] == "b-model"]
+    (b,) = [model for model in (await gateway.call("GET", "/api/models"))[1] if model["model_id"] == "b-model"]
 
     async def change() -> None:
         for n in range(40):
-            await call(gateway, "PATCH", f"/api/models/{b['id']}", {"enabled": bool(n % 2)})
+            await gateway.call("PATCH", f"/api/models/{b['id']}", {"enabled": bool(n % 2)})
 
     changing = asyncio.create_task(change())
     for _ in range(10):
@@ -114,4 +107,4 @@ async def test_a_key_found_invalid_while_a_change_is_written_stays_invalid(start
     await changing
 
     assert fake.called.count("a") == 1
-    assert (await call(gateway, "GET", "/api/keys"))[1][0]["status"] == "invalid"
+    assert (await gateway.call("GET", "/api/keys"))[1][0]["status"] == "invalid"

@@ -35,7 +35,9 @@ PURE = {"wire", "protection", "dialects", "routing", "router", "adapters"}
 IMPURE = {"time", "os", "asyncio", "aiohttp", "sqlite3", "socket", "threading", "starlette", "uvicorn", "random"}
 OWNED = {
     "aiohttp": {"transport.upstream"},
-    "sqlite3": {f"records.{name}" for name in ("database", "rows", "keys", "models", "controls", "analytics")}
+    "sqlite3": {
+        f"records.{name}" for name in ("database", "rows", "keys", "models", "controls", "clients", "analytics")
+    }
     | {"records.request_log"},
     "cryptography": {"records.vault"},
     "prometheus_client": {"records.metrics"},

@@ -7,7 +7,6 @@ import time
 
 import pytest
 from fake_provider import until
-from test_admin import get
 
 from records.database import Store
 from records.request_log import list_requests
@@ -36,7 +35,7 @@ async def test_analytics_count_requests_by_their_last_attempt_and_time_by_succes
     rows += [("r2", 1, "a", "error", 7000, None, 0), ("r3", 1, "a", "cancelled", 5, None, 40)]
     rows += [("old", 25, "a", "success", 123_456, 123_456, 1)]
     write_rows(gateway.db, rows)
-    report = await get(gateway, "/api/analytics?window=24h")
+    report = await gateway.seen("/api/analytics?window=24h")
     assert report["totals"] == {
         "requests": 22, "successes": 20, "errors": 1, "cancelled": 1, "input_tokens": 220, "output_tokens": 69,
         "p50_ms": 100, "p95_ms": 190, "ttfb_p50_ms": 10, "ttfb_p95_ms": 19,
@@ -48,7 +47,7 @@ async def test_analytics_count_requests_by_their_last_attempt_and_time_by_succes
     assert report["by_model"][0]["model_id"] == "b-model"
     assert report["by_model"][1]["p50_ms"] is None
     assert [sum(e["output_tokens"] for e in report[part]) for part in ("by_model", "by_platform", "series")] == [69] * 3
-    assert (await get(gateway, "/api/analytics?window=7d"))["totals"]["requests"] == 23
+    assert (await gateway.seen("/api/analytics?window=7d"))["totals"]["requests"] == 23
 
 
 @pytest.mark.parametrize(("window", "points"), [("24h", 25), ("7d", 29), ("30d", 31), ("90d", 31)])
@@ -56,7 +55,7 @@ async def test_a_series_has_a_point_for_every_step_and_adds_up(start_gateway, wi
     gateway = await start_gateway(["a"])
     write_rows(gateway.db, [(f"r{n}", n, "a", "success", 5, 5, 2) for n in range(24)])
     write_rows(gateway.db, [("bad", 3, "a", "error", 5, None, 0)])
-    report = await get(gateway, f"/api/analytics?window={window}")
+    report = await gateway.seen(f"/api/analytics?window={window}")
     assert len(report["series"]) in (points - 1, points)
     assert report["series"][0].keys() == {"start", "requests", "errors", "output_tokens", "p50_ms"}
     for name, total in (("requests", 25), ("errors", 1), ("output_tokens", 48)):
@@ -70,8 +69,8 @@ async def test_a_window_ends_where_its_name_says(start_gateway, window, requests
     gateway = await start_gateway(["a"])
     days = (0.99, 6.99, 29.99, 89.99, 90.01)
     write_rows(gateway.db, [(f"r{age}", age * 24, "a", "success", 5, 5, 2) for age in days])
-    report = await get(gateway, f"/api/analytics?window={window}")
-    assert report.keys() == {"window", "totals", "by_model", "by_platform", "series", "scores"}
+    report = await gateway.seen(f"/api/analytics?window={window}")
+    assert report.keys() == {"window", "totals", "by_model", "by_platform", "by_client", "series", "scores"}
     assert (report["window"], report["totals"]["requests"]) == (window, requests)
     assert report["by_model"][0]["attempts"] == sum(point["requests"] for point in report["series"]) == requests
 
@@ -81,7 +80,7 @@ async def test_a_point_of_the_series_has_the_median_of_its_own_successes(start_g
     write_rows(gateway.db, [(f"now{ms}", 0, "a", "success", ms, 5, 1) for ms in (10, 20, 30, 9000)])
     write_rows(gateway.db, [(f"then{ms}", 5, "a", "success", ms, 5, 1) for ms in (700, 800, 900)])
     write_rows(gateway.db, [("bad", 5, "a", "error", 1, None, 0)])
-    points = (await get(gateway, "/api/analytics?window=24h"))["series"]
+    points = (await gateway.seen("/api/analytics?window=24h"))["series"]
     told = [(p["requests"], p["errors"], p["output_tokens"], p["p50_ms"]) for p in points if p["requests"]]
     assert told == [(4, 1, 3, 800), (4, 0, 4, 20)]
     assert {p["p50_ms"] for p in points if not p["requests"]} == {None}
@@ -89,7 +88,7 @@ async def test_a_point_of_the_series_has_the_median_of_its_own_successes(start_g
 
 async def test_analytics_of_an_empty_log_are_zeros(start_gateway):
     gateway = await start_gateway(["a"])
-    report = await get(gateway, "/api/analytics")
+    report = await gateway.seen("/api/analytics")
     assert report["window"] == "24h"
     assert report["totals"]["requests"] == 0
     assert report["totals"]["p50_ms"] is None
@@ -104,7 +103,7 @@ async def test_analytics_of_an_empty_log_are_zeros(start_gateway):
 async def test_a_row_from_the_future_breaks_no_chart(start_gateway):
     gateway = await start_gateway(["a"])
     write_rows(gateway.db, [("r1", -2, "a", "success", 5, 5, 2), ("r2", -1e5, "a", "success", 5, 5, 2)])
-    report = await get(gateway, "/api/analytics?window=24h")
+    report = await gateway.seen("/api/analytics?window=24h")
     assert report["totals"]["requests"] == 2
     assert len(report["series"]) <= 1001
 
@@ -116,7 +115,7 @@ async def test_the_log_is_read_page_by_page_newest_first(start_gateway):
     gateway = await start_gateway(["a"])
     write_rows(gateway.db, [(f"r{n}", 1, "a", "success", 5, 5, 1) for n in range(7)])
     pages, before = [], ""
-    while rows := (await get(gateway, f"/api/requests?limit=3{before}"))["rows"]:
+    while rows := (await gateway.seen(f"/api/requests?limit=3{before}"))["rows"]:
         pages.append([row["request_id"] for row in rows])
         before = f"&before_id={rows[-1]['id']}"
     assert pages == [["r6", "r5", "r4"], ["r3", "r2", "r1"], ["r0"]]
@@ -159,13 +158,13 @@ async def test_the_log_is_searched_by_every_filter_alone_and_together(start_gate
         "platform=&status=": ["r3", "r2", "r1", "r1"],
     }
     for query, ids in found.items():
-        assert [row["request_id"] for row in (await get(gateway, f"/api/requests?{query}"))["rows"]] == ids, query
+        assert [row["request_id"] for row in (await gateway.seen(f"/api/requests?{query}"))["rows"]] == ids, query
 
 
 async def test_a_row_has_every_column_of_the_log(start_gateway):
     gateway = await start_gateway(["a"])
     await gateway.chat()
-    (row,) = (await get(gateway, "/api/requests"))["rows"]
+    (row,) = (await gateway.seen("/api/requests"))["rows"]
     assert row.keys() == {
         "id", "request_id", "created_at", "platform", "model_id", "key_id", "requested_model", "routing_mode", "status",
         "error_kind", "http_status", "error", "input_tokens", "output_tokens", "latency_ms", "ttfb_ms", "attempt",

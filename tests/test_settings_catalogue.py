@@ -17,7 +17,7 @@ import gateway
 from adapters.registry import ADAPTERS
 from config.catalog_files import load_catalog
 from config.settings import READERS, SettingsError, load_settings, read_dotenv
-from routing.catalog import Catalog, Key, Kind, keeps_prompts_private
+from routing.catalog import Catalog, Key, ModelKind, keeps_prompts_private
 from wire.errors import ModelNotFound
 
 KEY = {"GATEWAY_API_KEY": "fw-test-0123456789abcdef"}
@@ -326,8 +326,8 @@ def test_an_embedding_model_is_none_for_chat_and_calls_no_tools(tmp_path):
     assert [m.model_id for m in catalog.embeddings] == ["m"]
     assert [m.model_id for m in catalog.chain] == ["c"]
     assert (models[0].kind, models[0].dimensions, models[0].tools) == ("embedding", 768, False)
-    assert catalog.resolve("m", Kind.EMBEDDING) == [models[0]]
-    for name, kind in (("m", Kind.CHAT), ("a/m", Kind.CHAT), ("c", Kind.EMBEDDING)):
+    assert catalog.resolve("m", ModelKind.EMBEDDING) == [models[0]]
+    for name, kind in (("m", ModelKind.CHAT), ("a/m", ModelKind.CHAT), ("c", ModelKind.EMBEDDING)):
         with pytest.raises(ModelNotFound):
             catalog.resolve(name, kind)
 

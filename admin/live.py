@@ -1,0 +1,201 @@
+"""What is true at this moment: counts, platforms, what protection blocks for whom (SPEC 11.3), and the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from admin.bodies import json_response, resource
+from engine.exchange import Engine
+from protection import Level
+from records.controls import count_keys
+from records.metrics import CONTENT_TYPE
+
+VERSION = "0.1.0"
+
+
+class Live:
+    """/api/status, /api/platforms, /api/protection and /metrics."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._started = time.monotonic()
+        watch(engine)
+
+    def routes(self) -> list[Route]:
+        return [
+            resource("/api/status", GET=self.status),
+            resource("/api/platforms", GET=self.list_platforms),
+            resource("/api/protection", GET=self.protection),
+            resource("/api/protection/cooldowns", DELETE=self.clear_cooldowns),
+            resource("/api/protection/bans", DELETE=self.lift_bans),
+            resource("/metrics", GET=self.metrics),
+        ]
+
+    async def status(self, request: Request) -> Response:
+        engine, catalog = self._engine, self._engine.router.catalog
+        keys = await engine.store.read(count_keys)
+        return json_response(
+            {
+                "version": VERSION,
+                "uptime_s": round(time.monotonic() - self._started),
+                "platforms": len(catalog.platforms),
+                "models": len(catalog.models),
+                "keys": sum(keys.values()),
+                "routable_models": sum(engine.router.has_key(model) for model in catalog.auto_chain),
+                "log_queue": engine.store.pending,
+                "log_dropped": engine.store.dropped,
+            }
+        )
+
+    async def list_platforms(self, request: Request) -> Response:
+        keys = await self._engine.store.read(count_keys)
+        return json_response(
+            [
+                {
+                    "id": platform.id,
+                    "name": platform.name,
+                    "adapter": platform.adapter,
+                    "base_url": platform.base_url,
+                    "keyless": platform.keyless,
+                    "protection": self._engine.protection.level(platform.id),
+                    "keys": keys.get(platform.id, 0),
+                    "signup_url": platform.signup_url,
+                }
+                for platform in self._engine.router.catalog.platforms.values()
+            ]
+        )
+
+    async def protection(self, request: Request) -> Response:
+        """Levels, sessions, bans, running attempts and cooldowns."""
+        protection, now = self._engine.protection, time.monotonic()
+        sessions = [session for _, session in protection.sessions.active(now)]
+        by_model = Counter(session.model for session in sessions if session.model is not None)
+        return json_response(
+            {
+                "levels": protection.levels,
+                "default_level": Level.MODEL_SKIP,
+                "sessions": {
+                    "count": len(sessions),
+                    "by_model": self._of_models((model, {"count": count}) for model, count in by_model.most_common()),
+                },
+                **self._restrictions(now),
+                "waiting": [
+                    {
+                        "request_id": waiter.request_id,
+                        "since_ms": ms(now - waiter.since),
+                        "eta_ms": max(0, ms(waiter.eta - now)),
+                    }
+                    for waiter in self._engine.waiting.waiters()
+                ],
+                "trials": [
+                    {"model_db_id": model, "since_ms": ms(now - since)} for model, since in protection.trials.items()
+                ],
+                "active": self._of_models((a.model, {"ms": ms(now - a.since)}) for a in protection.active),
+            }
+        )
+
+    def _restrictions(self, now: float) -> dict[str, Any]:
+        """What is left alone: bans, gates, and cooldowns of models and keys."""
+        protection, key_status = self._engine.protection, self._engine.router.key_status
+        gates = (
+            (
+                model,
+                {
+                    "model_db_id": model,
+                    "since_ms": ms(now - (gate.opened_at or now)),
+                    "next_trial_ms": max(0, ms(gate.trial_at - now)),
+                    "trials_failed": gate.trials_failed,
+                },
+            )
+            for model, gate in self._engine.router.gates.open_gates()
+        )
+        models = ((m, {"model_db_id": m, "ms_left": ms(left)}) for m, left in protection.transient.active(now))
+        keys = (
+            (model, {"key_id": key, "ms_left": ms(left)})
+            for (key, model), left in protection.keys.active(now)
+            if not key or key in key_status  # else it has been deleted or switched off
+        )
+        return {
+            "bans": [
+                {
+                    "session": session,
+                    "platforms": [
+                        {"platform": platform, "reason": ban.reason, "ms_left": ms(ban.until - now)}
+                        for platform, ban in bans.items()
+                    ],
+                }
+                for session, bans in protection.bans(now)
+            ],
+            "gates": self._of_models(gates),
+            "transient_cooldowns": self._of_models(models),
+            "key_cooldowns": self._of_models(keys),
+        }
+
+    def _of_models(self, entries: Iterable[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Each entry with its model's names. One whose model is gone, because its server no longer lists it, is left
+        out."""
+        by_id = self._engine.router.catalog.by_id
+        return [
+            {"platform": by_id[id].platform.id, "model_id": by_id[id].model_id, **entry}
+            for id, entry in entries
+            if id in by_id
+        ]
+
+    async def clear_cooldowns(self, request: Request) -> Response:
+        protection = self._engine.protection
+        count = len(protection.transient) + len(protection.keys)
+        protection.clear_cooldowns()
+        self._engine.router.gates.close_all()
+        self._engine.waiting.wake()
+        self._engine.log.write("info", "cooldowns_cleared", count=count)
+        return json_response({"cleared": count})
+
+    async def lift_bans(self, request: Request) -> Response:
+        lifted = self._engine.protection.lift_bans(time.monotonic())
+        self._engine.waiting.wake()
+        self._engine.log.write("info", "bans_lifted", count=lifted)
+        return json_response({"lifted": lifted})
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._engine.metrics.text(), headers={"content-type": CONTENT_TYPE})
+
+
+def ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def watch(engine: Engine) -> None:
+    """Show at /metrics what is true at the moment of a scrape."""
+    protection, router, rows = engine.protection, engine.router, engine.store
+    gauge, clock = engine.metrics.gauge, time.monotonic
+
+    def count(items: Iterable[object]) -> float:
+        return float(sum(1 for _ in items))
+
+    gauge("freeway_active_attempts", "Calls to providers that are running.", lambda: len(protection.active))
+    gauge("freeway_running_requests", "Requests that are being served.", lambda: len(engine.running))
+    gauge("freeway_tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
+    gauge("freeway_sessions", "Conversations remembered.", lambda: count(protection.sessions.active(clock())))
+    gauge(
+        "freeway_bans", "Platforms banned, over all sessions.", lambda: sum(len(b) for _, b in protection.bans(clock()))
+    )
+    gauge("freeway_transient_cooldowns", "Models resting for all.", lambda: count(protection.transient.active(clock())))
+    gauge("freeway_key_cooldowns", "Pairs of key and model resting.", lambda: count(protection.keys.active(clock())))
+    gauge(
+        "freeway_routable_models",
+        "Models of the chain that have a usable key.",
+        lambda: count(model for model in router.catalog.auto_chain if router.has_key(model)),
+    )
+    gauge("freeway_waiting", "Requests that wait for a route to come back.", lambda: len(engine.waiting))
+    gauge("freeway_gates_open", "Models whose health gate is open.", lambda: count(router.gates.open_gates()))
+    gauge("freeway_log_queue_rows", "Rows of the request log waiting to be written.", lambda: rows.pending)
+    gauge("freeway_log_dropped_rows_total", "Rows of the request log that were lost.", lambda: rows.dropped)
+    gauge("freeway_log_dropped_lines_total", "Lines of the event log that were lost.", lambda: engine.log.dropped)
