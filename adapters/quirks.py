@@ -15,6 +15,7 @@ from typing import Any
 from adapters.json_schema import without_keys
 from protection import Failure, UpstreamError
 from routing.catalog import Model, Prefill
+from wire.body import Body
 from wire.chat import Chat, flat_text
 from wire.jsontext import JSON
 
@@ -31,6 +32,18 @@ REPLAYED_FIELDS = frozenset({"reasoning", "reasoning_content", "reasoning_detail
 CALL_FIELDS = frozenset({"id", "type", "function"})
 FUNCTION_FIELDS = frozenset({"name", "arguments"})
 CALL_ID_PATTERN = r".{1,40}"  # the strictest of those without a rule of their own
+MESSAGE_QUIRKS = frozenset(
+    {
+        "message_fields",
+        "flatten_content",
+        "null_content_rejected",
+        "tool_call_id_pattern",
+        "replay_reasoning_content",
+        "system_first",
+        "strict_turns",
+    }
+)  # that may change messages which are well formed
+TOOL_QUIRKS = frozenset({"strip_tool_schema_keys", "standard_fields_only"})
 STOPS_MAX = 4  # OpenAI's own limit; role-play clients send up to 64
 ANY_OBJECT = {"type": "object", "properties": {}, "additionalProperties": True}
 
@@ -38,14 +51,15 @@ ANY_OBJECT = {"type": "object", "properties": {}, "additionalProperties": True}
 def outgoing(model: Model, chat: Chat) -> JSON:
     """The chat body as this model takes it."""
     quirks = model.quirks
-    body: JSON = {**chat.body, "model": model.model_id}
+    body: JSON = {**as_sent(chat.body, quirks), "model": model.model_id}
     if chat.stream and not quirks.get("no_stream"):
         body["stream"] = True
         if not quirks.get("no_stream_usage"):
             body["stream_options"] = {"include_usage": True}
-    body["messages"] = outgoing_messages(body["messages"], quirks)
+    if isinstance(body["messages"], list):
+        body["messages"] = outgoing_messages(body["messages"], quirks)
     apply_quirks(body, quirks, model.max_output)
-    if body["messages"][-1]["role"] == "assistant":
+    if isinstance(body["messages"], list) and body["messages"][-1]["role"] == "assistant":
         mark_prefill(body, model.prefill)
     return body
 
@@ -62,6 +76,19 @@ def mark_prefill(body: JSON, form: Prefill) -> None:
         body.update(continue_final_message=True, add_generation_prompt=False)
         if type(last["content"]) is str:  # its template loses white space there, and then does not find the text
             body["messages"] = [*before, {**last, "content": last["content"].rstrip()}]
+
+
+def as_sent(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields to send. Messages and tools that stay as their text are well formed: of the quirks only a few have
+    anything to change in these."""
+    if not isinstance(body, Body):
+        return body
+    taken_as_they_are = []
+    if MESSAGE_QUIRKS.isdisjoint(quirks):
+        taken_as_they_are.append("messages")
+    if TOOL_QUIRKS.isdisjoint(quirks):
+        taken_as_they_are.append("tools")
+    return body.as_sent(taken_as_they_are)
 
 
 def apply_quirks(body: JSON, quirks: Mapping[str, Any], max_output: int | None) -> None:

@@ -29,7 +29,7 @@ class Unreadable(Exception):
     """The answer opens with a tool call that cannot be made out: a lost turn."""
 
 
-def declared_tools(body: JSON) -> dict[str, JSON]:
+def declared_tools(body: Mapping[str, Any]) -> dict[str, JSON]:
     functions = [tool["function"] for tool in body.get("tools", ()) if isinstance(tool.get("function"), dict)]
     return {function["name"]: function.get("parameters") or {} for function in functions}
 

@@ -2,7 +2,7 @@
 
 `chat_from` is the one place that judges and mends a request; every dialect ends there. It is lenient about spelling
 (what real clients send, SPEC 3.5) and strict about meaning (SPEC 3.6): what would be misread is refused with the name
-of the field. What needs no mending is passed on as the very object that came in. No I/O.
+of the field. Messages and tools that need no mending are passed on as the very text that came in. No I/O.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import orjson
-
-from dialects.history import Messages, safe_name, wrong_type
+from dialects.history import History, wrong_type
+from dialects.tools import Toolset, mend_tools, toolset_of
+from dialects.well_formed import WellFormed, recognised
+from wire.body import Body
 from wire.chat import CHARS_PER_TOKEN, Chat, Completion, Event, LocalRoute, Need, Tally, chunk_head, frame, parse_model
 from wire.errors import GatewayError, InvalidRequest
-from wire.jsontext import JSON, load_object
+from wire.jsontext import JSON, load_object, members, plain_value
 from wire.sse import DONE, KEEP_ALIVE
 
 MODEL_CHARS_MAX = 300  # four times the longest in use
@@ -28,11 +29,25 @@ EFFORT_ALIASES = {
 }  # fmt: skip
 EFFORT_FIELDS = frozenset({"reasoning_effort", "reasoning", "thinking", "enable_thinking", "chat_template_kwargs"})
 RANGES = {"temperature": (0, 2), "top_p": (0.01, 1)}  # 0 would mean no token at all, and is refused
-TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
 
 
-def chat_from(body: JSON) -> Chat:
-    """Judge and mend a chat body. Raises InvalidRequest naming the field."""
+def read_chat(raw: bytes) -> Chat:
+    """A request's text as a `Chat`. Raises InvalidRequest naming the field."""
+    texts = members(raw)
+    history = recognised(texts.pop("messages", b""))
+    if history is not None:
+        try:
+            toolset = toolset_of(texts.pop("tools")) if "tools" in texts else None
+            return chat_from({name: plain_value(text) for name, text in texts.items()}, history, toolset)
+        except (ValueError, InvalidRequest):  # something odd after all
+            pass
+    return chat_from(load_object(raw))
+
+
+def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | None = None) -> Chat:
+    """Judge and mend a chat body. Raises InvalidRequest naming the field.
+
+    Messages and tools that have been read already, and are not in the body, stay the text they came as."""
     body = {name: value for name, value in body.items() if value is not None}  # clients null what they do not set
     model = body.pop("model", "")
     if not isinstance(model, str) or len(model) > MODEL_CHARS_MAX:  # it is logged as it came
@@ -42,33 +57,36 @@ def chat_from(body: JSON) -> Chat:
     if not isinstance(options, dict):
         raise wrong_type("stream_options", "an object")
     refuse_unserved(body)
-    safe_names = mend_tools(body)
+    tools = mend_tools(body, toolset)
     mend_sampling(body)
     mend_effort(body)
     mend_response_format(body)
-    messages = Messages(body.get("messages"), safe_names)
-    body["messages"] = messages.mended
-    chars = messages.chars + (len(orjson.dumps(body["tools"])) if "tools" in body else 0)
-    prompt_tokens = -(-chars // CHARS_PER_TOKEN)
+    told: WellFormed | History = history or History(body.get("messages"), tools.safe_names)
+    texts = tools.texts
+    if isinstance(told, History):
+        body["messages"] = told.mended
+    else:
+        texts = {"messages": told.text, **texts}
+    prompt_tokens = -(-(told.chars + tools.chars) // CHARS_PER_TOKEN)
     max_tokens: int | None = body.get("max_tokens")
     mode, pinned = parse_model(model)
     need = Need(
         mode=mode,
         pinned=pinned,
         tokens=prompt_tokens + (ANSWER_TOKENS_ASSUMED if max_tokens is None else max_tokens),
-        vision=messages.has_images,
+        vision=told.has_images,
         tools="tools" in body,
     )
     return Chat(
         need=need,
-        body=body,
+        body=Body(body, texts) if texts else body,
         model=model,
         stream=stream,
         include_usage=stream and bool(options.get("include_usage")),
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
-        first_user_text=messages.first_user_text,
-        tool_names={safe: name for name, safe in safe_names.items()} if safe_names else safe_names,
+        first_user_text=told.first_user_text,
+        tool_names={safe: name for name, safe in tools.safe_names.items()} if tools.safe_names else tools.safe_names,
     )
 
 
@@ -211,83 +229,6 @@ def mend_response_format(body: JSON) -> None:
             body["response_format"] = {"type": "json_schema", "json_schema": spec}
 
 
-def mend_tools(body: JSON) -> dict[str, str]:
-    """Tools in today's nested form; a choice only where there are tools. Gives the safe names of those that need one.
-
-    MCP clients name tools with dots, slashes and blanks, and at length; strict servers refuse that.
-    """
-    if TOOL_FIELDS.isdisjoint(body):
-        return {}
-    if "functions" in body:
-        functions = body.pop("functions")
-        if not isinstance(functions, list):
-            raise wrong_type("functions", "a list")
-        if "tools" not in body:
-            body["tools"] = [{"type": "function", "function": function} for function in functions]
-    if "function_call" in body:
-        choice = body.pop("function_call")
-        body.setdefault("tool_choice", {"type": "function", "function": choice} if isinstance(choice, dict) else choice)
-    tools = body.get("tools", [])
-    if not isinstance(tools, list):
-        raise wrong_type("tools", "a list")
-    if not tools:
-        for name in ("tools", "tool_choice", "parallel_tool_calls"):
-            body.pop(name, None)
-        return {}
-    body["tools"] = tools = [mended_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
-    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
-    safe_names = {f["name"]: safe for f in functions if (safe := safe_name(f["name"])) != f["name"]}
-    if safe_names:
-        body["tools"] = [with_name(tool, safe_names) if "function" in tool else tool for tool in tools]
-    if "tool_choice" in body:
-        choice = mended_choice(body["tool_choice"])
-        named = isinstance(choice, dict) and isinstance(choice.get("function"), dict)
-        body["tool_choice"] = with_name(choice, safe_names) if safe_names and named else choice
-    return safe_names
-
-
-def with_name(tool: Any, safe_names: dict[str, str]) -> JSON:
-    function = tool["function"]
-    name = function.get("name")
-    if not isinstance(name, str):
-        raise wrong_type("tool_choice.function.name", "a string")
-    return {**tool, "function": {**function, "name": safe_names.get(name, name)}}
-
-
-def mended_tool(tool: object, param: str) -> JSON:
-    if not isinstance(tool, dict):
-        raise wrong_type(param, "an object")
-    if tool.get("type", "function") != "function" and "function" not in tool:
-        return tool
-    function = tool.get("function")
-    if function is None and "name" in tool:  # flat, as in the Responses API
-        function = {name: value for name, value in tool.items() if name != "type"}
-    if not isinstance(function, dict):
-        raise wrong_type(f"{param}.function", "an object")
-    if not isinstance(function.get("name"), str) or not function["name"]:
-        raise wrong_type(f"{param}.function.name", "a non-empty string")
-    if not function.get("parameters"):
-        function = {**function, "parameters": {"type": "object", "properties": {}}}
-    elif not isinstance(function["parameters"], dict):
-        raise wrong_type(f"{param}.function.parameters", "an object")
-    if "type" in tool and function is tool.get("function"):
-        return tool
-    return {"type": "function", "function": function}
-
-
-def mended_choice(choice: object) -> object:
-    if isinstance(choice, str):
-        return "required" if choice == "any" else choice
-    if not isinstance(choice, dict):
-        raise wrong_type("tool_choice", "a string or an object")
-    kind = choice.get("type")
-    if kind in ("auto", "none", "required", "any"):
-        return "required" if kind == "any" else kind
-    if kind in ("tool", "function") and isinstance(choice.get("name"), str):
-        return {"type": "function", "function": {"name": choice["name"]}}
-    return choice
-
-
 class ChatEncoder:
     """Answers are in this dialect already: bytes go out as they came."""
 
@@ -337,7 +278,7 @@ class ChatDialect:
         return ()
 
     def parse(self, raw: bytes, now: float) -> Chat:
-        return chat_from(load_object(raw))
+        return read_chat(raw)
 
     def encoder(self, chat: Chat, now: float) -> ChatEncoder:
         return ChatEncoder(chat.include_usage)

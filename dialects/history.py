@@ -41,7 +41,7 @@ def safe_name(name: str) -> str:
     return re.sub(r"^(?![a-zA-Z_])", "_", re.sub(r"[^a-zA-Z0-9_-]", "_", name))[:57] + "_" + tail
 
 
-class Messages:
+class History:
     """The messages of one request while they are mended: what they hold, and which tool calls wait for a result."""
 
     def __init__(self, messages: object, tool_names: Mapping[str, str]) -> None:

@@ -240,7 +240,7 @@ def chat_body(request: JSON, tools: Tools, turns: Turns) -> JSON:
     return body
 
 
-def repeated(request: JSON, body: JSON) -> JSON:
+def repeated(request: JSON, body: Mapping[str, Any]) -> JSON:
     """What a response says of its request: as chat_from has mended it, and in this API's own form."""
     text = {name: value for name, value in request.get("text", {}).items() if value is not None}
     return {

@@ -1,7 +1,7 @@
 """What clients and gateway speak: one `Chat` in, events or one completion out.
 
 Every client dialect parses into a `Chat` in OpenAI's chat form, and every adapter answers in OpenAI's chat form, so
-neither knows of the other. Routing sees only the `Need` of a request. The client's JSON stays a dict in `Chat.body`:
+neither knows of the other. Routing sees only the `Need` of a request. The client's JSON stays JSON in `Chat.body`:
 unknown fields pass through. No I/O.
 """
 
@@ -58,10 +58,11 @@ class Need:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """One request, whatever dialect it came in. `body` is OpenAI's chat form without model and stream options."""
+    """One request, whatever dialect it came in. `body` is OpenAI's chat form without model and stream options; nobody
+    changes what is in it."""
 
     need: Need
-    body: dict[str, Any]
+    body: Mapping[str, Any]  # a dict, or a `Body` that keeps long fields as text
     model: str  # as the client wrote it
     stream: bool
     include_usage: bool

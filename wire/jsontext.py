@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+import msgspec
 import orjson
 
 from wire.errors import InvalidRequest
@@ -18,6 +19,15 @@ ESCAPE = re.compile(rb"\\(?:u(?:[dD][89abAB]..\\u[dD][c-fC-F]..|([dD][89a-fA-F].
 def mended_escapes(raw: bytes) -> bytes:
     """Half an emoji (some editors cut them) and NUL become U+FFFD: they are not text, and servers refuse them."""
     return ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], raw)
+
+
+def plain_value(text: bytes) -> Any:
+    """A value that can go on as the very text that it came as. Raises ValueError for one that is no JSON after all,
+    nests too deeply or has a NUL in it."""
+    value = orjson.loads(text)
+    if isinstance(value, (str, list, dict)) and any(looked_over([value])):
+        raise ValueError
+    return value
 
 
 def looked_over(value: Any) -> tuple[bool, bool]:
@@ -59,6 +69,18 @@ def load_object(raw: bytes) -> dict[str, Any]:
     if too_deep:
         raise InvalidRequest(f"The body nests deeper than {DEPTH_MAX} levels.", code="invalid_json")
     return orjson.loads(mended_escapes(raw)) if has_nul else body
+
+
+MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+
+
+def members(raw: bytes) -> dict[str, bytes]:
+    """The values of a JSON object, each still text, of which only the form has been looked at: numbers may be too
+    large, and strings no text. Empty where even the form is wrong."""
+    try:
+        return {name: bytes(text) for name, text in MEMBERS.decode(raw).items()}
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
 
 
 def no_number(text: str) -> None:
