@@ -301,8 +301,11 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
+    """`blameless`: it costs nothing, such as a prefill that a model does not take."""
+
     error: UpstreamError
     phase: Phase
+    blameless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -448,7 +451,7 @@ def costs(outcome: Outcome, facts: Facts, now: float) -> tuple[Effect, ...]:
         if not outcome.cut_short:
             return SUCCESS
         return (*SUCCESS, *session_costs(Kind.TRUNCATION, Phase.MID_STREAM, facts.level))
-    if not isinstance(outcome, Failed):
+    if not isinstance(outcome, Failed) or outcome.blameless:
         return ()
     error, rule = outcome.error, outcome.error.rule
     effects = [*rests(error, facts, now), Skip(rule.scope, again=rule.cooling in (Cooling.TRANSIENT, Cooling.KEY))]

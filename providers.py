@@ -62,7 +62,6 @@ class Attempt:
     __slots__ = (
         "_adapter",
         "_at_end",
-        "_began",
         "_call",
         "_clock",
         "_end_at",
@@ -77,6 +76,7 @@ class Attempt:
         "_timeouts",
         "_upstream",
         "_whole",
+        "began",
         "chat",
         "completion",
         "ended",
@@ -104,7 +104,7 @@ class Attempt:
         self._upstream = providers.upstream
         self._timeouts = providers.timeouts
         self._clock = asyncio.get_running_loop().time
-        self._began = self._heard_at = self._clock()
+        self.began = self._heard_at = self._clock()
         self._whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
         self._call: Call | None = None
         self._response: Response | None = None
@@ -131,7 +131,7 @@ class Attempt:
                 if not await self._advance(late_at):
                     return False
         except (CallFailed, TimeoutError) as error:
-            silent = not self._whole and self._clock() < self._began + self._timeouts.first_token_s - CLOCK_STEP_S
+            silent = not self._whole and self._clock() < self.began + self._timeouts.first_token_s - CLOCK_STEP_S
             raise no_answer(error, self.route, silent=silent) from None
         return True
 
@@ -168,8 +168,8 @@ class Attempt:
         if self._refused:
             return self._heard_at + ERROR_BODY_S
         if self._whole:
-            return self._began + self._timeouts.request_s
-        return min(self._heard_at + self._timeouts.stall_s, self._began + self._timeouts.first_token_s)
+            return self.began + self._timeouts.request_s
+        return min(self._heard_at + self._timeouts.stall_s, self.began + self._timeouts.first_token_s)
 
     async def _ask(self) -> Response:
         if self._call is None:

@@ -80,6 +80,7 @@ class Plan:
     excluded: set[int] = field(default_factory=set)
     banned: set[str] = field(default_factory=set)  # platforms
     trial: int | None = None  # a model whose open gate this request tries first
+    forgiven: set[int] = field(default_factory=set)  # models that may go on with their own answer, with another key
     attempts_left: int = 20
     failed: dict[int, float] = field(default_factory=dict)  # models, and when each may be asked again; inf: never
     failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
@@ -131,6 +132,20 @@ class Plan:
             if other.context_window <= model.context_window:
                 self.skip(other)
         self.skip(model)
+
+    def continue_like(self, route: Route, again: float, other_keys: bool) -> None:
+        """An answer of this route broke: the same model goes on with it if it can, then its family (SPEC 14.3)."""
+        model = route.model
+        if other_keys:
+            self.failed.pop(model.id, None)
+            self.failed_keys[route.key.id, model.id] = again
+            self.forgiven.add(model.id)
+
+        def distance(other: Model) -> int:
+            same_family = model.family is not None and other.family == model.family
+            return 0 if other.model_id == model.model_id else 1 if same_family else 2
+
+        self.order = sorted(self.complete(), key=distance)
 
     def ban(self, platform: str) -> None:
         self.banned.add(platform)
@@ -338,6 +353,19 @@ class Router:
                 reasons[model.label] = RUNG_WORDS[step.rung]
         return reasons
 
+    def second_route(self, plan: Plan, first: Route, now: float) -> Route | None:
+        """A route on another platform to join one that is late (SPEC 15.1); none that would be a trial."""
+        for model in plan.models():
+            if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not self.has_key(model):
+                continue
+            step = self._step(model, plan, now)
+            if step.key is not None and step.rung < FIRST_TRIAL and model.id != plan.trial:
+                return self._taken(step, plan, now)
+        return None
+
+    def has_other_keys(self, route: Route) -> bool:
+        return len(self._usable_keys.get(route.model.platform.id, ())) > 1
+
     def again(self, route: Route, tokens: int, now: float) -> Route | None:
         """The same route once more, where its key has capacity for it."""
         if self.ledger.wait_s(route.model, route.key.id, tokens, now) != 0:
@@ -388,7 +416,8 @@ class Router:
         if gated and model.id != plan.trial and model.id not in plan.asked_for and self.gates.is_open(model.id):
             rung = Rung.DOUBTED
         wait_s, until, reason = 0.0, 0.0, "transient"
-        if (rest := self._protection.transient.get(model.id, now)) is not None:
+        rest = self._protection.transient.get(model.id, now)
+        if rest is not None and model.id not in plan.forgiven:
             rung, until, wait_s = Rung.RESTING, rest.until, rest.trial_at() - now
         if (again := plan.failed.get(model.id)) is not None:
             wait_s, reason = max(wait_s, again - now, plan.again_at - now), "failed" if rest is None else reason

@@ -111,6 +111,7 @@ class Door:
             need = replace(need, strict=True)
         exchange.chat = chat = chat if need is chat.need else replace(chat, need=need)
         exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
+        exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)
         try:

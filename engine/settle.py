@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from random import Random
 
 import orjson
 
 from config.settings import Settings
-from engine.record import Exchange
+from engine.record import Exchange, Running
 from engine.refusals import FailedAttempt
 from protection import (
     Answered,
@@ -46,19 +45,10 @@ from records.keys import set_key_status
 from records.metrics import Metrics
 from records.rows import Row
 from router import Router
-from routing.standing import Active, Protection
+from routing.standing import Protection
 from wire.chat import Chat
 
 PAUSE_S_MIN = 1.0  # between two of a waiting request's own trials
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """What goes with an attempt until it is settled."""
-
-    attempt: Attempt
-    active: Active
-    skipped: list[str]  # what had been ruled out when it began
 
 
 class Books:
@@ -205,6 +195,7 @@ class Books:
             streamed=chat.stream,
             skipped_models=orjson.dumps(running.skipped).decode() if running.skipped else None,
         )
+        row.resumed_at = running.resumed_at
         if exchange.waited_s:
             row.waited_ms = round(exchange.waited_s * 1000)
         if attempt.ttfb_ms is not None:  # it was committed: somebody counted tokens for it

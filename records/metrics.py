@@ -68,6 +68,8 @@ class Metrics:
         self._malformed = 0
         self._waits: dict[str, int] = {}
         self._trials: dict[str, int] = {}
+        self._rescues: dict[str, int] = {}
+        self._hedges: dict[str, int] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -107,6 +109,14 @@ class Metrics:
         """Count a trial of something that rests: `success`, `error` or `cancelled`."""
         self._trials[result] = self._trials.get(result, 0) + 1
 
+    def rescued(self, result: str) -> None:
+        """Count an answer that broke after its first token: `whole` in the end, or `lost`."""
+        self._rescues[result] = self._rescues.get(result, 0) + 1
+
+    def hedged(self, result: str) -> None:
+        """Count a second route that joined a late one: it `won`, `lost`, or both `failed`."""
+        self._hedges[result] = self._hedges.get(result, 0) + 1
+
     def exhausted(self) -> None:
         """Count a request for which nothing was left to try (SPEC 5.4)."""
         self._exhausted += 1
@@ -141,6 +151,8 @@ class Metrics:
         help = "Requests for which no route was left to try."
         yield CounterMetricFamily("all_models_exhausted_total", help, value=self._exhausted)
         yield by_result("freeway_waits_total", "Requests that waited for a route to come back.", self._waits)
+        yield by_result("freeway_rescues_total", "Answers that broke after their first token.", self._rescues)
+        yield by_result("freeway_hedges_total", "Second routes that joined a late one.", self._hedges)
         yield by_result("freeway_trials_total", "Trials of models and keys that rest.", self._trials)
         help = "Events in providers' streams that were not JSON and were skipped."
         yield CounterMetricFamily("freeway_malformed_events_total", help, value=self._malformed)

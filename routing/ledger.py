@@ -65,6 +65,14 @@ class Ledger:
             wait_s = max(wait_s, self._tokens_wait_s(account, model.tpm, tokens, now))
         return wait_s
 
+    def day_left(self, model: Model, key: int, now: float) -> float:
+        """The share of this key's day that is left, of requests or tokens, whichever is less; 1 without a limit."""
+        if model.rpd is None and model.tpd is None:
+            return 1.0
+        account = self._account(model.id, key, now)
+        used = ((model.rpd, account.day_requests), (model.tpd, account.day_tokens))
+        return min(max(0.0, 1 - count / limit) for limit, count in used if limit is not None)
+
     def reserve(self, model: Model, key: int, tokens: int, now: float) -> Reservation | None:
         if not model.limited:
             return None
@@ -74,6 +82,17 @@ class Ledger:
         account.day_requests += 1
         account.day_tokens += tokens
         return reservation
+
+    def take_back(self, reservation: Reservation | None) -> None:
+        """Undo a reservation whose attempt is not made after all."""
+        if reservation is None:
+            return
+        account = self._accounts[reservation.model, reservation.key]
+        if reservation in account.minute:
+            account.minute.remove(reservation)
+        if account.day == reservation.day:
+            account.day_requests -= 1
+            account.day_tokens = max(0, account.day_tokens - reservation.tokens)
 
     def settle(self, reservation: Reservation | None, tokens: int) -> None:
         """Replace the estimate by what was really used; the request itself stays counted."""

@@ -35,7 +35,8 @@ from config.settings import load_settings
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent
 API_KEY = "fw-test-0123456789abcdef"
-NO_WAIT = {"WAIT_FOR_CAPACITY_MS": "0"}  # what a test does not say is refused is refused at once
+# Nothing waits, nothing is mended in mid-stream and nobody joins a race, unless a test asks for it: each has its own.
+PLAIN = {"WAIT_FOR_CAPACITY_MS": "0", "RESCUE": "off", "HEDGE_PERCENT": "0"}
 IN_ORDER = "auto-priority"  # the mode without sampling: platforms are tried as the test lists them
 
 Platforms = Mapping[str, Mapping] | list[str]
@@ -314,7 +315,7 @@ class PromptServer(uvicorn.Server):
 
 async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None = None) -> Gateway:
     """`http` stands in for the class of connections."""
-    loaded = load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **NO_WAIT, **settings}, cwd)
+    loaded = load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **PLAIN, **settings}, cwd)
     listener = socket.socket(proto=socket.IPPROTO_TCP)  # without it asyncio sets no TCP_NODELAY
     listener.bind(("127.0.0.1", 0))
     config = gateway.uvicorn_config(gateway.Gateway(loaded))
@@ -411,7 +412,7 @@ async def start_process(fake: FakeProvider, tmp_path: Path):
         async def start(
             platforms: Platforms | None = None, settings: dict[str, str] | None = None, flags: tuple[str, ...] = ()
         ) -> Process:
-            environ = {"PATH": os.environ["PATH"], "GATEWAY_PORT": "0", **NO_WAIT, **(settings or {})}
+            environ = {"PATH": os.environ["PATH"], "GATEWAY_PORT": "0", **PLAIN, **(settings or {})}
             if platforms is not None:
                 environ["GATEWAY_CATALOG"] = str(tmp_path / "test-catalog.json")
                 (tmp_path / "test-catalog.json").write_text(json.dumps(catalog_of(platforms, fake)))

@@ -1,0 +1,49 @@
+"""Hedging as the engine uses it: how late is late for one attempt, and who joins it (SPEC 15)."""
+
+from __future__ import annotations
+
+import time
+from math import inf
+
+from engine.hedge import FIRST_TOKEN, WHOLE_ANSWER, HedgeBudget, Latencies
+from providers import Attempt
+from router import Plan, Router
+from routing.route import Route
+from wire.chat import Need
+
+
+class Hedging:
+    """The budget of one gateway, and what it knows of its models' pace. `percent` 0: never."""
+
+    def __init__(self, router: Router, percent: int) -> None:
+        self._router = router
+        self._percent = percent
+        self._budget = HedgeBudget(percent)
+        self._first_tokens = Latencies(FIRST_TOKEN)
+        self._whole_answers = Latencies(WHOLE_ANSWER)
+
+    def arrived(self) -> None:
+        """A request has come."""
+        self._budget.earn()
+
+    def began(self, model: int, seconds: float, *, stream: bool) -> None:
+        """An answer began after so long; a whole one is all there then."""
+        (self._first_tokens if stream else self._whole_answers).add(model, seconds)
+
+    def late_at(self, attempt: Attempt, need: Need) -> float:
+        """When this attempt has waited long enough for another to join it, by the event loop's clock."""
+        if not self._percent or (need.strict and need.pinned is not None):
+            return inf
+        latencies = self._first_tokens if attempt.chat.stream else self._whole_answers
+        return attempt.began + latencies.late_after_s(attempt.route.model.id)
+
+    def second_route(self, plan: Plan, first: Route) -> Route | None:
+        """The route that joins, paid for; None where there is none or no budget."""
+        now = time.monotonic()
+        route = self._router.second_route(plan, first, now)
+        if route is None:
+            return None
+        if self._budget.spend(self._router.ledger.day_left(route.model, route.key.id, now)):
+            return route
+        self._router.ledger.take_back(route.reservation)
+        return None
