@@ -27,7 +27,7 @@ M = 1
 def feed(gates: Gates, *outcomes: bool, rate: float = HEALTHY, hold: bool = False, now: float = NOW, seed: int = 0):
     """What each outcome brought."""
     rng = Random(seed)
-    return [gates.feed(M, ok=ok, rate=rate, hold=hold, now=now, rng=rng) for ok in outcomes]
+    return [gates.feed(M, ok=ok, rate=rate, hold=hold, began=now, now=now, rng=rng) for ok in outcomes]
 
 
 def opened(rate: float = HEALTHY, now: float = NOW) -> Gates:
@@ -80,7 +80,7 @@ def test_the_sum_is_pages_and_the_gate_opens_exactly_at_its_threshold(outcomes, 
 def test_a_healthy_model_is_gated_less_than_once_in_1500_requests(rate, alarms_max):
     rng, gates, alarms = Random(5), Gates(), 0
     for _ in range(100_000):
-        if gates.feed(M, ok=rng.random() < rate, rate=rate, hold=False, now=NOW, rng=rng) == "opened":
+        if gates.feed(M, ok=rng.random() < rate, rate=rate, hold=False, began=NOW, now=NOW, rng=rng) == "opened":
             alarms += 1
             gates.close_all()
 
@@ -94,7 +94,7 @@ def test_a_model_that_breaks_is_found_within_a_few_requests(left, mean_max, p95_
         gates, n = Gates(), 0
         while not gates.is_open(M):
             n += 1
-            gates.feed(M, ok=rng.random() < left, rate=HEALTHY, hold=False, now=NOW, rng=rng)
+            gates.feed(M, ok=rng.random() < left, rate=HEALTHY, hold=False, began=NOW, now=NOW, rng=rng)
         needed.append(n)
 
     assert sum(needed) / len(needed) <= mean_max
@@ -163,7 +163,7 @@ def test_gates_that_opened_together_are_not_tried_together():
     gates, rng = Gates(), Random(1)
     for model in range(20):
         for _ in range(3):
-            gates.feed(model, ok=False, rate=HEALTHY, hold=False, now=NOW, rng=rng)
+            gates.feed(model, ok=False, rate=HEALTHY, hold=False, began=NOW, now=NOW, rng=rng)
 
     due = {gate.trial_at for _, gate in gates.open_gates()}
 
@@ -184,6 +184,16 @@ def test_two_good_trials_close_it_the_second_following_at_once():
 
     assert not gates.is_open(M)
     assert not gates.any_open()
+
+
+@pytest.mark.parametrize("ok", [False, True])
+def test_what_was_on_its_way_when_the_gate_opened_is_no_trial(ok):
+    gates = opened()
+
+    told = [gates.feed(M, ok=ok, rate=HEALTHY, hold=False, began=NOW - 1, now=NOW + 5, rng=Random(0)) for _ in range(9)]
+
+    assert told == [None] * 9
+    assert [gate.trials_failed for _, gate in gates.open_gates()] == [0]
 
 
 def test_a_good_trial_and_a_bad_one_are_a_bad_one():
