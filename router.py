@@ -251,12 +251,18 @@ class Router:
         if not plan.order:
             raise unfit(need, self._candidates[need.mode] + excluded)
         self.gates.arrived()
-        if self.gates.any_open():
-            trials = self._protection.trials
-            due = [m for m in plan.order if self.gates.trial_due(m.id, now) and m.id not in trials]
-            if due and self._step(due[0], plan, now, gated=False).key is not None:
-                plan.trial = due[0].id
-                plan.order = [due[0], *(m for m in plan.order if m is not due[0])]
+        if self.gates.any_open() and (tried := self._due_trial(plan, now)) is not None:
+            plan.trial = tried.id
+            plan.order = [tried, *(m for m in plan.order if m is not tried)]
+
+    def _due_trial(self, plan: Plan, now: float) -> Model | None:
+        """The first gated model that this request should try before all others: one that nothing else keeps back."""
+        for model in plan.order:
+            if self.gates.trial_due(model.id, now) and model.id not in self._protection.trials:
+                step = self._step(model, plan, now, gated=False)
+                if step.rung is Rung.FREE and step.key is not None:
+                    return model
+        return None
 
     def _plan_pinned(self, plan: Plan, pinned: str, now: float, rng: Random) -> None:
         need = plan.need

@@ -165,7 +165,8 @@ class Books:
         if ok and not router.gates.knows(model.id):  # the usual case: nothing to remember
             return
         hold = not ok and router.gates_hold(model, now)
-        change = router.gates.feed(model.id, ok=ok, rate=router.success_rate(model), hold=hold, now=now, rng=self._rng)
+        rate, began = router.success_rate(model), attempt.started
+        change = router.gates.feed(model.id, ok=ok, rate=rate, hold=hold, began=began, now=now, rng=self._rng)
         if change is not None:
             self._log.write("info", f"gate_{change}", model=model.label)
             if change == "closed":

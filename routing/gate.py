@@ -74,15 +74,19 @@ class Gates:
             gate = self._gates[model]
             gate.requests_at_trial, gate.tried_at = self._requests, now
 
-    def feed(self, model: int, *, ok: bool, rate: float, hold: bool, now: float, rng: Random) -> str | None:
-        """Hear of one outcome. `rate` is the model's slow success rate; `hold` keeps a closed gate from opening. Gives
-        `opened`, `closed`, `failed` (a trial) or None."""
+    def feed(
+        self, model: int, *, ok: bool, rate: float, hold: bool, began: float, now: float, rng: Random
+    ) -> str | None:
+        """Hear of the outcome of an attempt that began then. `rate` is the model's slow success rate; `hold` keeps a
+        closed gate from opening. Gives `opened`, `closed`, `failed` (a trial) or None."""
         gate = self._gates.get(model)
         if gate is None:
             if ok:  # a sum never falls below zero, so there is nothing to remember
                 return None
             gate = self._gates[model] = Gate()
         if gate.opened_at is not None:
+            if began < gate.opened_at:  # one of a crowd that was on its way: it knows nothing new
+                return None
             return self._trial_ended(model, gate, ok, now, rng)
         if ok:
             gate.sum = max(0.0, gate.sum + log(WORSE))

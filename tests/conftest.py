@@ -31,6 +31,7 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 import gateway
 from config.settings import load_settings
+from records.database import Store
 
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,6 +330,14 @@ async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None 
     http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20), connector=aiohttp.TCPConnector(limit=0))
     api_key = settings.get("GATEWAY_API_KEY", API_KEY)
     return Gateway(base_url, http, api_key, cwd / "gateway.db", server, serving)
+
+
+@pytest.fixture
+def world_store(tmp_path: Path) -> Iterator[Store]:
+    """An empty database, for what needs no gateway."""
+    opened = Store(tmp_path / "alone.db", bytes(32))
+    yield opened
+    asyncio.run(opened.close())
 
 
 @pytest.fixture

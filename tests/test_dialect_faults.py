@@ -105,7 +105,11 @@ async def traces(gateway, fake, fault: Failure, path: str, request: dict) -> dic
         "rows": [{name: row[name] for name in LOGGED} for row in reversed(rows) if row["id"] > latest["id"]],
         "cooling": [c["model_id"] for c in left["transient_cooldowns"]],
         "cooling keys": [c["model_id"] for c in left["key_cooldowns"]],
-        "bans": [ban["platforms"] for ban in left["bans"] if ban not in before["bans"]],
+        "bans": [
+            sorted((ban["platform"], ban["reason"]) for ban in entry["platforms"])
+            for entry in left["bans"]
+            if entry["session"] not in {known["session"] for known in before["bans"]}
+        ],
         "bad keys": sorted((key["platform"], key["status"], key["last_error"] or "") for key in bad(keys)),
     }
 

@@ -19,7 +19,8 @@ from protection import classify
 from routing.day import until_reset_s
 
 DAY = "until the platform's day ends"
-RATE_LIMIT_S = 120  # the setting's default
+FORBIDDEN_S = 120  # the setting's default
+HINTLESS_S = 7.5  # the first rest after a 429 that names no time: a sixteenth of the setting (SPEC 7.9)
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ SHAPES = {
         "google", 403, google(403, "PERMISSION_DENIED", reason("CONSUMER_SUSPENDED")), "auth", 401, "invalid"
     ),
     "Gemini: service disabled": Shape(
-        "google", 403, google(403, "PERMISSION_DENIED", reason("SERVICE_DISABLED")), "forbidden", 403, RATE_LIMIT_S
+        "google", 403, google(403, "PERMISSION_DENIED", reason("SERVICE_DISABLED")), "forbidden", 403, FORBIDDEN_S
     ),
     "Gemini: location": Shape(
         "google",
@@ -87,7 +88,7 @@ SHAPES = {
         google(400, "FAILED_PRECONDITION", message="User location is not supported"),
         "forbidden",
         403,
-        RATE_LIMIT_S,
+        FORBIDDEN_S,
     ),
     "Gemini: day used up": Shape(
         "google", 429, google(429, "RESOURCE_EXHAUSTED", violated(PER_DAY), retry("38.2s")), "rate_limited", 429, DAY
@@ -145,7 +146,7 @@ SHAPES = {
         86_400,
     ),
     "Cohere: minute used up": Shape(
-        "cohere", 429, {"message": "trial key, limited to 20 calls/minute"}, "rate_limited", 429, RATE_LIMIT_S
+        "cohere", 429, {"message": "trial key, limited to 20 calls/minute"}, "rate_limited", 429, HINTLESS_S
     ),
     "Cohere: gone": Shape(
         "cohere", 404, {"message": "model 'x' not found, make sure the correct model ID was used"}, "not_found", 404
@@ -166,7 +167,7 @@ SHAPES = {
     "Cloudflare: no such model": Shape("cloudflare", 400, enveloped(5007), "not_found", 404),
     "Cloudflare: bad data": Shape("cloudflare", 400, enveloped(5004), "bad_request", 400),
     "Cloudflare: bad token": Shape("cloudflare", 403, enveloped(10000), "auth", 401, "invalid"),
-    "Cloudflare: paid plan": Shape("cloudflare", 403, enveloped(5035), "forbidden", 403, RATE_LIMIT_S),
+    "Cloudflare: paid plan": Shape("cloudflare", 403, enveloped(5035), "forbidden", 403, FORBIDDEN_S),
     "Cloudflare: timeout": Shape("cloudflare", 408, enveloped(3007), "server_error", 504, "model"),
     "Cloudflare: too large": Shape("cloudflare", 413, enveloped(3006), "bad_request", 413),
     "Groq: tokens a minute": Shape(
@@ -250,7 +251,7 @@ SHAPES = {
         },
         "rate_limited",
         429,
-        RATE_LIMIT_S,
+        HINTLESS_S,
     ),
     "Mistral: capacity": Shape(
         "mistral",
@@ -276,7 +277,7 @@ SHAPES = {
         "model",
     ),
     "Nvidia: problem details": Shape(
-        "nvidia", 429, {"status": 429, "title": "Too Many Requests"}, "rate_limited", 429, RATE_LIMIT_S
+        "nvidia", 429, {"status": 429, "title": "Too Many Requests"}, "rate_limited", 429, HINTLESS_S
     ),
     "OpenRouter: the backend's limit": Shape(
         "openrouter",
@@ -303,7 +304,7 @@ SHAPES = {
         "zhipu", 429, {"error": {"code": "1113", "message": "余额不足"}}, "out_of_credit", 402, 3600
     ),
     "Zhipu: concurrency": Shape(
-        "zhipu", 429, {"error": {"code": "1302", "message": "并发"}}, "rate_limited", 429, RATE_LIMIT_S
+        "zhipu", 429, {"error": {"code": "1302", "message": "并发"}}, "rate_limited", 429, HINTLESS_S
     ),
     "Zhipu: overloaded": Shape(
         "zhipu", 429, {"error": {"code": "1305", "message": "busy"}}, "server_error", 503, "model"

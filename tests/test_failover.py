@@ -258,12 +258,13 @@ def in_an_hour() -> str:
     [
         (429, lambda: {"retry-after": "7"}, 5_000, 7_000),
         (429, lambda: {"retry-after": in_an_hour()}, 3_590_000, 3_600_000),
-        (429, dict, 28_000, 30_000),
-        (429, lambda: {"retry-after": "soon"}, 28_000, 30_000),
+        (429, dict, 1_600, 1_875),  # a sixteenth of the setting (SPEC 7.9)
+        (429, lambda: {"retry-after": "soon"}, 1_600, 1_875),
+        (403, dict, 28_000, 30_000),
         (402, dict, 3_595_000, 3_600_000),
         (402, lambda: {"retry-after": "60"}, 55_000, 60_000),
     ],
-    ids=["seconds", "date", "none", "nonsense", "402", "402 that tells its reset"],
+    ids=["seconds", "date", "none", "nonsense", "403", "402", "402 that tells its reset"],
 )
 async def test_a_key_cools_for_as_long_as_the_platform_says_or_the_setting(
     start_gateway, fake, status, headers, low_ms, high_ms

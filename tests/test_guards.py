@@ -32,6 +32,12 @@ async def ask(gateway, fake, session: str, model: str = "auto-smart") -> list[st
     return [f"{request.platform}/{request.json['model']}" for request in fake.requests[before:]]
 
 
+async def converse(gateway, fake, session: str) -> list[str]:
+    """The models that a session's second request calls: with it, it is a conversation (SPEC 7.10)."""
+    await ask(gateway, fake, session)
+    return await ask(gateway, fake, session)
+
+
 async def active(gateway) -> list[tuple[str, str]]:
     return [(entry["platform"], entry["model_id"]) for entry in (await gateway.protection())["active"]]
 
@@ -43,12 +49,25 @@ async def active(gateway) -> list[tuple[str, str]]:
 @both_ways
 async def test_two_conversations_share_only_what_the_level_lets_them(start_gateway, fake, level, second, streaming):
     gateway = await start_gateway(two_models(level))
-    await gateway.ask("first", streaming=streaming, model="auto-smart")
+    for _ in range(2):
+        await gateway.ask("first", streaming=streaming, model="auto-smart")
 
     assert await ask(gateway, fake, "second") == [second]
 
     assert await ask(gateway, fake, "first") == [A1]
     assert await ask(gateway, fake, "second") == [second]
+
+
+@pytest.mark.parametrize("level", ["provider-ban", "model-skip"])
+@both_ways
+async def test_one_shot_prompts_do_not_push_each_other_down_the_list(start_gateway, fake, level, streaming):
+    gateway = await start_gateway(two_models(level))
+    held = await hold(gateway, fake, streaming=streaming, session="one-shot", earlier=0)
+
+    assert [await ask(gateway, fake, f"prompt {n}") for n in range(4)] == [[A1]] * 4
+
+    await held.done()
+    assert await ask(gateway, fake, "another") == [A1]
 
 
 @pytest.mark.parametrize("level", ["provider-ban", "model-skip", "off"])
@@ -61,7 +80,7 @@ async def test_with_one_model_only_every_conversation_is_served_by_it(start_gate
 async def test_three_conversations_spread_over_three_models_and_a_fourth_finds_one_too(start_gateway, fake):
     gateway = await start_gateway(two_models("model-skip"))
 
-    used = [await ask(gateway, fake, session) for session in ("first", "second", "third", "fourth")]
+    used = [await converse(gateway, fake, session) for session in ("first", "second", "third", "fourth")]
 
     assert used[:3] == [[A1], [A2], [B]]
     assert used[3] in ([A1], [A2], [B])
@@ -83,7 +102,7 @@ async def test_what_others_use_is_taken_when_nothing_else_is_left(start_gateway,
         await gateway.chat(model="b-model")
     else:
         fake.script("b", error(404))
-    await ask(gateway, fake, "first")
+    await converse(gateway, fake, "first")
 
     assert await ask(gateway, fake, "second") == ([B, A1] if standing == "failed" else [A1])
 
@@ -92,7 +111,7 @@ async def test_what_others_use_is_taken_when_nothing_else_is_left(start_gateway,
 async def test_a_conversations_own_model_is_not_held_back_when_others_had_to_use_it(start_gateway, fake, level):
     gateway = await start_gateway(one_model(level) | {"b": {}})
     fake.script("b", error(404), answer("fine"))
-    await ask(gateway, fake, "first")
+    await converse(gateway, fake, "first")
     assert await ask(gateway, fake, "second") == [B, A1]
 
     for session in ("first", "second", "first", "second"):
@@ -102,7 +121,7 @@ async def test_a_conversations_own_model_is_not_held_back_when_others_had_to_use
 @pytest.mark.parametrize("level", ["provider-ban", "model-skip"])
 async def test_others_come_back_when_it_has_not_been_used_for_a_while(start_gateway, fake, level):
     gateway = await start_gateway(two_models(level), {"THREAD_COOLDOWN_MS": "60"})
-    await ask(gateway, fake, "first")
+    await converse(gateway, fake, "first")
 
     async with asyncio.timeout(3):
         for n in range(1_000):
@@ -135,12 +154,17 @@ class Held:
         return await self.task
 
 
-async def hold(gateway, fake, *, streaming: bool = True, model: str = "auto-smart") -> Held:
+async def hold(
+    gateway, fake, *, streaming: bool = True, model: str = "auto-smart", session: str = "held", earlier: int = 1
+) -> Held:
+    """A request of a session that has had some `earlier`."""
+    for _ in range(earlier):
+        await gateway.ask(session, streaming=streaming, model=model)
     finish, n = asyncio.Event(), len(fake.requests)
     steps = sse(ROLE, HALF, Wait(finish), chunk("wer", finish="stop")) if streaming else completion("whole")
     held = steps if streaming else raw(Wait(finish), *steps.steps)
     fake.script("a", held, answer("fine"))
-    task = asyncio.create_task(gateway.ask("held", streaming=streaming, model=model))
+    task = asyncio.create_task(gateway.ask(session, streaming=streaming, model=model))
     await fake.arrived(n + 1)
     return Held(task, finish)
 

@@ -154,6 +154,7 @@ ENDLESS = {
 async def test_a_provider_that_never_ends_is_given_up(start_gateway, fake, streaming):
     gateway = await start_gateway(["a", "b"], {**STALL, "TRANSIENT_COOLDOWN_MS": "1"})
     for name, endless in ENDLESS.items():
+        await gateway.recovered()
         fake.clear()
         fake.script("a", endless)
 
@@ -196,7 +197,7 @@ async def test_a_provider_that_speaks_no_http_is_passed_over(start_gateway, fake
     for name, reply in NOT_HTTP.items():
         fake.script("a", reply)
         assert (await gateway.ask(streaming=streaming)).text == "hello from b", name
-        await gateway.uncooled()
+        await gateway.recovered()
     await gateway.rows(len(NOT_HTTP), platform="a", status="error")
 
 

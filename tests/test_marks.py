@@ -75,16 +75,19 @@ async def test_balanced_never_uses_what_is_marked_even_with_the_best_statistics(
 
 
 @catalogues
-async def test_balanced_fails_rather_than_use_what_is_marked(start_gateway, fake, platforms, marked):
+async def test_balanced_uses_what_is_marked_when_all_others_have_failed_and_not_before(
+    start_gateway, fake, platforms, marked
+):
     gateway = await start_gateway(platforms, {**NO_GUARDS, "MAX_FALLBACK_ATTEMPTS": "100"})
-    names = {label.partition("/")[2] for label in marked}
     for platform in platforms:
         fake.script(platform, error(404))
 
     assert (await gateway.chat(model="auto")).status == 502
 
-    assert names.isdisjoint(request.json["model"] for request in fake.requests)
-    assert len(fake.requests) >= 2
+    called = [f"{request.platform}/{request.json['model']}" for request in fake.requests]
+    assert set(called[-2:]) == set(marked)
+    assert set(called[:-2]).isdisjoint(marked)
+    assert len(called) >= 4
 
 
 @catalogues

@@ -151,6 +151,7 @@ FAMILIES = {
     "freeway_first_token_seconds": "histogram", "freeway_routable_models": "gauge", "freeway_log_queue_rows": "gauge",
     "freeway_log_dropped_rows": "counter", "freeway_log_dropped_lines": "counter",
     "freeway_malformed_events": "counter", "freeway_tasks": "gauge",
+    "freeway_gates_open": "gauge", "freeway_trials": "counter", "freeway_waiting": "gauge", "freeway_waits": "counter",
 }  # fmt: skip
 
 

@@ -52,7 +52,9 @@ async def rested(gateway) -> None:
 
 
 async def bans(gateway) -> list[list[str]]:
-    return [entry["platforms"] for entry in (await gateway.protection())["bans"]]
+    """The platforms that each session avoids."""
+    shown = (await gateway.protection())["bans"]
+    return [[ban["platform"] for ban in entry["platforms"]] for entry in shown]
 
 
 async def pinned(gateway) -> list[str]:
@@ -219,16 +221,55 @@ async def test_an_answer_that_talks_of_truncation_is_none(start_gateway, fake, s
     assert await ask(gateway, fake, "first") == [A1]
 
 
-async def test_a_ban_ends_when_the_session_has_not_been_used_for_its_time(start_gateway, fake):
-    gateway = await start_gateway(two_models("provider-ban"), {**AT_ONCE, "STICKY_TTL_MS": "150"})
+async def test_a_ban_ends_after_its_time_however_much_the_session_is_used(start_gateway, fake):
+    gateway = await start_gateway(two_models("provider-ban"), {**AT_ONCE, "STICKY_TTL_MS": "300"})
     fake.script("a", failing_once("one", NOTHING))
+    banned_at = time.monotonic()
     assert await ask(gateway, fake, "first") == [A1, B]
 
     async with asyncio.timeout(3):
-        while await bans(gateway):  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+        while await bans(gateway):
+            await ask(gateway, fake, "first")
 
-    assert await ask(gateway, fake, "first") == [A1]
+    assert 0.3 <= time.monotonic() - banned_at < 1
+    fake.script("b", error(404))
+    assert await ask(gateway, fake, "first") == [B, A1]
+
+
+async def test_a_ban_is_shown_with_its_reason_and_what_is_left_of_it_and_can_be_lifted(start_gateway, fake):
+    gateway = await start_gateway(two_models("provider-ban"), AT_ONCE)
+    for session in ("first", "second"):
+        fake.script("a", failing_once("one", error(503)))
+        assert await ask(gateway, fake, session) == [A1, B]
+        await rested(gateway)
+    shown = (await gateway.protection())["bans"]
+    assert len({entry["session"] for entry in shown}) == 2
+    for entry in shown:
+        (ban,) = entry["platforms"]
+        assert 1_790_000 < ban.pop("ms_left") <= 1_800_000
+        assert ban == {"platform": "a", "reason": "provider-ban:5xx:before-stream"}
+
+    headers = {"authorization": f"Bearer {gateway.api_key}"}
+    async with gateway.http.delete(f"{gateway.base_url}/api/protection/bans", headers=headers) as response:
+        assert (response.status, await response.json()) == (200, {"lifted": 2})
+
+    assert await bans(gateway) == []
+    fake.script("b", error(404))
+    assert await ask(gateway, fake, "first") == [B, A1]  # the session has moved to b, and a is free again
+
+
+@both_ways
+async def test_a_banned_platform_comes_last_and_not_never(start_gateway, fake, streaming):
+    gateway = await start_gateway(two_models("provider-ban"), AT_ONCE)
+    fake.script("a", failing_once("one", NOTHING))
+    fake.script("b", error(404))
+
+    got = await gateway.ask("first", streaming=streaming, model="auto-smart")
+
+    assert got.text == "fine"
+    assert served(fake) == [A1, B, A2]
+    assert await bans(gateway) == [["a"]]
+    assert await ask(gateway, fake, "first") == [B, A2]
 
 
 async def test_the_setting_decides_and_not_only_the_catalogue(start_gateway, fake):
