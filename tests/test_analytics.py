@@ -8,7 +8,7 @@ import time
 import pytest
 from conftest import both_ways
 from fake_provider import answer, error
-from test_scoring import NOW, World
+from worlds import NOW, World
 
 from records.analytics import Reports
 from records.database import Store
