@@ -50,7 +50,7 @@ from records.keys import client_key
 from records.request_log import clients_use, delete_old_rows, model_stats, todays_use
 from records.vault import StoreError
 from router import Router as ModelRouter
-from routing.catalog import is_demo
+from routing.catalog import ModelKind, is_demo
 from routing.scores import Stats, success_probabilities
 from routing.standing import Protection
 from transport.client import Receive, Send, read_body
@@ -246,7 +246,8 @@ class Gateway:
 
     async def list_models(self, request: Request) -> Response:
         if "anthropic-version" in request.headers:
-            ids = [*ALIASES, *VIRTUAL_MODELS, *{m.model_id: 1 for m in self.engine.router.catalog.models if m.enabled}]
+            chat = {m.model_id: 1 for m in self.engine.router.catalog.models if m.enabled and m.kind is ModelKind.CHAT}
+            ids = [*ALIASES, *VIRTUAL_MODELS, *chat]
             return Response(model_list(map(self._entry, ids)), media_type="application/json")
         listed = {id: self._describe(id) for id in VIRTUAL_MODELS}
         for model in self.engine.router.catalog.models:
@@ -259,7 +260,7 @@ class Gateway:
         anthropic = "anthropic-version" in request.headers
         if name not in VIRTUAL_MODELS and not (anthropic and name in ALIASES):
             try:
-                self.engine.router.catalog.resolve(name)
+                self.engine.router.catalog.resolve(name, ModelKind.CHAT if anthropic else None)
             except ModelNotFound as error:
                 raise ModelNotFound(error.message, status=404) from None
         return json_response(self._entry(name) if anthropic else self._describe(name))
@@ -277,9 +278,10 @@ class Gateway:
     def _describe(self, name: str) -> dict[str, Any]:
         """A model as OpenAI lists it, with the context window that agents look for."""
         entry: dict[str, Any] = {"id": name, "object": "model", "created": self._started, "owned_by": "freeway"}
+        entry["kind"] = ModelKind.CHAT
         if name not in VIRTUAL_MODELS:
-            models = self.engine.router.catalog.resolve(name)
-            entry["owned_by"] = models[0].platform.id
+            models = self.engine.router.catalog.resolve(name, None)
+            entry["owned_by"], entry["kind"] = models[0].platform.id, models[0].kind
         else:
             models = self.engine.router.catalog.auto_chain
         if models:

@@ -13,6 +13,7 @@ from admin.clients import Clients
 from admin.control import Control
 from admin.keys import Keys
 from admin.live import Live
+from admin.quota import Quota
 from admin.reports import LogReports
 from engine.exchange import Engine
 
@@ -20,5 +21,12 @@ from engine.exchange import Engine
 def admin_routes(engine: Engine, control: Control) -> list[Route]:
     """Everything under /api, and /metrics."""
     chain = Chain(engine, control)
-    parts = (Live(engine), Keys(engine, control), Clients(engine, control), chain, LogReports(engine, chain))
+    parts = (
+        Live(engine),
+        Keys(engine, control),
+        Clients(engine, control),
+        chain,
+        LogReports(engine, chain),
+        Quota(engine),
+    )
     return [route for part in parts for route in part.routes()]

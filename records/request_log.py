@@ -1,4 +1,4 @@
-"""What is asked of the request log: statistics for routing, today's use for the ledger, and pages of it."""
+"""What is asked of the request log: statistics for routing, what was used of quotas and limits, and pages of it."""
 
 from __future__ import annotations
 
@@ -63,6 +63,19 @@ def todays_use(db: sqlite3.Connection, utc: float) -> list[tuple[int, int, float
             "AND COALESCE(m.rpm_limit, m.rpd_limit, m.tpm_limit, m.tpd_limit) IS NOT NULL "
             "GROUP BY m.id, r.key_id, CASE WHEN r.created_at >= :minute_ago THEN r.id END ORDER BY MAX(r.id)",
             {"now": iso(utc), "since": iso(min(utc - utc % 86_400, utc - 60)), "minute_ago": iso(utc - 60)},
+        )
+    ]
+
+
+def use_since(db: sqlite3.Connection, utc: float) -> list[tuple[tuple[str, str, int], int, int]]:
+    """((platform, model_id, key), attempts, tokens) since then. Answers from memory used nothing."""
+    return [
+        ((platform, model_id, key or 0), requests, tokens)
+        for platform, model_id, key, requests, tokens in db.execute(
+            "SELECT platform, model_id, key_id, COUNT(*), "
+            "SUM(COALESCE(input_tokens, 0) + COALESCE(output_tokens, 0)) FROM requests "
+            "WHERE created_at >= ? AND platform IS NOT NULL AND NOT cached GROUP BY platform, model_id, key_id",
+            (iso(utc),),
         )
     ]
 

@@ -195,10 +195,11 @@ class Catalog:
             return need
         return replace(need, mode=need.unknown_means, pinned=None)
 
-    def resolve(self, name: str, kind: ModelKind = ModelKind.CHAT) -> list[Model]:
+    def resolve(self, name: str, kind: ModelKind | None = ModelKind.CHAT) -> list[Model]:
         """The enabled models a client means by this name: on the platform it named, then elsewhere under the same id.
 
-        An exact `model_id` wins over `platform/model_id`, because ids contain slashes. Raises ModelNotFound.
+        An exact `model_id` wins over `platform/model_id`, because ids contain slashes. A `kind` of None is any. Raises
+        ModelNotFound.
         """
         if name in self.by_name:
             named, others = self.by_name[name], []
@@ -209,9 +210,10 @@ class Catalog:
             others = [m for m in same_id if m.platform.id != platform]
         if not named:
             raise ModelNotFound(f"The model '{name}' does not exist. GET /v1/models lists what there is.", status=400)
-        if all(m.kind is not kind for m in named):
-            raise ModelNotFound(f"The model '{name}' is of another kind: it serves {named[0].kind} only.", status=400)
-        named, others = ([m for m in models if m.kind is kind] for models in (named, others))
+        if kind is not None:
+            if all(m.kind is not kind for m in named):
+                raise ModelNotFound(f"The model '{name}' is for {named[0].kind}, not for {kind}.", status=400)
+            named, others = ([m for m in models if m.kind is kind] for models in (named, others))
         if not (usable := [m for m in named if m.enabled]):
             raise ModelNotFound(f"The model '{name}' is disabled.", status=400)
         return usable + [m for m in others if m.enabled]

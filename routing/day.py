@@ -31,13 +31,27 @@ def is_known(reset: str) -> bool:
 
 def until_reset_s(reset: str, utc: float) -> float:
     """Seconds until quotas of the day begin anew: at midnight of a time zone, or at "HH:MM Zone"."""
+    moment, now = parsed(reset, utc)
+    due = datetime.combine(now.date(), moment, now.tzinfo)
+    if due <= now:
+        due = datetime.combine(now.date() + timedelta(days=1), moment, now.tzinfo)
+    return due.timestamp() - utc
+
+
+def day_began(reset: str, utc: float) -> float:
+    """When the platform's present day began, in UTC seconds."""
+    moment, now = parsed(reset, utc)
+    began = datetime.combine(now.date(), moment, now.tzinfo)
+    if began > now:
+        began = datetime.combine(now.date() - timedelta(days=1), moment, now.tzinfo)
+    return began.timestamp()
+
+
+def parsed(reset: str, utc: float) -> tuple[time, datetime]:
+    """The hour at which days begin, and the platform's wall clock."""
     at, _, name = reset.rpartition(" ")
     try:
         moment = time.fromisoformat(at or "00:00")
     except ValueError:
         moment = time(0)
-    now = datetime.fromtimestamp(utc, zone(name))
-    due = datetime.combine(now.date(), moment, now.tzinfo)
-    if due <= now:
-        due = datetime.combine(now.date() + timedelta(days=1), moment, now.tzinfo)
-    return due.timestamp() - utc
+    return moment, datetime.fromtimestamp(utc, zone(name))

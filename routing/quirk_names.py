@@ -34,6 +34,10 @@ QUIRKS: Mapping[str, type] = {
     "replay_reasoning_content": bool,  # wants its thoughts back
     "system_first": bool,  # one system message, at the head
     "strict_turns": bool,  # an assistant turn between result and user
+    # Embeddings
+    "embeddings_path": str,  # in place of /embeddings, after the base URL; in OpenAI's form, with the key as bearer
+    "embeddings_default": dict,  # fields that it wants besides
+    "embeddings_drop": list,
     # Gemini's wire
     "system_as_user": bool,
     "thinking": str,  # how effort is told: "level" or "budget"

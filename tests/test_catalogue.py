@@ -52,6 +52,8 @@ def test_every_model_belongs_to_a_platform_and_every_number_is_sane():
         name = f"{model['platform']}/{model['model_id']}"
         assert model["platform"] in ids, name
         assert model["model_id"] == model["model_id"].strip(), name
+        if model.get("kind") == "embedding":
+            continue
         assert 1 <= model["intelligence_rank"] <= 100, name
         assert 1 <= model["speed_rank"] <= 100, name
         assert 1_000 <= model["context_window"] <= 10_000_000, name
@@ -60,6 +62,39 @@ def test_every_model_belongs_to_a_platform_and_every_number_is_sane():
         assert model.get("tpm", 1) <= model.get("tpd", 10**12), name
         assert set(model.get("exclude_from", [])) | set(model.get("prefer_in", [])) <= MODES, name
         assert set(model.get("quirks", {})) <= set(QUIRKS), name
+
+
+def test_embedding_models_of_one_family_have_vectors_of_one_length_and_no_chat_model_in_it():
+    embeddings = [model for model in MODELS if model.get("kind") == "embedding"]
+    lengths: dict[str, set[int]] = {}
+    for model in embeddings:
+        lengths.setdefault(model["family"], set()).add(model["dimensions"])
+        assert not {"tools", "vision", "intelligence_rank", "speed_rank", "max_output"} & model.keys(), model
+    assert {len(sizes) for sizes in lengths.values()} == {1}
+    assert not lengths.keys() & {model.get("family") for model in MODELS if model not in embeddings}
+    assert "demo" in {model["platform"] for model in embeddings}
+
+
+def weights(model: dict) -> str:
+    """An id without what platforms add to a model's own name: its maker, a price, a precision, how it is spelt."""
+    name = model["model_id"].lower().rpartition("/")[2].removesuffix(":free").removesuffix("-free")
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"-(fp8|fast|it|instruct)\b", "", name))
+
+
+def test_the_same_weights_on_different_platforms_are_one_family():
+    families: dict[str, set[str]] = {}
+    for model in MODELS:
+        if not model["model_id"].endswith("/free"):  # a router, with weights of no name
+            families.setdefault(weights(model), set()).add(model["family"])
+    assert {name: found for name, found in families.items() if len(found) > 1} == {}
+
+
+def test_what_is_said_of_training_has_a_source_and_only_ones_own_machines_are_local():
+    for platform in PLATFORMS:
+        said = platform.get("trains_on_prompts") is not None
+        assert said <= (platform.get("terms_url", "").startswith("https://")), platform["id"]
+        assert bool(platform.get("terms_url")) == bool(platform.get("terms_checked")), platform["id"]
+        assert platform.get("local", False) == (platform.get("opt_in", False) or platform["adapter"] == "demo")
 
 
 def test_only_the_models_of_the_specification_carry_marks():

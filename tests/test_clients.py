@@ -10,10 +10,11 @@ import pytest
 from conftest import ROOT, case
 from hypothesis import given
 from hypothesis import strategies as st
+from worlds import a_model, a_platform
 
 from records.request_log import clients_use
 from records.rows import Row, insert_rows
-from routing.catalog import Catalog, Model, ModelKind, Platform
+from routing.catalog import Catalog, ModelKind
 from routing.clients import Client, ClientKeys, Limits, allowed_models, hash_of, is_among
 from wire.chat import Mode, Need
 from wire.errors import GatewayError
@@ -168,19 +169,15 @@ def test_no_limit_is_ever_overshot_whatever_the_order(steps, rpm, rpd, tpd):
 
 # --- What it may ask for --------------------------------------------------------------------------------------------
 
-P, Q = (Platform(id, id, "openai", "http://127.0.0.1:1/v1") for id in "pq")
-
-
-def a_model(id: int, platform: Platform, name: str, kind: ModelKind = ModelKind.CHAT) -> Model:
-    none = dict.fromkeys(("intelligence_rank", "speed_rank", "max_output", "rpm", "rpd", "tpm", "tpd"))
-    marks = {"exclude_from": frozenset(), "prefer_in": frozenset()}
-    flags = {"tools": True, "vision": False, "enabled": True, "in_chain": True}
-    return Model(id, platform, name, name, context_window=1, priority=id, kind=kind, **none, **marks, **flags)
-
-
+P, Q = a_platform("p"), a_platform("q")
 CATALOG = Catalog(
     [P, Q],
-    [a_model(1, P, "m"), a_model(2, Q, "m"), a_model(3, Q, "x/y"), a_model(4, Q, "e", ModelKind.EMBEDDING)],
+    [
+        a_model(1, P, model_id="m"),
+        a_model(2, Q, model_id="m"),
+        a_model(3, Q, model_id="x/y"),
+        a_model(4, Q, model_id="e", kind=ModelKind.EMBEDDING),
+    ],
     [],
     {"fixed": "x/y", "quick": "auto-fast"},
 )

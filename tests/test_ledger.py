@@ -7,21 +7,17 @@ import asyncio
 
 import pytest
 from fake_provider import answer, error
+from worlds import a_model, a_platform
 
-from routing.catalog import Model, Platform
+from routing.catalog import Model
 from routing.ledger import DAY_S, Ledger
 
-PLATFORM = Platform(id="p", name="p", adapter="openai", base_url="http://127.0.0.1:1/v1")
 KEY, OTHER_KEY = 1, 2
 NOON = 12 * 3600.0  # with an offset of 0 the scale of `now` is UTC
 
 
-def a_model(id: int = 1, **limits: int) -> Model:
-    return Model(
-        id=id, platform=PLATFORM, model_id="m", name="m", intelligence_rank=1, speed_rank=1, context_window=100_000,
-        max_output=None, tools=True, vision=False, exclude_from=frozenset(), prefer_in=frozenset(), enabled=True,
-        priority=1, in_chain=True, **{"rpm": None, "rpd": None, "tpm": None, "tpd": None, **limits},
-    )  # fmt: skip
+def limited(id: int = 1, **limits: int) -> Model:
+    return a_model(id, a_platform("p"), **limits)
 
 
 # Limits, what was reserved when (seconds, tokens), and the wait that a request for 100 tokens has at NOON + 30.
@@ -48,7 +44,7 @@ WAITS = {
 
 @pytest.mark.parametrize(("limits", "reserved", "wait_s"), WAITS.values(), ids=WAITS)
 def test_a_key_waits_until_there_is_room(limits, reserved, wait_s):
-    ledger, model = Ledger(), a_model(**limits)
+    ledger, model = Ledger(), limited(**limits)
     for at, tokens in reserved:
         ledger.reserve(model, KEY, tokens, NOON + at)
 
@@ -59,7 +55,7 @@ def test_a_key_waits_until_there_is_room(limits, reserved, wait_s):
 
 @pytest.mark.parametrize(("limits", "reserved", "wait_s"), WAITS.values(), ids=WAITS)
 def test_after_the_wait_there_is_room(limits, reserved, wait_s):
-    ledger, model = Ledger(), a_model(**limits)
+    ledger, model = Ledger(), limited(**limits)
     for at, tokens in reserved:
         ledger.reserve(model, KEY, tokens, NOON + at)
 
@@ -68,7 +64,7 @@ def test_after_the_wait_there_is_room(limits, reserved, wait_s):
 
 
 def test_keys_and_models_are_counted_apart():
-    ledger, model, other = Ledger(), a_model(1, rpm=1), a_model(2, rpm=1)
+    ledger, model, other = Ledger(), limited(1, rpm=1), limited(2, rpm=1)
     ledger.reserve(model, KEY, 1, NOON)
 
     assert ledger.wait_s(model, KEY, 1, NOON) > 0
@@ -78,7 +74,7 @@ def test_keys_and_models_are_counted_apart():
 
 @pytest.mark.parametrize("limit", ["tpm", "tpd"])
 def test_an_estimate_holds_its_place_until_the_real_usage_takes_it(limit):
-    ledger, model = Ledger(), a_model(**{limit: 1000})
+    ledger, model = Ledger(), limited(**{limit: 1000})
     reservation = ledger.reserve(model, KEY, 900, NOON)
     assert ledger.wait_s(model, KEY, 200, NOON) > 0
 
@@ -91,14 +87,14 @@ def test_an_estimate_holds_its_place_until_the_real_usage_takes_it(limit):
 
 @pytest.mark.parametrize("limit", ["rpm", "rpd"])
 def test_a_failed_attempt_counts_as_a_request(limit):
-    ledger, model = Ledger(), a_model(**{limit: 1})
+    ledger, model = Ledger(), limited(**{limit: 1})
     ledger.settle(ledger.reserve(model, KEY, 900, NOON), 0)
 
     assert ledger.wait_s(model, KEY, 1, NOON) > 0
 
 
 def test_what_is_settled_after_midnight_burdens_no_new_day():
-    ledger, model = Ledger(), a_model(tpd=1000)
+    ledger, model = Ledger(), limited(tpd=1000)
     before = ledger.reserve(model, KEY, 900, DAY_S - 1)
     ledger.reserve(model, KEY, 400, DAY_S + 1)
 
@@ -109,7 +105,7 @@ def test_what_is_settled_after_midnight_burdens_no_new_day():
 
 
 def test_the_day_is_that_of_utc_whatever_the_clock_counts_from():
-    ledger, model = Ledger(), a_model(rpd=1)
+    ledger, model = Ledger(), limited(rpd=1)
     ledger.utc_offset_s = 1_700_000_000.0
     now = DAY_S - ledger.utc_offset_s % DAY_S - 10  # ten seconds before midnight
     ledger.reserve(model, KEY, 1, now)
@@ -120,7 +116,7 @@ def test_the_day_is_that_of_utc_whatever_the_clock_counts_from():
 
 @pytest.mark.parametrize("jump_s", [DAY_S, -DAY_S, 400 * DAY_S, -400 * DAY_S, 3600.0, -3600.0])
 def test_a_clock_that_jumps_and_comes_back_neither_blocks_beyond_a_day_nor_gives_more_than_a_day(jump_s):
-    ledger, model = Ledger(), a_model(rpm=3, rpd=10, tpd=1000)
+    ledger, model = Ledger(), limited(rpm=3, rpd=10, tpd=1000)
     running = ledger.reserve(model, KEY, 900, NOON)
 
     ledger.utc_offset_s = jump_s
@@ -140,14 +136,14 @@ def test_a_clock_that_jumps_and_comes_back_neither_blocks_beyond_a_day_nor_gives
     [("rpm", 30, True), ("rpm", 70, False), ("rpd", 3600, True), ("rpd", NOON + 1, False), ("tpd", 3600, True)],
 )
 def test_what_the_log_tells_is_counted_as_far_as_it_is_recent(limit, ago_s, counts):
-    ledger, model = Ledger(), a_model(**{limit: 1 if limit.startswith("r") else 1000})
+    ledger, model = Ledger(), limited(**{limit: 1 if limit.startswith("r") else 1000})
     ledger.restore(model.id, KEY, at=NOON - ago_s, requests=1, tokens=950, now=NOON)
 
     assert (ledger.wait_s(model, KEY, 100, NOON) > 0) is counts
 
 
 def test_a_minutes_memory_is_all_that_is_kept():
-    ledger, model = Ledger(), a_model(rpm=10_000)
+    ledger, model = Ledger(), limited(rpm=10_000)
     for n in range(5000):
         ledger.reserve(model, KEY, 1, NOON + n)
 

@@ -40,8 +40,8 @@ def a_model(id: int, platform: Platform, **own) -> Model:
     return Model(id=id, platform=platform, **{**facts, **own, **marks})
 
 
-def a_platform(id: str) -> Platform:
-    return Platform(id=id, name=id, adapter="openai", base_url="http://127.0.0.1:1/v1")
+def a_platform(id: str, **own) -> Platform:
+    return Platform(id=id, name=id, adapter="openai", base_url="http://127.0.0.1:1/v1", **own)
 
 
 def models_of(*all_facts: dict) -> list[Model]:
