@@ -26,7 +26,12 @@ ALIASES = {
     "claude-freeway-smart": Mode.SMART,
     "claude-freeway-fast": Mode.FAST,
 }
-FAMILIES = {"opus": Mode.SMART, "sonnet": Mode.BALANCED, "haiku": Mode.FAST}  # by what their names contain
+FAMILIES = {
+    "fable": Mode.SMART,
+    "opus": Mode.SMART,
+    "sonnet": Mode.BALANCED,
+    "haiku": Mode.FAST,
+}  # by what their names contain
 WINDOW_MARK = "[1m]"  # behind a name: the client's wish for a larger window
 PASSED_ON = ("stream", "max_tokens", "temperature", "top_p", "top_k")
 PROBE_CHARS_MAX = 32  # of a one-token probe's text; SPEC 16.5
