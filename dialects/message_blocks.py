@@ -1,4 +1,4 @@
-"""A Messages request's turns, blocks and tools as chat's messages and tools.
+"""A Messages request's turns and blocks as chat's messages.
 
 What is judged here are the shapes that only this API has; limits, numbers and the pairing of calls with results are
 chat.chat_from's affair. A request is rebuilt from what is known: marks for prompt caches, fields of betas and whatever
@@ -6,9 +6,6 @@ else only Anthropic's own servers read are left out (SPEC 16.2). No I/O.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
-from typing import Any
 
 from wire.errors import InvalidRequest
 from wire.jsontext import JSON, dump
@@ -18,36 +15,6 @@ ATTRIBUTION = "x-anthropic-billing-header:"  # how a system block begins that te
 NO_FILES = "Files are not kept here: send the content itself, as base64, text or a URL."
 TOOL_ERROR = "[The tool reported an error]"
 SYSTEM_ROLES = ("system", "developer")
-# Tools that the client runs and whose schema Anthropic's models know by heart, by how their types begin.
-KNOWN: Mapping[str, JSON] = {
-    "bash_": {
-        "description": "Run a command in a shell that stays open, and see its output.",
-        "input_schema": {
-            "type": "object",
-            "properties": {
-                "command": {"type": "string", "description": "The command to run."},
-                "restart": {"type": "boolean", "description": "Start the shell anew instead."},
-            },
-        },
-    },
-    "text_editor_": {
-        "description": "View, create and edit files.",
-        "input_schema": {
-            "type": "object",
-            "properties": {
-                "command": {"type": "string", "enum": ["view", "create", "str_replace", "insert"]},
-                "path": {"type": "string", "description": "Absolute path of a file or folder."},
-                "view_range": {"type": "array", "items": {"type": "integer"}, "description": "For view: two lines."},
-                "file_text": {"type": "string", "description": "For create: the whole content."},
-                "old_str": {"type": "string", "description": "For str_replace: what to replace, once in the file."},
-                "new_str": {"type": "string", "description": "For str_replace: what to put there."},
-                "insert_line": {"type": "integer", "description": "For insert: the line to insert after."},
-                "insert_text": {"type": "string", "description": "For insert: the text."},
-            },
-            "required": ["command", "path"],
-        },
-    },
-}
 
 
 def invalid(path: str, words: str) -> InvalidRequest:
@@ -95,9 +62,15 @@ def chat_messages(request: JSON) -> list[JSON]:
         raise invalid("messages", "at least one message is required")
     system = system_text(request.get("system") or [], "system")
     messages = [{"role": "system", "content": system}] if system else []
+    last_user = max((place for place, turn in enumerate(turns) if is_users(turn)), default=-1)
     for place, turn in enumerate(turns):
-        messages += turn_messages(turn, f"messages.{place}")
+        if place > last_user or not (isinstance(turn, dict) and turn.get("clear_at") == "next_user_message"):
+            messages += turn_messages(turn, f"messages.{place}")
     return messages
+
+
+def is_users(turn: object) -> bool:
+    return isinstance(turn, dict) and turn.get("role") == "user"
 
 
 def system_text(content: object, path: str) -> str:
@@ -112,8 +85,9 @@ def turn_messages(turn: object, path: str) -> list[JSON]:
     role = turn.get("role")
     if role is None:
         raise invalid(f"{path}.role", "Field required")
-    if role in SYSTEM_ROLES:
-        return [{"role": "system", "content": system_text(turn.get("content"), f"{path}.content")}]
+    if role in SYSTEM_ROLES:  # may be there for its wishes alone, which are read elsewhere
+        text = system_text(turn.get("content") or [], f"{path}.content")
+        return [{"role": "system", "content": text}] if text else []
     blocks = blocks_of(turn.get("content"), f"{path}.content")
     if role == "user":
         return user_messages(blocks, f"{path}.content")
@@ -156,6 +130,8 @@ def user_parts(block: JSON, path: str) -> list[JSON]:
             return [text_part("\n".join([*headings(block, "title", "source"), *texts]))]
         case "thinking" | "redacted_thinking":
             return []
+        case "tool_reference":  # what a search for tools has found
+            return [text_part(f"The tool {text_in(block, 'tool_name', path)} can be called now.")]
         case _:  # of a kind that is not known here: better as it stands than not at all
             return [text_part(dump(block).decode())]
 
@@ -251,61 +227,3 @@ def assistant_message(blocks: list[JSON], path: str) -> JSON:
 def tool_call(block: JSON, path: str) -> JSON:
     function = {"name": text_in(block, "name", path), "arguments": block.get("input")}  # as text: history's affair
     return {"id": text_in(block, "id", path), "type": "function", "function": function}
-
-
-# --- Tools ----------------------------------------------------------------------------------------------------------
-def chat_tools(tools: object) -> list[JSON]:
-    """Those that the client runs, as functions. What Anthropic's servers run is left out: nobody here could."""
-    if tools is None:
-        return []
-    if not isinstance(tools, list):
-        raise invalid("tools", "Input should be a valid list")
-    functions = []
-    for place, tool in enumerate(tools):
-        path = f"tools.{place}"
-        if not isinstance(tool, dict):
-            raise invalid(path, "Input should be an object")
-        kind = str(tool.get("type") or "custom")
-        if kind == "function" and isinstance(tool.get("function"), dict):  # OpenAI's own form
-            functions.append(tool)
-        elif kind in ("custom", "function"):
-            functions.append(chat_tool(tool, path))
-        else:
-            functions += [chat_tool({**tool, **known}, path) for name, known in KNOWN.items() if kind.startswith(name)]
-    return functions
-
-
-def chat_tool(tool: JSON, path: str) -> JSON:
-    function: JSON = {"name": text_in(tool, "name", path)}
-    if not function["name"]:
-        raise invalid(f"{path}.name", "String should have at least 1 character")
-    if isinstance(tool.get("description"), str):
-        function["description"] = tool["description"]
-    schema = tool.get("input_schema", {})
-    if not isinstance(schema, dict):
-        raise invalid(f"{path}.input_schema", "Input should be an object")
-    function["parameters"] = schema
-    return {"type": "function", "function": function}
-
-
-CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-
-
-def chat_choice(choice: object, tools: list[JSON]) -> tuple[Any, bool]:
-    """The tool choice in chat's form, and whether parallel calls are forbidden. One of a tool that has been left out is
-    as good as none."""
-    if choice is None or not tools:
-        return None, False
-    if isinstance(choice, str):
-        choice = {"type": choice}
-    if not isinstance(choice, dict):
-        raise invalid("tool_choice", "Input should be an object")
-    one_by_one = choice.get("disable_parallel_tool_use") is True
-    kind = choice.get("type")
-    if kind == "tool":
-        name = text_in(choice, "name", "tool_choice.tool")
-        offered = any(tool["function"].get("name") == name for tool in tools)
-        return {"type": "function", "function": {"name": name}} if offered else "auto", one_by_one
-    if kind not in CHOICES:
-        raise invalid("tool_choice.type", "Input should be 'auto', 'any', 'tool' or 'none'")
-    return CHOICES[kind], one_by_one

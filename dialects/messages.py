@@ -13,8 +13,9 @@ from dataclasses import replace
 from typing import Any
 
 from dialects.chat import chat_from
-from dialects.message_blocks import chat_choice, chat_messages, chat_tools, invalid
+from dialects.message_blocks import chat_messages, invalid
 from dialects.message_events import Asked, MessagesEncoder
+from dialects.message_tools import Offer, chat_choice, effort_of_turn
 from wire.chat import Chat, Completion, Event, LocalRoute, Mode, Need, Tally, chunk_of, frame
 from wire.errors import GatewayError, InvalidRequest, ModelNotFound, PromptTooLong
 from wire.jsontext import JSON, dump, load_object
@@ -25,7 +26,12 @@ ALIASES = {
     "claude-freeway-smart": Mode.SMART,
     "claude-freeway-fast": Mode.FAST,
 }
-FAMILIES = {"opus": Mode.SMART, "sonnet": Mode.BALANCED, "haiku": Mode.FAST}  # by what their names contain
+FAMILIES = {
+    "fable": Mode.SMART,
+    "opus": Mode.SMART,
+    "sonnet": Mode.BALANCED,
+    "haiku": Mode.FAST,
+}  # by what their names contain
 WINDOW_MARK = "[1m]"  # behind a name: the client's wish for a larger window
 PASSED_ON = ("stream", "max_tokens", "temperature", "top_p", "top_k")
 PROBE_CHARS_MAX = 32  # of a one-token probe's text; SPEC 16.5
@@ -111,9 +117,9 @@ def chat_of(request: JSON) -> Chat:
     model = request.get("model", "")
     if not isinstance(model, str):
         raise invalid("model", "Input should be a valid string")
-    tools = chat_tools(request.get("tools"))
+    messages, tools = chat_messages(request), Offer(request).functions()
     body = {name: request[name] for name in PASSED_ON if name in request}
-    body |= {"model": model, "messages": chat_messages(request), "tools": tools, "stop": request.get("stop_sequences")}
+    body |= {"model": model, "messages": messages, "tools": tools, "stop": request.get("stop_sequences")}
     body["tool_choice"], one_by_one = chat_choice(request.get("tool_choice"), tools)
     body["parallel_tool_calls"] = False if one_by_one else None
     body |= wishes(request)
@@ -143,7 +149,8 @@ def wishes(request: JSON) -> JSON:
             raise invalid(name, "Input should be an object")
     if thinking:
         body["thinking"] = thinking
-    if isinstance(effort := config.get("effort"), str) and thinking.get("type") != "disabled":
+    effort = effort_of_turn(request) or config.get("effort")
+    if isinstance(effort, str) and thinking.get("type") != "disabled":
         body["reasoning_effort"] = effort
     wanted = config.get("format") or request.get("output_format")  # the latter as the beta had it
     if isinstance(wanted, dict) and wanted.get("type") == "json_schema":

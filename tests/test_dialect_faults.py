@@ -6,6 +6,7 @@ client of the Messages API is told of each is judged by that API's own models.
 """
 
 import asyncio
+from collections import Counter
 
 import aiohttp
 import pytest
@@ -105,11 +106,7 @@ async def traces(gateway, fake, fault: Failure, path: str, request: dict) -> dic
         "rows": [{name: row[name] for name in LOGGED} for row in reversed(rows) if row["id"] > latest["id"]],
         "cooling": [c["model_id"] for c in left["transient_cooldowns"]],
         "cooling keys": [c["model_id"] for c in left["key_cooldowns"]],
-        "bans": [
-            sorted((ban["platform"], ban["reason"]) for ban in entry["platforms"])
-            for entry in left["bans"]
-            if entry["session"] not in {known["session"] for known in before["bans"]}
-        ],
+        "bans": bans_of(left) - bans_of(before),
         "bad keys": sorted((key["platform"], key["status"], key["last_error"] or "") for key in bad(keys)),
     }
 
@@ -151,6 +148,11 @@ def assert_in_its_own_form(got: Answer, request: dict, *, cut: bool) -> None:
 def status_in_messages(told: dict) -> int:
     """What a client of the Messages API is told where one of chat is told this (SPEC 16.4)."""
     return 529 if told["status"] > 500 else 400 if told["status"] == 422 else told["status"]
+
+
+def bans_of(protection: dict) -> Counter:
+    """Which platforms are banned for how many sessions, and why."""
+    return Counter((b["platform"], b["reason"]) for session in protection["bans"] for b in session["platforms"])
 
 
 def bad(keys: list[dict]) -> list[dict]:

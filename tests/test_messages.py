@@ -191,6 +191,73 @@ async def test_what_a_cache_gave_is_no_part_of_the_input(start_gateway, fake):
     assert (got.input_tokens, got.cache_read_input_tokens, got.cache_creation_input_tokens) == (20, 80, 0)
 
 
+AGENTS_REQUEST = {  # as Claude Code 2.1.332 sends it to a gateway, but for its words
+    "model": "claude-opus-5-5",
+    "max_tokens": 128_000,
+    "stream": True,
+    "system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.332.bd3; cc_entrypoint=cli;"},
+        {"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}},
+        {"type": "text", "text": "Be careful."},
+    ],
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "<system-reminder>…</system-reminder>"},
+                {"type": "text", "text": "hi"},
+            ],
+        },
+        {
+            "role": "system",
+            "content": [{"type": "text", "text": "# Environment", "cache_control": {"type": "ephemeral"}}],
+            "output_config": {"effort": "medium"},
+        },
+    ],
+    "tools": [
+        WEATHER,
+        {"name": "ToolSearch", "input_schema": {"type": "object", "properties": {}}},
+        {
+            "name": "DeferredToolPlaceholder",
+            "input_schema": {"type": "object", "properties": {}},
+            "defer_loading": True,
+        },
+    ],
+    "thinking": {"type": "adaptive", "display": "updates"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "safeguards": [{"type": "dangerous_tool_use", "classifier_context": {"v": 1, "user_identity": None}}],
+    "output_config": {"effort": "medium"},
+    "metadata": {"user_id": '{"device_id":"3f4e","account_uuid":"","session_id":"25d2"}'},
+}
+AGENTS_HEADERS = {
+    "anthropic-version": "2023-06-01",
+    "anthropic-beta": "claude-code-20250219,mid-conversation-tool-changes-2026-07-01,per-turn-control-2026-07-01",
+    "x-claude-code-session-id": "25d2ec00-f17f-4b39-892c-fe5a2ef69618",
+    "x-app": "cli",
+}
+
+
+async def test_an_agents_request_goes_out_without_what_only_anthropics_servers_read(start_gateway, fake):
+    gateway = await start_gateway({"a": {"model": {"context_window": 40_000}}})
+
+    got = await gateway.send(AGENTS_REQUEST, path="/v1/messages?beta=true", headers=AGENTS_HEADERS)
+
+    events = events_of(Stream(got.status, got.headers, got.body))
+    assert assert_in_order(events, "claude-opus-5-5") == [{"type": "text", "text": "hello from a"}]
+    sent = fake.requests[0].json
+    assert sent.keys() == {
+        "model", "messages", "tools", "max_tokens", "reasoning_effort", "stream", "stream_options"
+    }  # fmt: skip
+    assert sent["messages"] == [
+        {"role": "system", "content": "You are an agent.\n\nBe careful."},
+        {"role": "user", "content": "<system-reminder>…</system-reminder>\nhi"},
+        {"role": "system", "content": "# Environment"},
+    ]
+    assert [tool["function"]["name"] for tool in sent["tools"]] == ["weather", "ToolSearch"]
+    assert 30_000 < sent["max_tokens"] < 40_000
+    assert not {"anthropic-beta", "anthropic-version", "x-app"} & fake.requests[0].headers.keys()
+
+
 # --- Names (16.1) -----------------------------------------------------------------------------------------------------
 
 NAMES = {
@@ -204,6 +271,7 @@ NAMES = {
     "claude-opus-4-8[1m]": ("smart", None),
     "anthropic/claude-haiku-9": ("fast", None),
     "us.anthropic.claude-opus-4-8-v1:0": ("smart", None),
+    "claude-fable-5-2": ("smart", None),
     "claude-something-new": ("balanced", None),
     "auto-smart": ("smart", None),
     "auto": ("balanced", None),
