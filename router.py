@@ -88,6 +88,7 @@ class Plan:
     skipped: dict[int, Model] = field(default_factory=dict)
     platform_failures: dict[str, int] = field(default_factory=dict)
     key_failures: dict[int, int] = field(default_factory=dict)  # by model
+    times_failed: dict[tuple[int, int], int] = field(default_factory=dict)  # by key (0: all of them) and model
     blocked: dict[int, Blocked] = field(default_factory=dict)
     wait_s: float | None = None  # until the soonest of what is blocked comes back
     cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
@@ -114,6 +115,8 @@ class Plan:
             if model.id in self.failed or (route.key.id, model.id) in self.failed_keys:  # tried again, in vain
                 self.again_at = max(self.again_at, now + pause_s)
         self.platform_failures[model.platform.id] = self.platform_failures.get(model.platform.id, 0) + 1
+        failed = (route.key.id if skip.scope is Scope.KEY else 0, model.id)
+        self.times_failed[failed] = self.times_failed.get(failed, 0) + 1
         if skip.scope is Scope.KEY:
             self.key_failures[model.id] = self.key_failures.get(model.id, 0) + 1
             self.failed_keys[route.key.id, model.id] = again
@@ -163,6 +166,13 @@ class Plan:
         if self.platform_failures.get(model.platform.id, 0) >= DEEP_FAILURES:
             return True
         return self.key_failures.get(model.id, 0) >= DEEP_FAILURES
+
+    def failures(self, step: Step) -> int:
+        """How often what this step would ask has failed already."""
+        if not self.times_failed or step.key is None:
+            return 0
+        of_all_keys = self.times_failed.get((0, step.model.id), 0)
+        return of_all_keys + (self.times_failed.get((step.key.id, step.model.id), 0) if step.key.id else 0)
 
     def skipped_labels(self) -> list[str]:
         return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
@@ -296,10 +306,11 @@ class Router:
             if step.key is None:
                 assert step.blocked is not None
                 plan.blocked[model.id] = step.blocked
-            elif usual and step.rung < FIRST_TRIAL:  # the order is by rung, so nothing behind it is better
-                return self._taken(step, plan, now)
+            elif usual and step.rung < FIRST_TRIAL and not plan.failures(step):
+                return self._taken(step, plan, now)  # the order is by rung, so nothing behind it is better
             else:
-                steps.append((self._rank(step, place, plan, usual=usual), step))
+                usual = usual and step.rung >= FIRST_TRIAL  # else one that has failed before might be
+                steps.append((self._rank(step, place, plan), step))
         if steps:
             return self._taken(min(steps, key=lambda ranked: ranked[0])[1], plan, now)
         plan.wait_s = min((b.left_s for b in plan.blocked.values() if b.left_s is not None), default=None)
@@ -324,7 +335,7 @@ class Router:
 
     def asked_for_left(self, plan: Plan, now: float) -> bool:
         """Whether the pinned model can still be asked somewhere, without a trial."""
-        models = [self.catalog.by_id[id] for id in plan.asked_for]
+        models = [m for m in plan.order if m.id in plan.asked_for]
         steps = [self._step(m, plan, now) for m in models if plan.failed.get(m.id) != inf and self.has_key(m)]
         return any(step.key is not None and step.rung < FIRST_TRIAL for step in steps)
 
@@ -400,10 +411,11 @@ class Router:
         return max(plan.platform_failures.values()) >= DEEP_FAILURES
 
     @staticmethod
-    def _rank(step: Step, place: int, plan: Plan, *, usual: bool) -> tuple[float, ...]:
+    def _rank(step: Step, place: int, plan: Plan) -> tuple[float, ...]:
         """What is asked first; the smallest wins."""
-        asked = not usual and plan.attempts_left <= LAST_ATTEMPTS and step.model.platform.id in plan.platform_failures
-        return (asked, step.rung, plan.is_deep(step.model), step.until, place)
+        model = step.model
+        asked = plan.attempts_left <= LAST_ATTEMPTS and model.platform.id in plan.platform_failures
+        return (asked, step.rung, plan.is_deep(model), step.until, plan.failures(step), place)
 
     def _taken(self, step: Step, plan: Plan, now: float) -> Route:
         model, key = step.model, step.key
