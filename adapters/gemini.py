@@ -290,7 +290,7 @@ def generation_config(chat: Chat, model: Model, *, has_tools: bool) -> JSON:
     body, quirks = chat.body, model.quirks
     config: JSON = {theirs: body[ours] for ours, theirs in SAMPLING.items() if ours in body}
     if chat.max_tokens is not None:
-        config["maxOutputTokens"] = min(chat.max_tokens, model.max_output or chat.max_tokens)
+        config["maxOutputTokens"] = min(chat.max_tokens, model.answer_max(chat.prompt_tokens))
     if stop := body.get("stop"):
         config["stopSequences"] = ([stop] if isinstance(stop, str) else stop)[:STOPS_MAX]
     wanted = body.get("response_format") or {}

@@ -58,7 +58,7 @@ def outgoing(model: Model, chat: Chat) -> JSON:
             body["stream_options"] = {"include_usage": True}
     if isinstance(body["messages"], list):
         body["messages"] = outgoing_messages(body["messages"], quirks)
-    apply_quirks(body, quirks, model.max_output)
+    apply_quirks(body, quirks, model.answer_max(chat.prompt_tokens))
     if isinstance(body["messages"], list) and body["messages"][-1]["role"] == "assistant":
         mark_prefill(body, model.prefill)
     return body
@@ -91,7 +91,7 @@ def as_sent(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Mapping[str, 
     return body.as_sent(taken_as_they_are)
 
 
-def apply_quirks(body: JSON, quirks: Mapping[str, Any], max_output: int | None) -> None:
+def apply_quirks(body: JSON, quirks: Mapping[str, Any], answer_max: int) -> None:
     """Leave out, clamp and rename what the platform would refuse."""
     if "reasoning_effort" in body and (switch := quirks.get("effort_as_template")):
         thinks = body["reasoning_effort"] != "none"
@@ -110,8 +110,8 @@ def apply_quirks(body: JSON, quirks: Mapping[str, Any], max_output: int | None) 
     for name, limit in quirks.get("max", {}).items():
         if name in body and body[name] > limit:
             body[name] = limit
-    if max_output is not None and body.get("max_tokens", 0) > max_output:
-        body["max_tokens"] = max_output  # asking for more is a 400 nearly everywhere
+    if body.get("max_tokens", 0) > answer_max:
+        body["max_tokens"] = answer_max  # asking for more is a 400 nearly everywhere
     for name, limit in quirks.get("min", {}).items():
         if name in body and body[name] < limit:
             body[name] = limit

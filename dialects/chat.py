@@ -15,14 +15,25 @@ from dialects.history import History, wrong_type
 from dialects.tools import Toolset, mend_tools, toolset_of
 from dialects.well_formed import WellFormed, recognised
 from wire.body import Body
-from wire.chat import CHARS_PER_TOKEN, Chat, Completion, Event, LocalRoute, Need, Tally, chunk_head, frame, parse_model
+from wire.chat import (
+    ANSWER_TOKENS_ASSUMED,
+    CHARS_PER_TOKEN,
+    Chat,
+    Completion,
+    Event,
+    LocalRoute,
+    Need,
+    Tally,
+    chunk_head,
+    frame,
+    parse_model,
+)
 from wire.errors import GatewayError, InvalidRequest
 from wire.jsontext import JSON, load_object, members, plain_value
 from wire.sse import DONE, KEEP_ALIVE
 
 MODEL_CHARS_MAX = 300  # four times the longest in use
 MAX_TOKENS_NAMES = dict.fromkeys(("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict"))
-ANSWER_TOKENS_ASSUMED = 1000  # SPEC 3.7, where the client sets no limit
 EFFORT_ALIASES = {
     "max": "high", "xhigh": "high", "ultra": "high", "mid": "medium", "balanced": "medium", "normal": "medium",
     "min": "minimal", "off": "none", "disabled": "none", "auto": None, "adaptive": None, "default": None,
@@ -73,7 +84,7 @@ def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | 
     need = Need(
         mode=mode,
         pinned=pinned,
-        tokens=prompt_tokens + (ANSWER_TOKENS_ASSUMED if max_tokens is None else max_tokens),
+        tokens=prompt_tokens + min(max_tokens or ANSWER_TOKENS_ASSUMED, ANSWER_TOKENS_ASSUMED),
         vision=told.has_images,
         tools="tools" in body,
     )

@@ -15,7 +15,7 @@ from typing import Any
 from protection import LEVELS as LEVELS
 from protection import KeyStatus as KeyStatus
 from protection import Level as Level  # what a platform's `protection` says
-from wire.chat import Need
+from wire.chat import ANSWER_TOKENS_ASSUMED, Need
 from wire.errors import ModelNotFound
 
 DEMO_ADAPTER = "demo"  # the built-in platform that serves only when there is nothing else (SPEC 1.5)
@@ -97,6 +97,12 @@ class Model:
     @property
     def label(self) -> str:
         return f"{self.platform.id}/{self.model_id}"
+
+    def answer_max(self, prompt_tokens: int) -> int:
+        """The most tokens to ask for: what the model gives and what its window leaves, by an estimate that may be short
+        by an eighth. A request that fits at all leaves ANSWER_TOKENS_ASSUMED (SPEC 3.7)."""
+        room = self.context_window - prompt_tokens - prompt_tokens // 8
+        return min(max(room, ANSWER_TOKENS_ASSUMED), self.max_output or self.context_window)
 
     @property
     def limited(self) -> bool:

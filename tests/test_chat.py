@@ -378,7 +378,17 @@ async def test_a_long_request_skips_models_with_a_short_window(start_gateway, fa
 
     assert (await gateway.ask("x" * 2_000, streaming=streaming)).text == "hello from a"  # 500 and 1000 tokens
     assert (await gateway.ask("x" * 6_000, streaming=streaming)).text == "hello from b"
-    assert (await gateway.ask("x" * 2_000, streaming=streaming, max_tokens=5_000)).text == "hello from c"
+
+
+@both_ways
+async def test_a_large_wish_locks_nobody_out_and_is_cut_to_what_fits(start_gateway, fake, streaming):
+    models = {"a": {"context_window": 2_000}, "b": {"context_window": 50_000, "max_output": 8_000}, "c": {}}
+    gateway = await start_gateway({name: {"model": model} for name, model in models.items()})
+
+    for platform, words, most in (("a", 2_000, 1_500), ("b", 6_000, 8_000), ("c", 240_000, 128_000)):
+        got = await gateway.ask("x" * words, streaming=streaming, max_tokens=128_000)
+        assert got.text == f"hello from {platform}"
+        assert most * 0.9 <= fake.requests[-1].json["max_tokens"] <= most
 
 
 # --- The log ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from wire.errors import GatewayError
 from wire.jsontext import dump
 
 CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
+ANSWER_TOKENS_ASSUMED = 1000  # what a request needs room for beside its prompt, however much it wishes for (SPEC 3.7)
 TOKENS_MAX = 10**9  # of one answer; a provider that reports more has a broken counter
 
 
