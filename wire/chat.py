@@ -8,7 +8,7 @@ unknown fields pass through. No I/O.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -74,6 +74,11 @@ class Chat:
     tool_names: Mapping[str, str] = field(default_factory=dict)  # renamed for strict servers: new name to the client's
     origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
     answered: bytes | None = field(default=None, repr=False)  # the whole response, where no provider is needed
+
+    def asking_for(self, model: str) -> Chat:
+        """The same with this model's name in place of the body's."""
+        mode, pinned = parse_model(model)
+        return replace(self, model=model, need=replace(self.need, mode=mode, pinned=pinned))
 
 
 def token_count(value: object) -> int | None:
