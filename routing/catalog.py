@@ -104,6 +104,17 @@ class Model:
         room = self.context_window - prompt_tokens - prompt_tokens // 8
         return min(max(room, ANSWER_TOKENS_ASSUMED), self.max_output or self.context_window)
 
+    def holds(self, tokens: int) -> bool:
+        """Whether a request of so many can ever be sent: no wait makes room for one that alone exceeds a limit."""
+        if tokens > self.context_window:
+            return False
+        return (self.tpm is None or tokens <= self.tpm) and (self.tpd is None or tokens <= self.tpd)
+
+    @property
+    def tokens_max(self) -> int:
+        """Of the longest request that it holds."""
+        return min(limit for limit in (self.context_window, self.tpm, self.tpd) if limit is not None)
+
     @property
     def limited(self) -> bool:
         return not (self.rpm is None and self.rpd is None and self.tpm is None and self.tpd is None)
