@@ -30,18 +30,28 @@ class Mode(StrEnum):
 
 
 MODELS_PREFIX = "freellmapi/"  # clients configured for that gateway send it
+VENDOR_PREFIX = "openai/"  # so some clients say which API they speak
+LATEST = ":latest"  # a tag that some put behind every name
 MODES = frozenset(Mode)
 VIRTUAL_MODELS = ("auto", *(f"auto-{mode}" for mode in Mode))
 
 
 def parse_model(name: str) -> tuple[Mode, str | None]:
     """The mode that a model name asks for, and the model it pins, if any (SPEC 3.3)."""
-    name = name.strip().removeprefix(MODELS_PREFIX)
-    if name in ("", "auto"):
+    name = name.strip()
+    if name[: len(MODELS_PREFIX)].lower() == MODELS_PREFIX:
+        name = name[len(MODELS_PREFIX) :]
+    plain = plain_name(name).removeprefix(VENDOR_PREFIX)
+    if plain in ("", "auto"):
         return Mode.BALANCED, None
-    if name.startswith(("auto-", "auto:")) and name[5:] in MODES:
-        return Mode(name[5:]), None
+    if plain.startswith(("auto-", "auto:")) and plain[5:] in MODES:
+        return Mode(plain[5:]), None
     return Mode.BALANCED, name
+
+
+def plain_name(name: str) -> str:
+    """A name without what clients spell differently (SPEC 3.10)."""
+    return name.strip().lower().removesuffix(LATEST)
 
 
 @dataclass(frozen=True, slots=True)
