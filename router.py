@@ -533,11 +533,7 @@ class Router:
 
 def fitting(need: Need, models: list[Model]) -> list[Model]:
     """The models this request fits (SPEC 3.7)."""
-    return [
-        m
-        for m in models
-        if need.tokens <= m.context_window and (m.vision or not need.vision) and (m.tools or not need.tools)
-    ]
+    return [m for m in models if m.holds(need.tokens) and (m.vision or not need.vision) and (m.tools or not need.tools)]
 
 
 def unfit(need: Need, models: list[Model]) -> GatewayError:
@@ -548,4 +544,4 @@ def unfit(need: Need, models: list[Model]) -> GatewayError:
         return InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
     if need.tools and not (models := [m for m in models if m.tools]):
         return InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
-    return PromptTooLong(need.tokens, max(m.context_window for m in models))
+    return PromptTooLong(need.tokens, max(m.tokens_max for m in models))
