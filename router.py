@@ -18,15 +18,17 @@ from math import inf
 from random import Random
 
 from protection import KeyStatus, Scope, Skip
-from routing.catalog import KEYLESS, Catalog, Key, Model, Pool, is_demo
+from routing.catalog import Catalog, Key, Model, Pool, is_demo
 from routing.cooldowns import TRIAL_SPACING_S
+from routing.fit import below_floor, fitting, no_private_route, reaches_floor, unfit
 from routing.gate import RATE_UNSEEN, Gates
 from routing.ledger import Ledger, Penalties
+from routing.reach import Reach, reach
 from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
 from routing.standing import NO_STANDING, Protection, Standing
 from wire.chat import Mode, Need
-from wire.errors import GatewayError, InvalidRequest, NoProviders, PromptTooLong
+from wire.errors import GatewayError
 
 PENALTY_WEIGHT = 0.05
 DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
@@ -81,6 +83,7 @@ class Plan:
     banned: set[str] = field(default_factory=set)  # platforms
     trial: int | None = None  # a model whose open gate this request tries first
     forgiven: set[int] = field(default_factory=set)  # models that may go on with their own answer, with another key
+    floored: bool = False  # the client's floor has kept models out that would fit
     attempts_left: int = 20
     failed: dict[int, float] = field(default_factory=dict)  # models, and when each may be asked again; inf: never
     failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
@@ -180,10 +183,7 @@ class Router:
         self._protection = protection
         self._turn: dict[int, int] = {}  # model: where its round-robin goes on
         self.catalog = Catalog((), (), ())
-        self._usable_keys: dict[str, list[Key]] = {}
-        self._candidates: dict[Mode, list[Model]] = {}
-        self._excluded: dict[Mode, list[Model]] = {}
-        self._others: list[Model] = []  # that follow a pinned model
+        self._everything = self._private = Reach()
 
     def load(self, catalog: Catalog, key_status: Mapping[int, KeyStatus]) -> None:
         """Route by this snapshot from now on."""
@@ -205,22 +205,19 @@ class Router:
 
     def _index(self) -> None:
         """What depends on the snapshot only is worked out once, not per request."""
-        self._usable_keys = {}
-        for platform in self.catalog.platforms.values():
-            keys = self.catalog.keys.get(platform.id, [])
-            valid = [key for key in keys if self.key_status.get(key.id) is not KeyStatus.INVALID]
-            self._usable_keys[platform.id] = valid or ([KEYLESS] if platform.keyless else [])
-        routable = [m for m in self.catalog.auto_chain if self.has_key(m)]
-        self._candidates = {mode: [m for m in routable if mode not in m.exclude_from] for mode in Mode}
-        self._excluded = {mode: [m for m in routable if mode in m.exclude_from] for mode in Mode}
-        self._others = [m for m in self._candidates[Mode.BALANCED] if not is_demo(m.platform)]
+        self._everything = reach(self.catalog, self.key_status, private=False)
+        self._private = reach(self.catalog, self.key_status, private=True)
+
+    def _reach(self, need: Need) -> Reach:
+        """All that a request with this need may be asked of."""
+        return self._private if need.no_train else self._everything
 
     def has_key(self, model: Model) -> bool:
-        return bool(self._usable_keys.get(model.platform.id))
+        return self._everything.has_key(model)
 
     def count_usable_keys(self, model: Model, now: float) -> int:
         """How many of the platform's keys this model could be asked with now; no key needed counts as one."""
-        keys = self._usable_keys.get(model.platform.id, [])
+        keys = self._everything.keys.get(model.platform.id, [])
         return sum(not self._protection.keys.left((key.id, model.id), now) for key in keys)
 
     def plan(self, need: Need, standing: Standing, now: float, rng: Random) -> Plan:
@@ -241,15 +238,14 @@ class Router:
         return plan
 
     def _plan_auto(self, plan: Plan, standing: Standing, now: float, rng: Random) -> None:
-        need = plan.need
-        excluded = self._excluded[need.mode]
-        plan.order = self._ordered(fitting(need, self._candidates[need.mode]), need.mode, standing, plan, now, rng)
-        if excluded:
-            last = fitting(need, excluded)
+        need, world = plan.need, self._reach(plan.need)
+        plan.order = self._ordered(self._fit(plan, world.candidates[need.mode]), need.mode, standing, plan, now, rng)
+        if excluded := world.excluded[need.mode]:
+            last = self._fit(plan, excluded)
             plan.excluded = {m.id for m in last}
             plan.order = plan.order + last
         if not plan.order:
-            raise unfit(need, self._candidates[need.mode] + excluded)
+            raise self._unserved(need, lambda world: world.candidates[need.mode] + world.excluded[need.mode])
         self.gates.arrived()
         if self.gates.any_open() and (tried := self._due_trial(plan, now)) is not None:
             plan.trial = tried.id
@@ -265,32 +261,62 @@ class Router:
         return None
 
     def _plan_pinned(self, plan: Plan, pinned: str, now: float, rng: Random) -> None:
-        need = plan.need
-        asked = [m for m in self.catalog.resolve(pinned) if self.has_key(m)]
-        others = [] if need.strict else [m for m in self._others if m not in asked]
-        excluded = [] if need.strict else [m for m in self._excluded[Mode.BALANCED] if m not in asked]
-        plan.asked_for = frozenset(m.id for m in asked)
-        first = fitting(need, asked)
+        need, named = plan.need, self.catalog.resolve(pinned)
+
+        def asked_of(world: Reach) -> list[Model]:
+            return [m for m in named if world.has_key(m)]
+
+        def others_of(models: list[Model]) -> list[Model]:
+            return [] if need.strict else [m for m in models if m not in named and not is_demo(m.platform)]
+
+        world = self._reach(need)
+        plan.order = self._fit(plan, asked_of(world))
+        plan.asked_for = frozenset(m.id for m in plan.order)
+        if not plan.order and plan.floored:  # the client has named what its own floor forbids
+            raise below_floor(need)
 
         def rest(plan: Plan) -> list[Model]:  # given: one that held it would be a cycle
-            last = [m for m in fitting(need, excluded) if not is_demo(m.platform)]
+            last = self._fit(plan, others_of(world.excluded[Mode.BALANCED]))
             plan.excluded = {m.id for m in last}
-            return self._ordered(fitting(need, others), need.mode, NO_STANDING, plan, now, rng) + last
+            others = self._fit(plan, others_of(world.others))
+            return self._ordered(others, need.mode, NO_STANDING, plan, now, rng) + last
 
-        if first:
-            plan.order, plan.more = first, rest
+        if plan.order:
+            plan.more = rest
             return
         plan.order = rest(plan)
         if not plan.order:
-            raise unfit(need, asked + others + excluded)
+            every = Mode.BALANCED
+            raise self._unserved(
+                need, lambda world: asked_of(world) + others_of(world.others) + others_of(world.excluded[every])
+            )
+
+    def _fit(self, plan: Plan, models: list[Model]) -> list[Model]:
+        """Those of the models that may serve this request."""
+        fit = fitting(plan.need, models)
+        if plan.need.min_rank is None:
+            return fit
+        kept = [m for m in fit if reaches_floor(plan.need, m, self.catalog)]
+        plan.floored = plan.floored or len(kept) < len(fit)
+        return kept
+
+    def _unserved(self, need: Need, models_of: Callable[[Reach], list[Model]]) -> GatewayError:
+        """Why nothing can ever serve this request."""
+        models = models_of(self._reach(need))
+        if need.min_rank is not None and fitting(need, models):
+            return below_floor(need)
+        if need.no_train and fitting(need, models := models_of(self._everything)):
+            return no_private_route()
+        return unfit(need, models)
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""
         plan.blocked.clear()
+        world = self._reach(plan.need)
         usual = plan.attempts_left > LAST_ATTEMPTS and not (plan.platform_failures and self._some_deep(plan))
         steps: list[tuple[tuple[float, ...], Step]] = []
         for place, model in enumerate(plan.models()):
-            if plan.failed.get(model.id) == inf or not self.has_key(model):
+            if plan.failed.get(model.id) == inf or not world.has_key(model):
                 continue
             step = self._step(model, plan, now)
             if step.key is None:
@@ -324,13 +350,14 @@ class Router:
 
     def asked_for_left(self, plan: Plan, now: float) -> bool:
         """Whether the pinned model can still be asked somewhere, without a trial."""
-        models = [self.catalog.by_id[id] for id in plan.asked_for]
-        steps = [self._step(m, plan, now) for m in models if plan.failed.get(m.id) != inf and self.has_key(m)]
+        models, world = [self.catalog.by_id[id] for id in plan.asked_for], self._reach(plan.need)
+        steps = [self._step(m, plan, now) for m in models if plan.failed.get(m.id) != inf and world.has_key(m)]
         return any(step.key is not None and step.rung < FIRST_TRIAL for step in steps)
 
     def soonest_s(self, plan: Plan, now: float) -> float | None:
         """When the first of the plan's models may be available to a request again, if that is known."""
-        waits = [wait_s for m in plan.complete() if self.has_key(m) for wait_s in self._waits(m, plan, now)]
+        world = self._reach(plan.need)
+        waits = [wait_s for m in plan.complete() if world.has_key(m) for wait_s in self._waits(m, plan, now)]
         return min(waits, default=None)
 
     def _waits(self, model: Model, plan: Plan, now: float) -> list[float]:
@@ -338,7 +365,7 @@ class Router:
         rest = self._protection.transient.get(model.id, now)
         model_wait_s = rest.trial_at() - now if rest is not None else 0.0
         waits = []
-        for key in self._usable_keys[model.platform.id]:
+        for key in self._reach(plan.need).keys[model.platform.id]:
             resting = self._protection.keys.get((key.id, model.id), now)
             wait_s = self.ledger.wait_s(model, key.id, plan.need.tokens, now)
             if wait_s is not None:
@@ -370,7 +397,7 @@ class Router:
         return None
 
     def has_other_keys(self, route: Route) -> bool:
-        return len(self._usable_keys.get(route.model.platform.id, ())) > 1
+        return len(self._everything.keys.get(route.model.platform.id, ())) > 1
 
     def again(self, route: Route, tokens: int, now: float) -> Route | None:
         """The same route once more, where its key has capacity for it."""
@@ -391,7 +418,7 @@ class Router:
         lately = self.gates.opened_within(now) | {model.id}
         return any(
             sum(m.id in lately for m in models) * 2 > len(models)
-            for models in self._candidates.values()
+            for models in self._everything.candidates.values()
             if any(m.id == model.id for m in models)
         )
 
@@ -441,7 +468,7 @@ class Router:
     def _available(self, model: Model, plan: Plan, now: float) -> tuple[Key | None, float, float | None]:
         """A key that may be used now, and until when it rests after a 429 that named no time (0: it does not, and such
         a key is preferred). Without one, the shortest known wait in seconds."""
-        keys = self._usable_keys[model.platform.id]
+        keys = self._reach(plan.need).keys[model.platform.id]
         start = self._turn.get(model.id, 0) % len(keys) if keys else 0
         if plan.preferred[0] == model.id:
             keys = sorted(keys[start:] + keys[:start], key=lambda key: key.id != plan.preferred[1])
@@ -517,23 +544,3 @@ class Router:
         models = self.catalog.chain
         scores = self._penalised(self.scores.expected(models), models, now)
         return {model.id: score for model, score in zip(models, scores, strict=True)}
-
-
-def fitting(need: Need, models: list[Model]) -> list[Model]:
-    """The models this request fits (SPEC 3.7)."""
-    return [
-        m
-        for m in models
-        if need.tokens <= m.context_window and (m.vision or not need.vision) and (m.tools or not need.tools)
-    ]
-
-
-def unfit(need: Need, models: list[Model]) -> GatewayError:
-    """What is missing when this request fits none of the models."""
-    if not models:
-        return NoProviders()
-    if need.vision and not (models := [m for m in models if m.vision]):
-        return InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
-    if need.tools and not (models := [m for m in models if m.tools]):
-        return InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
-    return PromptTooLong(need.tokens, max(m.context_window for m in models))

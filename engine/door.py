@@ -14,12 +14,12 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from config.settings import LOOPBACK_HOSTS
+from config.settings import LOOPBACK_HOSTS, spelled
 from engine.delivery import JSON_HEADERS, response_start
 from engine.exchange import Engine
 from engine.record import Exchange, route_headers
 from transport.client import ClientGone, CutShort, Receive, Send, read_body
-from wire.chat import Chat, Dialect, Mode
+from wire.chat import Chat, Dialect, Mode, Need
 from wire.errors import GatewayError, InvalidRequest, Unauthorized
 
 PATH_CHARS_MAX = 200  # of an address in the log
@@ -27,6 +27,7 @@ OPEN_PATHS = frozenset({"/healthz", "/"})  # everything else needs a key; the pa
 SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1)
 WAIT_S_MAX = 86_400.0  # the request's budget ends it long before
 ADMIN_PREFIXES = ("/api", "/metrics")
+NO_TRAIN = b"no-train"  # the one value of X-Privacy
 Given = Mapping[bytes, bytes]  # a request's headers
 
 
@@ -44,6 +45,7 @@ class Door:
         self._api_key, self._admin_key = api_key.encode(), admin_key.encode()
         self._loopback_only = engine.settings.host in LOOPBACK_HOSTS
         self._body_bytes_max = engine.settings.max_body_bytes
+        self._private = engine.settings.privacy is not None
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         exchange = self._engine.exchange()
@@ -106,9 +108,7 @@ class Door:
         """One request of any dialect."""
         # The body has no name here: it would live as long as its answer.
         chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc)
-        need = self._engine.router.catalog.meant(chat.need)
-        if headers.get(b"x-fallback", b"").strip().lower() == b"none":
-            need = replace(need, strict=True)
+        need = wished(self._engine.router.catalog.meant(chat.need), headers, private=self._private)
         exchange.chat = chat = chat if need is chat.need else replace(chat, need=need)
         exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
         exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
@@ -128,6 +128,20 @@ def session_key(chat: Chat, session_id: str) -> str:
         return ""
     source = "id" if session_id else "text"
     return blake2b(f"{chat.need.mode}\0{source}\0{text}".encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def wished(need: Need, headers: Given, *, private: bool) -> Need:
+    """The need with what the headers say of routing, and `private` for all requests. Raises InvalidRequest."""
+    strict = headers.get(b"x-fallback", b"").strip().lower() == b"none"
+    rank, privacy = headers.get(b"x-min-rank"), headers.get(b"x-privacy")
+    if not (strict or private) and rank is None and privacy is None:
+        return need
+    if privacy is not None and privacy.strip().lower() != NO_TRAIN:
+        raise InvalidRequest("X-Privacy must be no-train.", param="X-Privacy", code="invalid_value")
+    min_rank = need.min_rank
+    if rank is not None and not (min_rank := spelled(rank.decode("latin-1").strip())):
+        raise InvalidRequest("X-Min-Rank must be a whole number ≥ 1.", param="X-Min-Rank", code="invalid_value")
+    return replace(need, strict=strict or need.strict, min_rank=min_rank, no_train=private or privacy is not None)
 
 
 def wait_seconds(text: bytes) -> float:
