@@ -13,16 +13,17 @@ the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import inf
 from random import Random
 
-from protection import KeyStatus, Scope, Skip
+from protection import KeyStatus
 from routing.catalog import Catalog, Key, Model, Pool, is_demo
 from routing.cooldowns import TRIAL_SPACING_S
+from routing.explain import BLOCKED_WORDS, RUNG_WORDS, Candidate, Draws, Moment, blocked_words, left_out, scored
 from routing.fit import below_floor, fitting, no_private_route, reaches_floor, unfit
 from routing.gate import RATE_UNSEEN, Gates
 from routing.ledger import Ledger, Penalties
+from routing.plan import DEEP_FAILURES, Blocked, Plan, Step
 from routing.reach import Reach, reach
 from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
@@ -31,144 +32,7 @@ from wire.chat import Mode, Need
 from wire.errors import GatewayError
 
 PENALTY_WEIGHT = 0.05
-DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
 LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
-
-
-BLOCKED_WORDS = {
-    "transient": "rests after a failure",
-    "keys": "no key with capacity",
-    "trial": "another request is trying it",
-    "failed": "failed in this request",
-}
-RUNG_WORDS = {
-    Rung.HELD_BACK: "held back: other conversations use it",
-    Rung.EXCLUDED: "excluded from this mode",
-    Rung.DOUBTED: "banned for this session, or its health gate is open",
-    Rung.RESTING: "rests after a failure",
-    Rung.KEY_RESTING: "its keys rest after rate limits",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Blocked:
-    """Why a model could not be asked when its turn came."""
-
-    reason: str  # `transient`, `keys`, `trial` or `failed`
-    left_s: float | None  # until it may be available again, where known
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What asking one model now would mean. Without a key it cannot be asked, for the reason in `blocked`."""
-
-    model: Model
-    rung: Rung
-    key: Key | None = None
-    until: float = 0.0  # when its rest ends: the soonest is tried first
-    blocked: Blocked | None = None
-
-
-@dataclass(slots=True)
-class Plan:
-    """One request's way through the models: the order, and what has failed so far."""
-
-    need: Need
-    order: list[Model] = field(default_factory=list)  # as far as it has been worked out
-    more: Callable[[Plan], list[Model]] | None = None  # works out the rest, which most requests never need
-    preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
-    asked_for: frozenset[int] = frozenset()  # the pinned model's rows: no gate keeps them back
-    held_back: set[int] = field(default_factory=set)
-    excluded: set[int] = field(default_factory=set)
-    banned: set[str] = field(default_factory=set)  # platforms
-    trial: int | None = None  # a model whose open gate this request tries first
-    forgiven: set[int] = field(default_factory=set)  # models that may go on with their own answer, with another key
-    floored: bool = False  # the client's floor has kept models out that would fit
-    attempts_left: int = 20
-    failed: dict[int, float] = field(default_factory=dict)  # models, and when each may be asked again; inf: never
-    failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
-    again_at: float = 0.0  # nothing that has failed is asked again before
-    skipped: dict[int, Model] = field(default_factory=dict)
-    platform_failures: dict[str, int] = field(default_factory=dict)
-    key_failures: dict[int, int] = field(default_factory=dict)  # by model
-    blocked: dict[int, Blocked] = field(default_factory=dict)
-    wait_s: float | None = None  # until the soonest of what is blocked comes back
-    cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
-
-    def complete(self) -> list[Model]:
-        """The whole order."""
-        if self.more is not None:
-            more, self.more = self.more, None
-            self.order = self.order + more(self)
-        return self.order
-
-    def models(self) -> Iterator[Model]:
-        """The order, its rest only when that is reached."""
-        known = self.order
-        yield from known
-        if self.more is not None:
-            yield from self.complete()[len(known) :]
-
-    def note_failure(self, route: Route, skip: Skip, now: float, pause_s: float | None) -> None:
-        """Leave alone what failed. `pause_s` is how long before it may be tried again; None: never."""
-        model, again = route.model, inf
-        if skip.again and pause_s is not None:
-            again = now + TRIAL_SPACING_S
-            if model.id in self.failed or (route.key.id, model.id) in self.failed_keys:  # tried again, in vain
-                self.again_at = max(self.again_at, now + pause_s)
-        self.platform_failures[model.platform.id] = self.platform_failures.get(model.platform.id, 0) + 1
-        if skip.scope is Scope.KEY:
-            self.key_failures[model.id] = self.key_failures.get(model.id, 0) + 1
-            self.failed_keys[route.key.id, model.id] = again
-        elif skip.scope is Scope.WINDOW:
-            self.skip_window(model)
-        else:
-            self.skip(model, again)
-
-    def skip(self, model: Model, again: float = inf) -> None:
-        self.skipped[model.id] = model
-        self.failed[model.id] = again
-
-    def skip_window(self, model: Model) -> None:
-        """The request is too long for this model, so for every model that holds no more."""
-        for other in self.complete():
-            if other.context_window <= model.context_window:
-                self.skip(other)
-        self.skip(model)
-
-    def continue_like(self, route: Route, again: float, other_keys: bool) -> None:
-        """An answer of this route broke: the same model goes on with it if it can, then its family (SPEC 14.3)."""
-        model = route.model
-        if other_keys:
-            self.failed.pop(model.id, None)
-            self.failed_keys[route.key.id, model.id] = again
-            self.forgiven.add(model.id)
-
-        def distance(other: Model) -> int:
-            same_family = model.family is not None and other.family == model.family
-            return 0 if other.model_id == model.model_id else 1 if same_family else 2
-
-        self.order = sorted(self.complete(), key=distance)
-
-    def ban(self, platform: str) -> None:
-        self.banned.add(platform)
-
-    def rung(self, model: Model) -> Rung:
-        """Where it stands apart from what rests."""
-        if model.platform.id in self.banned:
-            return Rung.DOUBTED
-        if model.id in self.excluded:
-            return Rung.EXCLUDED
-        return Rung.HELD_BACK if model.id in self.held_back else Rung.FREE
-
-    def is_deep(self, model: Model) -> bool:
-        """Whether so much has failed around this model that others come first."""
-        if self.platform_failures.get(model.platform.id, 0) >= DEEP_FAILURES:
-            return True
-        return self.key_failures.get(model.id, 0) >= DEEP_FAILURES
-
-    def skipped_labels(self) -> list[str]:
-        return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
 
 
 class Router:
@@ -220,14 +84,14 @@ class Router:
         keys = self._everything.keys.get(model.platform.id, [])
         return sum(not self._protection.keys.left((key.id, model.id), now) for key in keys)
 
-    def plan(self, need: Need, standing: Standing, now: float, rng: Random) -> Plan:
-        """The models able to serve this request, best first.
+    def plan(self, need: Need, standing: Standing, now: float, rng: Random, *, rehearsal: bool = False) -> Plan:
+        """The models able to serve this request, best first. A rehearsal changes nothing.
 
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
         plan = Plan(need, preferred=(standing.preferred_model, standing.preferred_key), banned=set(standing.banned))
         if need.pinned is None:
-            self._plan_auto(plan, standing, now, rng)
+            self._plan_auto(plan, standing, now, rng, rehearsal=rehearsal)
         else:
             self._plan_pinned(plan, need.pinned, now, rng)
         if plan.banned or len(self._protection.transient):
@@ -237,7 +101,7 @@ class Router:
             ]
         return plan
 
-    def _plan_auto(self, plan: Plan, standing: Standing, now: float, rng: Random) -> None:
+    def _plan_auto(self, plan: Plan, standing: Standing, now: float, rng: Random, *, rehearsal: bool) -> None:
         need, world = plan.need, self._reach(plan.need)
         plan.order = self._ordered(self._fit(plan, world.candidates[need.mode]), need.mode, standing, plan, now, rng)
         if excluded := world.excluded[need.mode]:
@@ -246,15 +110,16 @@ class Router:
             plan.order = plan.order + last
         if not plan.order:
             raise self._unserved(need, lambda world: world.candidates[need.mode] + world.excluded[need.mode])
-        self.gates.arrived()
-        if self.gates.any_open() and (tried := self._due_trial(plan, now)) is not None:
+        if not rehearsal:
+            self.gates.arrived()
+        if self.gates.any_open() and (tried := self._due_trial(plan, now, rehearsal)) is not None:
             plan.trial = tried.id
             plan.order = [tried, *(m for m in plan.order if m is not tried)]
 
-    def _due_trial(self, plan: Plan, now: float) -> Model | None:
+    def _due_trial(self, plan: Plan, now: float, arriving: int) -> Model | None:
         """The first gated model that this request should try before all others: one that nothing else keeps back."""
         for model in plan.order:
-            if self.gates.trial_due(model.id, now) and model.id not in self._protection.trials:
+            if self.gates.trial_due(model.id, now, arriving=arriving) and model.id not in self._protection.trials:
                 step = self._step(model, plan, now, gated=False)
                 if step.rung is Rung.FREE and step.key is not None:
                     return model
@@ -322,6 +187,7 @@ class Router:
             if step.key is None:
                 assert step.blocked is not None
                 plan.blocked[model.id] = step.blocked
+                plan.passed.setdefault(model.id, step.blocked)
             elif usual and step.rung < FIRST_TRIAL:  # the order is by rung, so nothing behind it is better
                 return self._taken(step, plan, now)
             else:
@@ -388,16 +254,83 @@ class Router:
 
     def second_route(self, plan: Plan, first: Route, now: float) -> Route | None:
         """A route on another platform to join one that is late (SPEC 15.1); none that would be a trial."""
+        world = self._reach(plan.need)
         for model in plan.models():
-            if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not self.has_key(model):
+            if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not world.has_key(model):
                 continue
             step = self._step(model, plan, now)
             if step.key is not None and step.rung < FIRST_TRIAL and model.id != plan.trial:
                 return self._taken(step, plan, now)
         return None
 
-    def has_other_keys(self, route: Route) -> bool:
-        return len(self._everything.keys.get(route.model.platform.id, ())) > 1
+    def has_other_keys(self, plan: Plan, route: Route) -> bool:
+        return len(self._reach(plan.need).keys.get(route.model.platform.id, ())) > 1
+
+    def rehearse(self, need: Need, session: str, now: float, rng: Random) -> Plan:
+        """The plan that a request would get if it came now. Changes nothing. Raises what `plan` does."""
+        standing = self._protection.standing(session, now, auto=need.pinned is None, arrived=False)
+        return self.plan(need, standing, now, rng, rehearsal=True)
+
+    def explain(self, plan: Plan, now: float) -> list[Candidate]:
+        """Every model of the catalogue: in the order in which this plan would ask them now, then those that it would
+        not ask, and why. Changes nothing."""
+        world, told = self._reach(plan.need), scored(plan.draws, self.scores.stats)
+        asked: list[tuple[tuple[float, ...], Candidate]] = []
+        blocked: list[Candidate] = []
+        for place, model in enumerate(plan.complete()):
+            score, parts = told.get(model.id, (None, None))
+            if plan.failed.get(model.id) == inf or not world.has_key(model):
+                words = BLOCKED_WORDS["failed"] if model.id in plan.failed else "no key"
+                blocked.append(Candidate(model, plan.rung(model), score, parts, words))
+                continue
+            step = self._step(model, plan, now)
+            if (why := step.blocked or plan.passed.get(model.id)) is not None:
+                words = blocked_words(why.reason, why.left_s)
+                blocked.append(Candidate(model, step.rung, score, parts, words))
+            else:
+                asked.append((self._rank(step, place, plan, usual=True), Candidate(model, step.rung, score, parts)))
+        asked.sort(key=lambda ranked: ranked[0])
+        return [*(candidate for _, candidate in asked), *blocked, *self._left_out(plan)]
+
+    def _left_out(self, plan: Plan) -> Iterator[Candidate]:
+        need, ordered = plan.need, {model.id for model in plan.order}
+        named = {m.id for m in self.catalog.resolve(need.pinned)} if need.pinned is not None else set()
+        reaches = self._everything, self._private
+        for model in self.catalog.models:
+            if model.id not in ordered:
+                yield Candidate(model, excluded=left_out(model, need, named, self.catalog, reaches))
+
+    def moment(self, plan: Plan, now: float) -> Moment:
+        """What this plan went by, to explain it later."""
+        protection = self._protection
+        return Moment(
+            now,
+            plan.need,
+            self.catalog,
+            self._everything,
+            self._private,
+            self.scores.stats,
+            protection.transient.snapshot(),
+            protection.keys.snapshot(),
+            tuple(protection.trials),
+            self.gates.snapshot(),
+            plan.order,
+            tuple(plan.banned),
+            plan.trial,
+        )
+
+    @classmethod
+    def as_of(cls, moment: Moment) -> Router:
+        """A router as it was then, but for its ledger: what had no capacity then is known from the plan alone."""
+        protection = Protection(levels={}, sticky_ttl_s=0.0, thread_cooldown_s=0.0)
+        protection.transient.restore(moment.transient)
+        protection.keys.restore(moment.keys)
+        protection.trials = dict.fromkeys(moment.trials, moment.at)
+        router = cls(protection)
+        router.catalog, router._everything, router._private = moment.catalog, moment.everything, moment.private
+        router.scores.learn(moment.stats)
+        router.gates.restore(moment.gates)
+        return router
 
     def again(self, route: Route, tokens: int, now: float) -> Route | None:
         """The same route once more, where its key has capacity for it."""
@@ -506,7 +439,7 @@ class Router:
         self, models: list[Model], mode: Mode, standing: Standing, plan: Plan, now: float, rng: Random
     ) -> list[Model]:
         """Models of the chain: by the mode's own order, then what it prefers, then what the session prefers first."""
-        ranked = models if mode is Mode.PRIORITY else self._sampled(models, mode, now, rng)
+        ranked = models if mode is Mode.PRIORITY else self._sampled(models, mode, plan, now, rng)
         liked = [m for m in ranked if mode in m.prefer_in and self.usable_key(m, plan, now)]
         if liked:
             liked.sort(key=lambda m: self.catalog.position[m.id])
@@ -517,11 +450,13 @@ class Router:
         plan.held_back = {m.id for m in ranked if standing.holds_back(m.id, m.platform.id)}
         return sorted(ranked, key=lambda m: m.id in plan.held_back) if plan.held_back else ranked
 
-    def _sampled(self, models: list[Model], mode: Mode, now: float, rng: Random) -> list[Model]:
+    def _sampled(self, models: list[Model], mode: Mode, plan: Plan, now: float, rng: Random) -> list[Model]:
         """Best first by Thompson sampling: each score draws anew from what is believed of the model."""
-        if len(models) < 2:
+        if not models:
             return models
-        scores = self._penalised(self.scores.drawn(models, mode, rng), models, now)
+        drawn = self.scores.drawn(models, mode, rng)
+        scores = self._penalised(drawn, models, now)
+        plan.draws = Draws(mode, models, drawn, scores)
         pool_of = self.catalog.pools
         if mode is Mode.FAST:
             ranks = [

@@ -18,6 +18,7 @@ from config.settings import LOOPBACK_HOSTS, spelled
 from engine.delivery import JSON_HEADERS, response_start
 from engine.exchange import Engine
 from engine.record import Exchange, route_headers
+from routing.catalog import Catalog
 from transport.client import ClientGone, CutShort, Receive, Send, read_body
 from wire.chat import Chat, Dialect, Mode, Need
 from wire.errors import GatewayError, InvalidRequest, Unauthorized
@@ -108,9 +109,7 @@ class Door:
         """One request of any dialect."""
         # The body has no name here: it would live as long as its answer.
         chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc)
-        need = wished(self._engine.router.catalog.meant(chat.need), headers, private=self._private)
-        exchange.chat = chat = chat if need is chat.need else replace(chat, need=need)
-        exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
+        exchange.chat, exchange.session = understood(chat, headers, self._engine.router.catalog, private=self._private)
         exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)
@@ -119,6 +118,15 @@ class Door:
         except GatewayError as error:
             self._engine.refuse(exchange, error)
             raise
+
+
+def understood(chat: Chat, headers: Given, catalog: Catalog, *, private: bool) -> tuple[Chat, str]:
+    """A chat with all that it asks of routing, by its model's name and its headers; and its session's key.
+
+    Raises InvalidRequest."""
+    need = wished(catalog.meant(chat.need), headers, private=private)
+    chat = chat if need is chat.need else replace(chat, need=need)
+    return chat, session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
 
 
 def session_key(chat: Chat, session_id: str) -> str:

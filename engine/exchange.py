@@ -16,6 +16,7 @@ from random import Random
 from adapters.stream import cut_short
 from config.settings import Settings
 from engine.delivery import Delivery
+from engine.explain import Explanations
 from engine.hedging import Hedging
 from engine.record import Exchange, Running, route_headers, trail
 from engine.refusals import exhausted, refusal, request_is_bad
@@ -29,7 +30,8 @@ from providers import Attempt, Providers
 from records.database import Store
 from records.eventlog import EventLog
 from records.metrics import Metrics
-from router import Plan, Router
+from router import Router
+from routing.plan import Plan
 from routing.route import Route
 from routing.standing import Protection
 from transport.client import Client, ClientGone, CutShort, Send, Stopping, unless_gone
@@ -58,6 +60,7 @@ class Engine:
         self.log = log
         self.metrics = Metrics()
         self.waiting = WaitingRoom()
+        self.explanations = Explanations(router)
         self.running: set[Exchange] = set()
         self.providers: Providers  # set while the lifespan holds it
         self._rng = rng
@@ -309,7 +312,7 @@ class Engine:
         pause_s, now = exchange.pause_s(time.monotonic()), time.monotonic()
         if exchange.seam is None or exchange.seam.joined:  # it has been at work on the answer
             again = inf if pause_s is None else now + pause_s
-            plan.continue_like(route, again, self.router.has_other_keys(route))
+            plan.continue_like(route, again, self.router.has_other_keys(plan, route))
         plan.need = replace(chat.need, tokens=chat.need.tokens + story.tokens)
         return True
 
@@ -334,8 +337,12 @@ class Engine:
         try:
             self._hedging.arrived()
             exchange.plan = plan = self.router.plan(chat.need, standing, now, self._rng)
-        except NoProviders:
+        except GatewayError as error:
+            exchange.moment = self.router.moment(Plan(chat.need), now)
+            if not isinstance(error, NoProviders):
+                raise
             raise self._exhausted(exchange, Plan(chat.need), chat) from None
+        exchange.moment = self.router.moment(plan, now)
         plan.attempts_left = self._attempts_max
         return plan
 
@@ -465,6 +472,7 @@ class Engine:
     def _close(self, exchange: Exchange) -> None:
         failed = len(exchange.failures)
         self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
+        self.explanations.keep(exchange)
         if not self.log.wants("info"):
             return
         chat, route = exchange.chat, exchange.route

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from protection import RULES, Cooling, Failure, UpstreamError
-from router import Plan
 from routing.fit import below_floor
+from routing.plan import Plan
 from routing.route import Route
 from wire.errors import GatewayError, NoProviders, PromptTooLong
 

@@ -8,8 +8,9 @@ from math import inf
 from random import Random
 
 from protection import KeyStatus, Level, Scope, Skip
-from router import Plan, Router
+from router import Router
 from routing.catalog import Catalog, Key, Model, Platform
+from routing.plan import Plan
 from routing.route import Route
 from routing.scores import Stats
 from routing.standing import NO_STANDING, Protection, Standing
@@ -161,7 +162,10 @@ def disturb(world: World) -> None:
         if rng.random() < 0.1:
             protection.trials[model.id] = NOW
         if rng.random() < 0.15:
-            while router.gates.feed(model.id, ok=False, rate=0.9, hold=False, now=NOW - 60, rng=rng) != "opened":
+            while (
+                router.gates.feed(model.id, ok=False, rate=0.9, hold=False, began=NOW - 60, now=NOW - 60, rng=rng)
+                != "opened"
+            ):
                 pass
         if rng.random() < 0.6:
             total = rng.randint(1, 50)
