@@ -110,6 +110,7 @@ class Door:
         # The body has no name here: it would live as long as its answer.
         chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc)
         exchange.chat, exchange.session = understood(chat, headers, self._engine.router.catalog, private=self._private)
+        exchange.uncached = wants_no_memory(headers)
         exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)
@@ -150,6 +151,13 @@ def wished(need: Need, headers: Given, *, private: bool) -> Need:
     if rank is not None and not (min_rank := spelled(rank.decode("latin-1").strip())):
         raise InvalidRequest("X-Min-Rank must be a whole number ≥ 1.", param="X-Min-Rank", code="invalid_value")
     return replace(need, strict=strict or need.strict, min_rank=min_rank, no_train=private or privacy is not None)
+
+
+def wants_no_memory(headers: Given) -> bool:
+    """Whether an answer must be made for this request alone (SPEC 18.1)."""
+    if headers.get(b"x-cache", b"").strip().lower() == b"off":
+        return True
+    return any(word.strip() == b"no-store" for word in headers.get(b"cache-control", b"").lower().split(b","))
 
 
 def wait_seconds(text: bytes) -> float:

@@ -18,6 +18,7 @@ from config.settings import Settings
 from engine.delivery import Delivery
 from engine.explain import Explanations
 from engine.hedging import Hedging
+from engine.recall import Recall
 from engine.record import Exchange, Running, route_headers, trail
 from engine.refusals import exhausted, refusal, request_is_bad
 from engine.rescue import Continuation, continuation, refused_prefill
@@ -61,6 +62,11 @@ class Engine:
         self.metrics = Metrics()
         self.waiting = WaitingRoom()
         self.explanations = Explanations(router)
+        self.recall: Recall | None = None
+        if settings.cache_mb:
+            self.recall = Recall(
+                settings.cache_mb << 20, settings.cache_ttl_ms / 1000, store.log, self.metrics.looked_up
+            )
         self.running: set[Exchange] = set()
         self.providers: Providers  # set while the lifespan holds it
         self._rng = rng
@@ -121,7 +127,9 @@ class Engine:
 
     async def _serve(self, exchange: Exchange, chat: Chat, delivery: Delivery) -> bytes | None:
         if chat.answered is None:
-            return await self._run(exchange, chat, delivery)
+            if self.recall is None:
+                return await self._run(exchange, chat, delivery)
+            return await self.recall.serve(exchange, chat, delivery, lambda: self._run(exchange, chat, delivery))
         exchange.status = "success"  # what needs no provider leaves no row: statistics and limits are about providers
         if chat.stream:
             await delivery.begin_stream()

@@ -52,12 +52,13 @@ class Explanations:
     def keep(self, exchange: Exchange) -> None:
         """Remember a request that has ended."""
         chat, moment = exchange.chat, exchange.moment
-        if chat is None or (moment is None and not exchange.cached):
+        cached = exchange.cache == "hit"
+        if chat is None or (moment is None and not cached):
             return
         plan = exchange.plan or Plan(chat.need)
         self._kept[exchange.id] = Kept(
             chat.model, exchange.session, exchange.status, plan, moment, exchange.ended, exchange.waited_s,
-            exchange.cached,
+            cached,
         )  # fmt: skip
         self._weight += moment.weight if moment is not None else 0
         while len(self._kept) > KEPT_MAX or (self._weight > WEIGHT_MAX and len(self._kept) > 1):

@@ -74,7 +74,10 @@ class Exchange:
     retried: bool = False
     waited_s: float = 0.0
     waiting_since: float | None = None
-    cached: bool = False  # answered from memory
+    client: int | None = None  # whose key it came with; None: the gateway's own
+    uncached: bool = False  # its client wants no answer from memory
+    cache: str | None = None  # `hit` or `miss`; None: nobody looked
+    made_by: str = ""  # the label of the model whose answer from memory it is
     begun: bool = False  # the client has been sent a part of the response
     id_headers: tuple[bytes, ...] = (b"x-request-id",)
     status: str = "error"
@@ -103,6 +106,10 @@ def route_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     headers = [(name, exchange.id.encode()) for name in exchange.id_headers]
     if exchange.route is not None:
         headers.append((b"x-routed-via", header_value(exchange.route.model.label)))
+    elif exchange.made_by:
+        headers.append((b"x-routed-via", header_value(exchange.made_by)))
+    if exchange.cache is not None:
+        headers.append((b"x-cache", exchange.cache.encode()))
     if exchange.failures:
         headers.append((b"x-fallback-attempts", str(len(exchange.failures)).encode()))
         headers.append((b"x-fallback-trail", header_value(trail(exchange))))
