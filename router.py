@@ -13,169 +13,26 @@ the way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import inf
 from random import Random
 
-from protection import KeyStatus, Scope, Skip
-from routing.catalog import KEYLESS, Catalog, Key, Model, Pool, is_demo
+from protection import KeyStatus
+from routing.catalog import Catalog, Key, Model, Pool, is_demo
 from routing.cooldowns import TRIAL_SPACING_S
+from routing.explain import BLOCKED_WORDS, RUNG_WORDS, Candidate, Draws, Moment, blocked_words, left_out, scored
+from routing.fit import below_floor, fitting, no_private_route, reaches_floor, unfit
 from routing.gate import RATE_UNSEEN, Gates
 from routing.ledger import Ledger, Penalties
+from routing.plan import DEEP_FAILURES, Blocked, Plan, Step
+from routing.reach import Reach, reach
 from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
 from routing.standing import NO_STANDING, Protection, Standing
 from wire.chat import Mode, Need
-from wire.errors import GatewayError, InvalidRequest, NoProviders, PromptTooLong
+from wire.errors import GatewayError
 
 PENALTY_WEIGHT = 0.05
-DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
 LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
-
-
-BLOCKED_WORDS = {
-    "transient": "rests after a failure",
-    "keys": "no key with capacity",
-    "trial": "another request is trying it",
-    "failed": "failed in this request",
-}
-RUNG_WORDS = {
-    Rung.HELD_BACK: "held back: other conversations use it",
-    Rung.EXCLUDED: "excluded from this mode",
-    Rung.DOUBTED: "banned for this session, or its health gate is open",
-    Rung.RESTING: "rests after a failure",
-    Rung.KEY_RESTING: "its keys rest after rate limits",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Blocked:
-    """Why a model could not be asked when its turn came."""
-
-    reason: str  # `transient`, `keys`, `trial` or `failed`
-    left_s: float | None  # until it may be available again, where known
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What asking one model now would mean. Without a key it cannot be asked, for the reason in `blocked`."""
-
-    model: Model
-    rung: Rung
-    key: Key | None = None
-    until: float = 0.0  # when its rest ends: the soonest is tried first
-    blocked: Blocked | None = None
-
-
-@dataclass(slots=True)
-class Plan:
-    """One request's way through the models: the order, and what has failed so far."""
-
-    need: Need
-    order: list[Model] = field(default_factory=list)  # as far as it has been worked out
-    more: Callable[[Plan], list[Model]] | None = None  # works out the rest, which most requests never need
-    preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
-    asked_for: frozenset[int] = frozenset()  # the pinned model's rows: no gate keeps them back
-    held_back: set[int] = field(default_factory=set)
-    excluded: set[int] = field(default_factory=set)
-    banned: set[str] = field(default_factory=set)  # platforms
-    trial: int | None = None  # a model whose open gate this request tries first
-    forgiven: set[int] = field(default_factory=set)  # models that may go on with their own answer, with another key
-    attempts_left: int = 20
-    failed: dict[int, float] = field(default_factory=dict)  # models, and when each may be asked again; inf: never
-    failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
-    again_at: float = 0.0  # nothing that has failed is asked again before
-    skipped: dict[int, Model] = field(default_factory=dict)
-    platform_failures: dict[str, int] = field(default_factory=dict)
-    key_failures: dict[int, int] = field(default_factory=dict)  # by model
-    times_failed: dict[tuple[int, int], int] = field(default_factory=dict)  # by key (0: all of them) and model
-    blocked: dict[int, Blocked] = field(default_factory=dict)
-    wait_s: float | None = None  # until the soonest of what is blocked comes back
-    cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
-
-    def complete(self) -> list[Model]:
-        """The whole order."""
-        if self.more is not None:
-            more, self.more = self.more, None
-            self.order = self.order + more(self)
-        return self.order
-
-    def models(self) -> Iterator[Model]:
-        """The order, its rest only when that is reached."""
-        known = self.order
-        yield from known
-        if self.more is not None:
-            yield from self.complete()[len(known) :]
-
-    def note_failure(self, route: Route, skip: Skip, now: float, pause_s: float | None) -> None:
-        """Leave alone what failed. `pause_s` is how long before it may be tried again; None: never."""
-        model, again = route.model, inf
-        if skip.again and pause_s is not None:
-            again = now + TRIAL_SPACING_S
-            if model.id in self.failed or (route.key.id, model.id) in self.failed_keys:  # tried again, in vain
-                self.again_at = max(self.again_at, now + pause_s)
-        self.platform_failures[model.platform.id] = self.platform_failures.get(model.platform.id, 0) + 1
-        failed = (route.key.id if skip.scope is Scope.KEY else 0, model.id)
-        self.times_failed[failed] = self.times_failed.get(failed, 0) + 1
-        if skip.scope is Scope.KEY:
-            self.key_failures[model.id] = self.key_failures.get(model.id, 0) + 1
-            self.failed_keys[route.key.id, model.id] = again
-        elif skip.scope is Scope.WINDOW:
-            self.skip_window(model)
-        else:
-            self.skip(model, again)
-
-    def skip(self, model: Model, again: float = inf) -> None:
-        self.skipped[model.id] = model
-        self.failed[model.id] = again
-
-    def skip_window(self, model: Model) -> None:
-        """The request is too long for this model, so for every model that holds no more."""
-        for other in self.complete():
-            if other.context_window <= model.context_window:
-                self.skip(other)
-        self.skip(model)
-
-    def continue_like(self, route: Route, again: float, other_keys: bool) -> None:
-        """An answer of this route broke: the same model goes on with it if it can, then its family (SPEC 14.3)."""
-        model = route.model
-        if other_keys:
-            self.failed.pop(model.id, None)
-            self.failed_keys[route.key.id, model.id] = again
-            self.forgiven.add(model.id)
-
-        def distance(other: Model) -> int:
-            same_family = model.family is not None and other.family == model.family
-            return 0 if other.model_id == model.model_id else 1 if same_family else 2
-
-        self.order = sorted(self.complete(), key=distance)
-
-    def ban(self, platform: str) -> None:
-        self.banned.add(platform)
-
-    def rung(self, model: Model) -> Rung:
-        """Where it stands apart from what rests."""
-        if model.platform.id in self.banned:
-            return Rung.DOUBTED
-        if model.id in self.excluded:
-            return Rung.EXCLUDED
-        return Rung.HELD_BACK if model.id in self.held_back else Rung.FREE
-
-    def is_deep(self, model: Model) -> bool:
-        """Whether so much has failed around this model that others come first."""
-        if self.platform_failures.get(model.platform.id, 0) >= DEEP_FAILURES:
-            return True
-        return self.key_failures.get(model.id, 0) >= DEEP_FAILURES
-
-    def failures(self, step: Step) -> int:
-        """How often what this step would ask has failed already."""
-        if not self.times_failed or step.key is None:
-            return 0
-        of_all_keys = self.times_failed.get((0, step.model.id), 0)
-        return of_all_keys + (self.times_failed.get((step.key.id, step.model.id), 0) if step.key.id else 0)
-
-    def skipped_labels(self) -> list[str]:
-        return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
 
 
 class Router:
@@ -190,10 +47,7 @@ class Router:
         self._protection = protection
         self._turn: dict[int, int] = {}  # model: where its round-robin goes on
         self.catalog = Catalog((), (), ())
-        self._usable_keys: dict[str, list[Key]] = {}
-        self._candidates: dict[Mode, list[Model]] = {}
-        self._excluded: dict[Mode, list[Model]] = {}
-        self._others: list[Model] = []  # that follow a pinned model
+        self._everything = self._private = Reach()
 
     def load(self, catalog: Catalog, key_status: Mapping[int, KeyStatus]) -> None:
         """Route by this snapshot from now on."""
@@ -215,32 +69,29 @@ class Router:
 
     def _index(self) -> None:
         """What depends on the snapshot only is worked out once, not per request."""
-        self._usable_keys = {}
-        for platform in self.catalog.platforms.values():
-            keys = self.catalog.keys.get(platform.id, [])
-            valid = [key for key in keys if self.key_status.get(key.id) is not KeyStatus.INVALID]
-            self._usable_keys[platform.id] = valid or ([KEYLESS] if platform.keyless else [])
-        routable = [m for m in self.catalog.auto_chain if self.has_key(m)]
-        self._candidates = {mode: [m for m in routable if mode not in m.exclude_from] for mode in Mode}
-        self._excluded = {mode: [m for m in routable if mode in m.exclude_from] for mode in Mode}
-        self._others = [m for m in self._candidates[Mode.BALANCED] if not is_demo(m.platform)]
+        self._everything = reach(self.catalog, self.key_status, private=False)
+        self._private = reach(self.catalog, self.key_status, private=True)
+
+    def _reach(self, need: Need) -> Reach:
+        """All that a request with this need may be asked of."""
+        return self._private if need.no_train else self._everything
 
     def has_key(self, model: Model) -> bool:
-        return bool(self._usable_keys.get(model.platform.id))
+        return self._everything.has_key(model)
 
     def count_usable_keys(self, model: Model, now: float) -> int:
         """How many of the platform's keys this model could be asked with now; no key needed counts as one."""
-        keys = self._usable_keys.get(model.platform.id, [])
+        keys = self._everything.keys.get(model.platform.id, [])
         return sum(not self._protection.keys.left((key.id, model.id), now) for key in keys)
 
-    def plan(self, need: Need, standing: Standing, now: float, rng: Random) -> Plan:
-        """The models able to serve this request, best first.
+    def plan(self, need: Need, standing: Standing, now: float, rng: Random, *, rehearsal: bool = False) -> Plan:
+        """The models able to serve this request, best first. A rehearsal changes nothing.
 
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
         plan = Plan(need, preferred=(standing.preferred_model, standing.preferred_key), banned=set(standing.banned))
         if need.pinned is None:
-            self._plan_auto(plan, standing, now, rng)
+            self._plan_auto(plan, standing, now, rng, rehearsal=rehearsal)
         else:
             self._plan_pinned(plan, need.pinned, now, rng)
         if plan.banned or len(self._protection.transient):
@@ -250,62 +101,93 @@ class Router:
             ]
         return plan
 
-    def _plan_auto(self, plan: Plan, standing: Standing, now: float, rng: Random) -> None:
-        need = plan.need
-        excluded = self._excluded[need.mode]
-        plan.order = self._ordered(fitting(need, self._candidates[need.mode]), need.mode, standing, plan, now, rng)
-        if excluded:
-            last = fitting(need, excluded)
+    def _plan_auto(self, plan: Plan, standing: Standing, now: float, rng: Random, *, rehearsal: bool) -> None:
+        need, world = plan.need, self._reach(plan.need)
+        plan.order = self._ordered(self._fit(plan, world.candidates[need.mode]), need.mode, standing, plan, now, rng)
+        if excluded := world.excluded[need.mode]:
+            last = self._fit(plan, excluded)
             plan.excluded = {m.id for m in last}
             plan.order = plan.order + last
         if not plan.order:
-            raise unfit(need, self._candidates[need.mode] + excluded)
-        self.gates.arrived()
-        if self.gates.any_open() and (tried := self._due_trial(plan, now)) is not None:
+            raise self._unserved(need, lambda world: world.candidates[need.mode] + world.excluded[need.mode])
+        if not rehearsal:
+            self.gates.arrived()
+        if self.gates.any_open() and (tried := self._due_trial(plan, now, rehearsal)) is not None:
             plan.trial = tried.id
             plan.order = [tried, *(m for m in plan.order if m is not tried)]
 
-    def _due_trial(self, plan: Plan, now: float) -> Model | None:
+    def _due_trial(self, plan: Plan, now: float, arriving: int) -> Model | None:
         """The first gated model that this request should try before all others: one that nothing else keeps back."""
         for model in plan.order:
-            if self.gates.trial_due(model.id, now) and model.id not in self._protection.trials:
+            if self.gates.trial_due(model.id, now, arriving=arriving) and model.id not in self._protection.trials:
                 step = self._step(model, plan, now, gated=False)
                 if step.rung is Rung.FREE and step.key is not None:
                     return model
         return None
 
     def _plan_pinned(self, plan: Plan, pinned: str, now: float, rng: Random) -> None:
-        need = plan.need
-        asked = [m for m in self.catalog.resolve(pinned) if self.has_key(m)]
-        others = [] if need.strict else [m for m in self._others if m not in asked]
-        excluded = [] if need.strict else [m for m in self._excluded[Mode.BALANCED] if m not in asked]
-        plan.asked_for = frozenset(m.id for m in asked)
-        first = fitting(need, asked)
+        need, named = plan.need, self.catalog.resolve(pinned)
+
+        def asked_of(world: Reach) -> list[Model]:
+            return [m for m in named if world.has_key(m)]
+
+        def others_of(models: list[Model]) -> list[Model]:
+            return [] if need.strict else [m for m in models if m not in named and not is_demo(m.platform)]
+
+        world = self._reach(need)
+        plan.order = self._fit(plan, asked_of(world))
+        plan.asked_for = frozenset(m.id for m in plan.order)
+        if not plan.order and plan.floored:  # the client has named what its own floor forbids
+            raise below_floor(need)
 
         def rest(plan: Plan) -> list[Model]:  # given: one that held it would be a cycle
-            last = [m for m in fitting(need, excluded) if not is_demo(m.platform)]
+            last = self._fit(plan, others_of(world.excluded[Mode.BALANCED]))
             plan.excluded = {m.id for m in last}
-            return self._ordered(fitting(need, others), need.mode, NO_STANDING, plan, now, rng) + last
+            others = self._fit(plan, others_of(world.others))
+            return self._ordered(others, need.mode, NO_STANDING, plan, now, rng) + last
 
-        if first:
-            plan.order, plan.more = first, rest
+        if plan.order:
+            plan.more = rest
             return
         plan.order = rest(plan)
         if not plan.order:
-            raise unfit(need, asked + others + excluded)
+            every = Mode.BALANCED
+            raise self._unserved(
+                need, lambda world: asked_of(world) + others_of(world.others) + others_of(world.excluded[every])
+            )
+
+    def _fit(self, plan: Plan, models: list[Model]) -> list[Model]:
+        """Those of the models that may serve this request."""
+        fit = fitting(plan.need, models)
+        if plan.need.min_rank is None:
+            return fit
+        kept = [m for m in fit if reaches_floor(plan.need, m, self.catalog)]
+        plan.floored = plan.floored or len(kept) < len(fit)
+        return kept
+
+    def _unserved(self, need: Need, models_of: Callable[[Reach], list[Model]]) -> GatewayError:
+        """Why nothing can ever serve this request."""
+        models = models_of(self._reach(need))
+        if need.min_rank is not None and fitting(need, models):
+            return below_floor(need)
+        if need.no_train and fitting(need, models := models_of(self._everything)):
+            return no_private_route()
+        return unfit(need, models)
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""
         plan.blocked.clear()
+        world = self._reach(plan.need)
         usual = plan.attempts_left > LAST_ATTEMPTS and not (plan.platform_failures and self._some_deep(plan))
         steps: list[tuple[tuple[float, ...], Step]] = []
         for place, model in enumerate(plan.models()):
-            if plan.failed.get(model.id) == inf or not self.has_key(model):
+            if plan.failed.get(model.id) == inf or not world.has_key(model):
                 continue
             step = self._step(model, plan, now)
             if step.key is None:
                 assert step.blocked is not None
                 plan.blocked[model.id] = step.blocked
+                plan.passed.setdefault(model.id, step.blocked)
             elif usual and step.rung < FIRST_TRIAL and not plan.failures(step):
                 return self._taken(step, plan, now)  # the order is by rung, so nothing behind it is better
             else:
@@ -335,13 +217,14 @@ class Router:
 
     def asked_for_left(self, plan: Plan, now: float) -> bool:
         """Whether the pinned model can still be asked somewhere, without a trial."""
-        models = [m for m in plan.order if m.id in plan.asked_for]
-        steps = [self._step(m, plan, now) for m in models if plan.failed.get(m.id) != inf and self.has_key(m)]
+        models, world = [m for m in plan.order if m.id in plan.asked_for], self._reach(plan.need)
+        steps = [self._step(m, plan, now) for m in models if plan.failed.get(m.id) != inf and world.has_key(m)]
         return any(step.key is not None and step.rung < FIRST_TRIAL for step in steps)
 
     def soonest_s(self, plan: Plan, now: float) -> float | None:
         """When the first of the plan's models may be available to a request again, if that is known."""
-        waits = [wait_s for m in plan.complete() if self.has_key(m) for wait_s in self._waits(m, plan, now)]
+        world = self._reach(plan.need)
+        waits = [wait_s for m in plan.complete() if world.has_key(m) for wait_s in self._waits(m, plan, now)]
         return min(waits, default=None)
 
     def _waits(self, model: Model, plan: Plan, now: float) -> list[float]:
@@ -349,7 +232,7 @@ class Router:
         rest = self._protection.transient.get(model.id, now)
         model_wait_s = rest.trial_at() - now if rest is not None else 0.0
         waits = []
-        for key in self._usable_keys[model.platform.id]:
+        for key in self._reach(plan.need).keys[model.platform.id]:
             resting = self._protection.keys.get((key.id, model.id), now)
             wait_s = self.ledger.wait_s(model, key.id, plan.need.tokens, now)
             if wait_s is not None:
@@ -372,16 +255,83 @@ class Router:
 
     def second_route(self, plan: Plan, first: Route, now: float) -> Route | None:
         """A route on another platform to join one that is late (SPEC 15.1); none that would be a trial."""
+        world = self._reach(plan.need)
         for model in plan.models():
-            if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not self.has_key(model):
+            if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not world.has_key(model):
                 continue
             step = self._step(model, plan, now)
             if step.key is not None and step.rung < FIRST_TRIAL and model.id != plan.trial:
                 return self._taken(step, plan, now)
         return None
 
-    def has_other_keys(self, route: Route) -> bool:
-        return len(self._usable_keys.get(route.model.platform.id, ())) > 1
+    def has_other_keys(self, plan: Plan, route: Route) -> bool:
+        return len(self._reach(plan.need).keys.get(route.model.platform.id, ())) > 1
+
+    def rehearse(self, need: Need, session: str, now: float, rng: Random) -> Plan:
+        """The plan that a request would get if it came now. Changes nothing. Raises what `plan` does."""
+        standing = self._protection.standing(session, now, auto=need.pinned is None, arrived=False)
+        return self.plan(need, standing, now, rng, rehearsal=True)
+
+    def explain(self, plan: Plan, now: float) -> list[Candidate]:
+        """Every model of the catalogue: in the order in which this plan would ask them now, then those that it would
+        not ask, and why. Changes nothing."""
+        world, told = self._reach(plan.need), scored(plan.draws, self.scores.stats)
+        asked: list[tuple[tuple[float, ...], Candidate]] = []
+        blocked: list[Candidate] = []
+        for place, model in enumerate(plan.complete()):
+            score, parts = told.get(model.id, (None, None))
+            if plan.failed.get(model.id) == inf or not world.has_key(model):
+                words = BLOCKED_WORDS["failed"] if model.id in plan.failed else "no key"
+                blocked.append(Candidate(model, plan.rung(model), score, parts, words))
+                continue
+            step = self._step(model, plan, now)
+            if (why := step.blocked or plan.passed.get(model.id)) is not None:
+                words = blocked_words(why.reason, why.left_s)
+                blocked.append(Candidate(model, step.rung, score, parts, words))
+            else:
+                asked.append((self._rank(step, place, plan), Candidate(model, step.rung, score, parts)))
+        asked.sort(key=lambda ranked: ranked[0])
+        return [*(candidate for _, candidate in asked), *blocked, *self._left_out(plan)]
+
+    def _left_out(self, plan: Plan) -> Iterator[Candidate]:
+        need, ordered = plan.need, {model.id for model in plan.order}
+        named = {m.id for m in self.catalog.resolve(need.pinned)} if need.pinned is not None else set()
+        reaches = self._everything, self._private
+        for model in self.catalog.models:
+            if model.id not in ordered:
+                yield Candidate(model, excluded=left_out(model, need, named, self.catalog, reaches))
+
+    def moment(self, plan: Plan, now: float) -> Moment:
+        """What this plan went by, to explain it later."""
+        protection = self._protection
+        return Moment(
+            now,
+            plan.need,
+            self.catalog,
+            self._everything,
+            self._private,
+            self.scores.stats,
+            protection.transient.snapshot(),
+            protection.keys.snapshot(),
+            tuple(protection.trials),
+            self.gates.snapshot(),
+            plan.order,
+            tuple(plan.banned),
+            plan.trial,
+        )
+
+    @classmethod
+    def as_of(cls, moment: Moment) -> Router:
+        """A router as it was then, but for its ledger: what had no capacity then is known from the plan alone."""
+        protection = Protection(levels={}, sticky_ttl_s=0.0, thread_cooldown_s=0.0)
+        protection.transient.restore(moment.transient)
+        protection.keys.restore(moment.keys)
+        protection.trials = dict.fromkeys(moment.trials, moment.at)
+        router = cls(protection)
+        router.catalog, router._everything, router._private = moment.catalog, moment.everything, moment.private
+        router.scores.learn(moment.stats)
+        router.gates.restore(moment.gates)
+        return router
 
     def again(self, route: Route, tokens: int, now: float) -> Route | None:
         """The same route once more, where its key has capacity for it."""
@@ -402,7 +352,7 @@ class Router:
         lately = self.gates.opened_within(now) | {model.id}
         return any(
             sum(m.id in lately for m in models) * 2 > len(models)
-            for models in self._candidates.values()
+            for models in self._everything.candidates.values()
             if any(m.id == model.id for m in models)
         )
 
@@ -453,7 +403,7 @@ class Router:
     def _available(self, model: Model, plan: Plan, now: float) -> tuple[Key | None, float, float | None]:
         """A key that may be used now, and until when it rests after a 429 that named no time (0: it does not, and such
         a key is preferred). Without one, the shortest known wait in seconds."""
-        keys = self._usable_keys[model.platform.id]
+        keys = self._reach(plan.need).keys[model.platform.id]
         start = self._turn.get(model.id, 0) % len(keys) if keys else 0
         if plan.preferred[0] == model.id:
             keys = sorted(keys[start:] + keys[:start], key=lambda key: key.id != plan.preferred[1])
@@ -491,7 +441,7 @@ class Router:
         self, models: list[Model], mode: Mode, standing: Standing, plan: Plan, now: float, rng: Random
     ) -> list[Model]:
         """Models of the chain: by the mode's own order, then what it prefers, then what the session prefers first."""
-        ranked = models if mode is Mode.PRIORITY else self._sampled(models, mode, now, rng)
+        ranked = models if mode is Mode.PRIORITY else self._sampled(models, mode, plan, now, rng)
         liked = [m for m in ranked if mode in m.prefer_in and self.usable_key(m, plan, now)]
         if liked:
             liked.sort(key=lambda m: self.catalog.position[m.id])
@@ -502,11 +452,13 @@ class Router:
         plan.held_back = {m.id for m in ranked if standing.holds_back(m.id, m.platform.id)}
         return sorted(ranked, key=lambda m: m.id in plan.held_back) if plan.held_back else ranked
 
-    def _sampled(self, models: list[Model], mode: Mode, now: float, rng: Random) -> list[Model]:
+    def _sampled(self, models: list[Model], mode: Mode, plan: Plan, now: float, rng: Random) -> list[Model]:
         """Best first by Thompson sampling: each score draws anew from what is believed of the model."""
-        if len(models) < 2:
+        if not models:
             return models
-        scores = self._penalised(self.scores.drawn(models, mode, rng), models, now)
+        drawn = self.scores.drawn(models, mode, rng)
+        scores = self._penalised(drawn, models, now)
+        plan.draws = Draws(mode, models, drawn, scores)
         pool_of = self.catalog.pools
         if mode is Mode.FAST:
             ranks = [
@@ -529,19 +481,3 @@ class Router:
         models = self.catalog.chain
         scores = self._penalised(self.scores.expected(models), models, now)
         return {model.id: score for model, score in zip(models, scores, strict=True)}
-
-
-def fitting(need: Need, models: list[Model]) -> list[Model]:
-    """The models this request fits (SPEC 3.7)."""
-    return [m for m in models if m.holds(need.tokens) and (m.vision or not need.vision) and (m.tools or not need.tools)]
-
-
-def unfit(need: Need, models: list[Model]) -> GatewayError:
-    """What is missing when this request fits none of the models."""
-    if not models:
-        return NoProviders()
-    if need.vision and not (models := [m for m in models if m.vision]):
-        return InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
-    if need.tools and not (models := [m for m in models if m.tools]):
-        return InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
-    return PromptTooLong(need.tokens, max(m.tokens_max for m in models))

@@ -174,7 +174,7 @@ def ms(seconds: float) -> int:
 
 def watch(engine: Engine) -> None:
     """Show at /metrics what is true at the moment of a scrape."""
-    protection, router, rows = engine.protection, engine.router, engine.store
+    protection, router, rows, recall = engine.protection, engine.router, engine.store, engine.recall
     gauge, clock = engine.metrics.gauge, time.monotonic
 
     def count(items: Iterable[object]) -> float:
@@ -194,6 +194,7 @@ def watch(engine: Engine) -> None:
         "Models of the chain that have a usable key.",
         lambda: count(model for model in router.catalog.auto_chain if router.has_key(model)),
     )
+    gauge("freeway_cache_bytes", "Memory of the answers kept.", lambda: recall.cache.size if recall else 0)
     gauge("freeway_waiting", "Requests that wait for a route to come back.", lambda: len(engine.waiting))
     gauge("freeway_gates_open", "Models whose health gate is open.", lambda: count(router.gates.open_gates()))
     gauge("freeway_log_queue_rows", "Rows of the request log waiting to be written.", lambda: rows.pending)

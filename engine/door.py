@@ -14,14 +14,15 @@ from typing import Any
 
 from starlette.exceptions import HTTPException
 
-from config.settings import LOOPBACK_HOSTS
+from config.settings import LOOPBACK_HOSTS, spelled
 from engine.address import Given, credentials, tidy_path
 from engine.delivery import JSON_HEADERS, response_start
 from engine.exchange import Engine
 from engine.origins import allowed, is_preflight, preflight_headers, shown_to
 from engine.record import Exchange, route_headers
+from routing.catalog import Catalog
 from transport.client import ClientGone, CutShort, Receive, Send, read_body
-from wire.chat import Chat, Dialect, Mode
+from wire.chat import Chat, Dialect, Mode, Need
 from wire.errors import GatewayError, InvalidRequest, Unauthorized
 
 PATH_CHARS_MAX = 200  # of an address in the log
@@ -29,6 +30,7 @@ OPEN_PATHS = frozenset({"/healthz", "/"})  # everything else needs a key; the pa
 SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1)
 WAIT_S_MAX = 86_400.0  # the request's budget ends it long before
 ADMIN_PREFIXES = ("/api", "/metrics")
+NO_TRAIN = b"no-train"  # the one value of X-Privacy
 
 
 class Door:
@@ -46,6 +48,7 @@ class Door:
         self._loopback_only = engine.settings.host in LOOPBACK_HOSTS
         self._body_bytes_max = engine.settings.max_body_bytes
         self._origins = engine.settings.origins
+        self._private = engine.settings.privacy is not None
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         exchange = self._engine.exchange()
@@ -130,11 +133,8 @@ class Door:
         # The body has no name here: it would live as long as its answer.
         chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc)
         chat = chat if model is None else chat.asking_for(model)
-        need = self._engine.router.catalog.meant(chat.need)
-        if headers.get(b"x-fallback", b"").strip().lower() == b"none":
-            need = replace(need, strict=True)
-        exchange.chat = chat = chat if need is chat.need else replace(chat, need=need)
-        exchange.session = session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
+        exchange.chat, exchange.session = understood(chat, headers, self._engine.router.catalog, private=self._private)
+        exchange.uncached = wants_no_memory(headers)
         exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)
@@ -151,6 +151,15 @@ def refuse_websocket(path: str, headers: Given) -> None:
         raise InvalidRequest("There are no WebSockets here: POST to this address.", code="upgrade_required", status=426)
 
 
+def understood(chat: Chat, headers: Given, catalog: Catalog, *, private: bool) -> tuple[Chat, str]:
+    """A chat with all that it asks of routing, by its model's name and its headers; and its session's key.
+
+    Raises InvalidRequest."""
+    need = wished(catalog.meant(chat.need), headers, private=private)
+    chat = chat if need is chat.need else replace(chat, need=need)
+    return chat, session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
+
+
 def session_key(chat: Chat, session_id: str) -> str:
     """A conversation's key: its mode and the client's own id, else its first user message. Empty: no session."""
     text = session_id or chat.first_user_text
@@ -158,6 +167,27 @@ def session_key(chat: Chat, session_id: str) -> str:
         return ""
     source = "id" if session_id else "text"
     return blake2b(f"{chat.need.mode}\0{source}\0{text}".encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def wished(need: Need, headers: Given, *, private: bool) -> Need:
+    """The need with what the headers say of routing, and `private` for all requests. Raises InvalidRequest."""
+    strict = headers.get(b"x-fallback", b"").strip().lower() == b"none"
+    rank, privacy = headers.get(b"x-min-rank"), headers.get(b"x-privacy")
+    if not (strict or private) and rank is None and privacy is None:
+        return need
+    if privacy is not None and privacy.strip().lower() != NO_TRAIN:
+        raise InvalidRequest("X-Privacy must be no-train.", param="X-Privacy", code="invalid_value")
+    min_rank = need.min_rank
+    if rank is not None and not (min_rank := spelled(rank.decode("latin-1").strip())):
+        raise InvalidRequest("X-Min-Rank must be a whole number ≥ 1.", param="X-Min-Rank", code="invalid_value")
+    return replace(need, strict=strict or need.strict, min_rank=min_rank, no_train=private or privacy is not None)
+
+
+def wants_no_memory(headers: Given) -> bool:
+    """Whether an answer must be made for this request alone (SPEC 18.1)."""
+    if headers.get(b"x-cache", b"").strip().lower() == b"off":
+        return True
+    return any(word.strip() == b"no-store" for word in headers.get(b"cache-control", b"").lower().split(b","))
 
 
 def wait_seconds(text: bytes) -> float:

@@ -16,7 +16,9 @@ from random import Random
 from adapters.stream import cut_short
 from config.settings import Settings
 from engine.delivery import Delivery
+from engine.explain import Explanations
 from engine.hedging import Hedging
+from engine.recall import Recall
 from engine.record import Exchange, Running, route_headers, trail
 from engine.refusals import exhausted, refusal, request_is_bad
 from engine.rescue import Continuation, continuation, refused_prefill
@@ -29,7 +31,8 @@ from providers import Attempt, Providers
 from records.database import Store
 from records.eventlog import EventLog
 from records.metrics import Metrics
-from router import Plan, Router
+from router import Router
+from routing.plan import Plan
 from routing.route import Route
 from routing.standing import Protection
 from transport.client import Client, ClientGone, CutShort, Send, Stopping, unless_gone
@@ -58,6 +61,12 @@ class Engine:
         self.log = log
         self.metrics = Metrics()
         self.waiting = WaitingRoom()
+        self.explanations = Explanations(router)
+        self.recall: Recall | None = None
+        if settings.cache_mb:
+            self.recall = Recall(
+                settings.cache_mb << 20, settings.cache_ttl_ms / 1000, store.log, self.metrics.looked_up
+            )
         self.running: set[Exchange] = set()
         self.providers: Providers  # set while the lifespan holds it
         self._rng = rng
@@ -118,7 +127,9 @@ class Engine:
 
     async def _serve(self, exchange: Exchange, chat: Chat, delivery: Delivery) -> bytes | None:
         if chat.answered is None:
-            return await self._run(exchange, chat, delivery)
+            if self.recall is None:
+                return await self._run(exchange, chat, delivery)
+            return await self.recall.serve(exchange, chat, delivery, lambda: self._run(exchange, chat, delivery))
         exchange.status = "success"  # what needs no provider leaves no row: statistics and limits are about providers
         if chat.stream:
             await delivery.begin_stream()
@@ -309,7 +320,7 @@ class Engine:
         pause_s, now = exchange.pause_s(time.monotonic()), time.monotonic()
         if exchange.seam is None or exchange.seam.joined:  # it has been at work on the answer
             again = inf if pause_s is None else now + pause_s
-            plan.continue_like(route, again, self.router.has_other_keys(route))
+            plan.continue_like(route, again, self.router.has_other_keys(plan, route))
         plan.need = replace(chat.need, tokens=chat.need.tokens + story.tokens)
         return True
 
@@ -334,8 +345,12 @@ class Engine:
         try:
             self._hedging.arrived()
             exchange.plan = plan = self.router.plan(chat.need, standing, now, self._rng)
-        except NoProviders:
+        except GatewayError as error:
+            exchange.moment = self.router.moment(Plan(chat.need), now)
+            if not isinstance(error, NoProviders):
+                raise
             raise self._exhausted(exchange, Plan(chat.need), chat) from None
+        exchange.moment = self.router.moment(plan, now)
         plan.attempts_left = self._attempts_max
         return plan
 
@@ -466,6 +481,7 @@ class Engine:
     def _close(self, exchange: Exchange) -> None:
         failed = len(exchange.failures)
         self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
+        self.explanations.keep(exchange)
         if not self.log.wants("info"):
             return
         chat, route = exchange.chat, exchange.route

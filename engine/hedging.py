@@ -7,7 +7,8 @@ from math import inf
 
 from engine.hedge import FIRST_TOKEN, WHOLE_ANSWER, HedgeBudget, Latencies
 from providers import Attempt
-from router import Plan, Router
+from router import Router
+from routing.plan import Plan
 from routing.route import Route
 from wire.chat import Need
 

@@ -13,8 +13,10 @@ from engine.seam import Seam
 from engine.story import Story
 from protection import UpstreamError
 from providers import Attempt
-from router import Plan
+from records.rows import Row
 from routing.cooldowns import TRIAL_SPACING_S
+from routing.explain import Moment
+from routing.plan import Plan
 from routing.route import Route
 from routing.standing import Active
 from wire.chat import Chat
@@ -30,6 +32,15 @@ class Running:
     resumed_at: int | None = None  # characters that the client had before it
     asked: Continuation | None = None  # how it was asked to go on
     hedge: bool = False  # it joined another that was late
+
+
+@dataclass(slots=True)
+class Ended:
+    """One attempt that is over, for the request's explanation."""
+
+    row: Row
+    rung: int
+    hedge: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -56,11 +67,17 @@ class Exchange:
     continuations: int = 0  # that have brought something
     attempts: int = 0  # begun so far
     failures: list[FailedAttempt] = field(default_factory=list)
+    ended: list[Ended] = field(default_factory=list)
+    moment: Moment | None = None  # what it was routed by
     route: Route | None = None  # of the attempt that is running or has answered
     retry: tuple[Route, float] | None = None  # a pinned route to ask once more, and when
     retried: bool = False
     waited_s: float = 0.0
     waiting_since: float | None = None
+    client: int | None = None  # whose key it came with; None: the gateway's own
+    uncached: bool = False  # its client wants no answer from memory
+    cache: str | None = None  # `hit` or `miss`; None: nobody looked
+    made_by: str = ""  # the label of the model whose answer from memory it is
     begun: bool = False  # the client has been sent a part of the response
     id_headers: tuple[bytes, ...] = (b"x-request-id",)
     status: str = "error"
@@ -89,6 +106,10 @@ def route_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     headers = [(name, exchange.id.encode()) for name in exchange.id_headers]
     if exchange.route is not None:
         headers.append((b"x-routed-via", header_value(exchange.route.model.label)))
+    elif exchange.made_by:
+        headers.append((b"x-routed-via", header_value(exchange.made_by)))
+    if exchange.cache is not None:
+        headers.append((b"x-cache", exchange.cache.encode()))
     if exchange.failures:
         headers.append((b"x-fallback-attempts", str(len(exchange.failures)).encode()))
         headers.append((b"x-fallback-trail", header_value(trail(exchange))))

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from protection import RULES, Cooling, Failure, UpstreamError
-from router import Plan
+from routing.fit import below_floor
+from routing.plan import Plan
 from routing.route import Route
 from wire.errors import GatewayError, NoProviders, PromptTooLong
 
@@ -78,6 +79,8 @@ def exhausted(
             window = max(attempt.route.model.context_window for attempt in attempts)
             return PromptTooLong(max(plan.need.tokens, window + 1), window, attempts=details["attempts"])
         return refusal(attempts)
+    if plan.floored:
+        return below_floor(plan.need, **details)
     if waiting and (plan.banned or any(b.reason in ("transient", "trial") for b in blocked)):
         message = "Every model that could serve this is resting after failures. Try again shortly."
         return GatewayError(message, status=503, type="routing_error", code="all_models_exhausted", **details)

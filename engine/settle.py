@@ -13,7 +13,7 @@ from random import Random
 import orjson
 
 from config.settings import Settings
-from engine.record import Exchange, Running
+from engine.record import Ended, Exchange, Running
 from engine.refusals import FailedAttempt
 from protection import (
     Answered,
@@ -101,6 +101,7 @@ class Books:
             self._metrics.trial(row.status)
             self._freed()
         exchange.status = row.status
+        exchange.ended.append(Ended(row, int(route.rung), running.hedge))
         self._metrics.attempt(row)
         self._store.log(row)
 

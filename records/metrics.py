@@ -70,6 +70,7 @@ class Metrics:
         self._trials: dict[str, int] = {}
         self._rescues: dict[str, int] = {}
         self._hedges: dict[str, int] = {}
+        self._cache: dict[str, int] = {}
         self._gauges: list[tuple[str, str, Callable[[], float]]] = []
         self._registry = CollectorRegistry()
         self._registry.register(self)
@@ -117,6 +118,10 @@ class Metrics:
         """Count a second route that joined a late one: it `won`, `lost`, or both `failed`."""
         self._hedges[result] = self._hedges.get(result, 0) + 1
 
+    def looked_up(self, result: str) -> None:
+        """Count a request that might be answered from memory: `hit`, `miss`, or `shared` with one that was running."""
+        self._cache[result] = self._cache.get(result, 0) + 1
+
     def exhausted(self) -> None:
         """Count a request for which nothing was left to try (SPEC 5.4)."""
         self._exhausted += 1
@@ -153,6 +158,7 @@ class Metrics:
         yield by_result("freeway_waits_total", "Requests that waited for a route to come back.", self._waits)
         yield by_result("freeway_rescues_total", "Answers that broke after their first token.", self._rescues)
         yield by_result("freeway_hedges_total", "Second routes that joined a late one.", self._hedges)
+        yield by_result("freeway_cache_total", "Requests that might be answered from memory.", self._cache)
         yield by_result("freeway_trials_total", "Trials of models and keys that rest.", self._trials)
         help = "Events in providers' streams that were not JSON and were skipped."
         yield CounterMetricFamily("freeway_malformed_events_total", help, value=self._malformed)

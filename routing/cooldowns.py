@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -12,7 +12,7 @@ COOLDOWNS_MAX = 10_000  # far above models x keys of any laptop's catalogue; a b
 K = TypeVar("K", bound=Hashable)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Rest:
     """Something that is better left alone `until` then. A trial is allowed `firm_until` at the earliest, and not before
     TRIAL_SPACING_S after the last failure."""
@@ -31,6 +31,7 @@ class Cooldowns(Generic[K]):
     def __init__(self, entries_max: int = COOLDOWNS_MAX) -> None:
         self._rests: dict[K, Rest] = {}
         self._entries_max = entries_max
+        self._snapshot: Mapping[K, Rest] | None = None
 
     def set(self, key: K, until: float, now: float, *, firm: bool = False) -> None:
         """Rest until then after a failure now. A later time already set knew more, so it stays."""
@@ -40,18 +41,29 @@ class Cooldowns(Generic[K]):
         if rest is None:
             if len(self._rests) >= self._entries_max:
                 self._make_room(now)
-            rest = self._rests[key] = Rest(until, 0.0, now)
-        rest.until, rest.failed_at = max(rest.until, until), now
-        if firm:
-            rest.firm_until = max(rest.firm_until, until)
+            rest = Rest(until, 0.0, now)
+        firm_until = max(rest.firm_until, until) if firm else rest.firm_until
+        self._rests[key] = Rest(max(rest.until, until), firm_until, now)
+        self._snapshot = None
 
     def get(self, key: K, now: float) -> Rest | None:
         if not self._rests or (rest := self._rests.get(key)) is None:
             return None
         if rest.until <= now:
             del self._rests[key]
+            self._snapshot = None
             return None
         return rest
+
+    def snapshot(self) -> Mapping[K, Rest]:
+        """What rests at this moment; the same object until something changes."""
+        if self._snapshot is None:
+            self._snapshot = dict(self._rests)
+        return self._snapshot
+
+    def restore(self, rests: Mapping[K, Rest]) -> None:
+        """Rest what rested when a snapshot was taken, and nothing else."""
+        self._rests, self._snapshot = dict(rests), None
 
     def left(self, key: K, now: float) -> float:
         """Seconds of rest left; 0 when it may be used."""
@@ -64,6 +76,7 @@ class Cooldowns(Generic[K]):
         if rest is None or rest.failed_at > began:
             return False
         del self._rests[key]
+        self._snapshot = None
         return True
 
     def active(self, now: float) -> Iterator[tuple[K, float]]:
@@ -73,6 +86,7 @@ class Cooldowns(Generic[K]):
 
     def clear(self) -> None:
         self._rests.clear()
+        self._snapshot = None
 
     def __len__(self) -> int:
         return len(self._rests)

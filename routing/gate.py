@@ -9,7 +9,7 @@ Constants and their reasons: shared facts on the health gate (simulated: three f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import log
 from random import Random
@@ -61,12 +61,14 @@ class Gates:
     def any_open(self) -> bool:
         return bool(self._open)
 
-    def trial_due(self, model: int, now: float) -> bool:
-        """Whether the next request should try this model first although its gate is open."""
+    def trial_due(self, model: int, now: float, *, arriving: int = 0) -> bool:
+        """Whether the next request should try this model first although its gate is open. `arriving` requests have not
+        been counted yet."""
         if model not in self._open:
             return False
         gate = self._gates[model]
-        spaced = self._requests - gate.requests_at_trial >= REQUESTS_BETWEEN or now - gate.tried_at >= QUIET_S
+        since = self._requests + arriving - gate.requests_at_trial
+        spaced = since >= REQUESTS_BETWEEN or now - gate.tried_at >= QUIET_S
         return now >= gate.trial_at and spaced
 
     def trial_began(self, model: int, now: float) -> None:
@@ -106,6 +108,15 @@ class Gates:
     def opened_within(self, now: float, since_s: float = MASS_S) -> set[int]:
         """The models whose gates opened lately and are open still."""
         return {model for model in self._open if now - (self._gates[model].opened_at or 0.0) <= since_s}
+
+    def snapshot(self) -> frozenset[int]:
+        """The models whose gates are open now."""
+        return frozenset(self._open)
+
+    def restore(self, models: Collection[int]) -> None:
+        """These gates are open, and no others."""
+        self._gates = {model: Gate(opened_at=0.0) for model in models}
+        self._open = set(models)
 
     def open_gates(self) -> Iterator[tuple[int, Gate]]:
         for model in self._open:

@@ -92,7 +92,15 @@ class Yardstick:
 
 
 def value(model: Model, stats: Stats, weights: Weights, yardstick: Yardstick, *, optimistic: bool = True) -> float:
-    """What an answer of this model is worth: speed, time to first token, intelligence (SPEC 4.2)."""
+    """What an answer of this model is worth (SPEC 4.2)."""
+    speed, ttfb, intelligence = value_parts(model, stats, weights, yardstick, optimistic=optimistic)
+    return speed + ttfb + intelligence
+
+
+def value_parts(
+    model: Model, stats: Stats, weights: Weights, yardstick: Yardstick, *, optimistic: bool = True
+) -> tuple[float, float, float]:
+    """The same apart: for speed, time to first token and intelligence."""
     if stats.raw_successes:
         speed = speed_score(stats.tok_per_sec, yardstick.tok_s_max)
         ttfb = ttfb_score(stats.avg_ttfb_ms) if stats.avg_ttfb_ms is not None else 0.0
@@ -100,7 +108,7 @@ def value(model: Model, stats: Stats, weights: Weights, yardstick: Yardstick, *,
         seen = stats.raw_total > 0 or not optimistic
         speed, ttfb = (0.0, 0.0) if seen else (UNSEEN_SPEED, UNSEEN_TTFB)
     intelligence = yardstick.intelligence(model.intelligence_rank)
-    return weights.speed * speed + weights.ttfb * ttfb + weights.intelligence * intelligence
+    return weights.speed * speed, weights.ttfb * ttfb, weights.intelligence * intelligence
 
 
 def belief(stats: Stats) -> tuple[float, float]:

@@ -65,8 +65,10 @@ class Protection:
     def level(self, platform: str) -> Level:
         return self.levels.get(platform, Level.MODEL_SKIP)
 
-    def standing(self, session: str, now: float, *, auto: bool) -> Standing:
-        """How this request stands; a pinned one (`auto` false) is held back by nobody. Changes nothing."""
+    def standing(self, session: str, now: float, *, auto: bool, arrived: bool = True) -> Standing:
+        """How this request stands; a pinned one (`auto` false) is held back by nobody. Changes nothing.
+
+        `arrived`: its session has counted it already."""
         if not auto:
             return NO_STANDING
         busy: set[Hashable] = {
@@ -77,12 +79,12 @@ class Protection:
         if not session:
             return Standing(busy_platforms=busy) if busy else NO_STANDING
         own = self.sessions.get(session, now) or Session(now)
-        since = now - self._thread_cooldown_s
+        since, avoid = now - self._thread_cooldown_s, own.avoid if arrived else own.avoid_next
         return Standing(
-            preferred_model=None if own.model in own.avoid else own.model,
+            preferred_model=None if own.model in avoid else own.model,
             preferred_key=own.key,
             banned=tuple(own.banned(now)),
-            avoided_models=own.avoid,
+            avoided_models=avoid,
             others_models=self._model_uses.by_others(session, since),
             others_platforms=self._platform_uses.by_others(session, since),
             busy_platforms=busy,

@@ -66,7 +66,9 @@ def catalog_of(platforms: Platforms, fake: FakeProvider) -> dict:
             base = {"platform": name, "model_id": f"{name}-model", "intelligence_rank": rank, "speed_rank": rank}
             catalog["models"].append(base | {"context_window": 100_000 * rank} | model)
         keys = given.get("keys", [] if given.get("keyless") else [default_key(name)])
-        catalog["keys"] += [{"platform": name, "key": key, "label": f"{name}-{n}"} for n, key in enumerate(keys)]
+        for n, key in enumerate(keys):
+            entry = key if isinstance(key, Mapping) else {"key": key}
+            catalog["keys"].append({"platform": name, "label": f"{name}-{n}", **entry})
     return catalog
 
 

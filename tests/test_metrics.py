@@ -152,6 +152,8 @@ FAMILIES = {
     "freeway_log_dropped_rows": "counter", "freeway_log_dropped_lines": "counter",
     "freeway_malformed_events": "counter", "freeway_tasks": "gauge",
     "freeway_gates_open": "gauge", "freeway_trials": "counter", "freeway_waiting": "gauge", "freeway_waits": "counter",
+    "freeway_rescues": "counter", "freeway_hedges": "counter", "freeway_cache": "counter",
+    "freeway_cache_bytes": "gauge",
 }  # fmt: skip
 
 

@@ -19,8 +19,8 @@ from dialects.chat import ChatDialect
 from dialects.responses import ResponsesDialect
 from engine.refusals import FailedAttempt, exhausted
 from protection import UpstreamError
-from router import Plan
 from routing.catalog import KEYLESS, Model, Platform
+from routing.plan import Plan
 from routing.route import Route
 from wire.chat import Tally, frame
 from wire.errors import GatewayError

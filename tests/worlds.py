@@ -17,8 +17,9 @@ from protection import Failed, Failure, KeyStatus, Level, Outcome, Phase, Upstre
 from records.database import Store
 from records.eventlog import EventLog
 from records.metrics import Metrics
-from router import Plan, Router
+from router import Router
 from routing.catalog import Catalog, Key, Model, Platform
+from routing.plan import Plan
 from routing.route import Route, Rung
 from routing.standing import NO_STANDING, Protection, Standing
 from wire.chat import Chat

@@ -65,6 +65,8 @@ class Need:
     tools: bool = False
     strict: bool = False  # only the pinned model may answer (`X-Fallback: none`)
     unknown_means: Mode | None = None  # what the pinned name asks for where no model has it
+    min_rank: int | None = None  # models ranked worse by intelligence may not answer (SPEC 21.3)
+    no_train: bool = False  # only routes may answer that are known not to train on prompts (SPEC 21.4)
 
 
 @dataclass(frozen=True, slots=True)

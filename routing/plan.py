@@ -1,0 +1,162 @@
+"""One request's way through the models: the order in which they are asked, and what has failed so far.
+
+Made and read by router.py, and marked by the effects of failures. No I/O; `now` is in monotonic seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from math import inf
+
+from protection import Scope, Skip
+from routing.catalog import Key, Model
+from routing.cooldowns import TRIAL_SPACING_S
+from routing.explain import Draws, Moment
+from routing.route import Route, Rung
+from wire.chat import Need
+
+DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
+
+
+@dataclass(frozen=True, slots=True)
+class Blocked:
+    """Why a model could not be asked when its turn came."""
+
+    reason: str  # `transient`, `keys`, `trial` or `failed`
+    left_s: float | None  # until it may be available again, where known
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What asking one model now would mean. Without a key it cannot be asked, for the reason in `blocked`."""
+
+    model: Model
+    rung: Rung
+    key: Key | None = None
+    until: float = 0.0  # when its rest ends: the soonest is tried first
+    blocked: Blocked | None = None
+
+
+@dataclass(slots=True)
+class Plan:
+    """One request's way through the models: the order, and what has failed so far."""
+
+    need: Need
+    order: list[Model] = field(default_factory=list)  # as far as it has been worked out
+    more: Callable[[Plan], list[Model]] | None = None  # works out the rest, which most requests never need
+    preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
+    asked_for: frozenset[int] = frozenset()  # the pinned model's rows: no gate keeps them back
+    held_back: set[int] = field(default_factory=set)
+    excluded: set[int] = field(default_factory=set)
+    banned: set[str] = field(default_factory=set)  # platforms
+    trial: int | None = None  # a model whose open gate this request tries first
+    forgiven: set[int] = field(default_factory=set)  # models that may go on with their own answer, with another key
+    floored: bool = False  # the client's floor has kept models out that would fit
+    attempts_left: int = 20
+    failed: dict[int, float] = field(default_factory=dict)  # models, and when each may be asked again; inf: never
+    failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
+    again_at: float = 0.0  # nothing that has failed is asked again before
+    draws: Draws | None = None  # the scores that made the order
+    passed: dict[int, Blocked] = field(default_factory=dict)  # what stood in a model's way when its turn first came
+    skipped: dict[int, Model] = field(default_factory=dict)
+    platform_failures: dict[str, int] = field(default_factory=dict)
+    key_failures: dict[int, int] = field(default_factory=dict)  # by model
+    times_failed: dict[tuple[int, int], int] = field(default_factory=dict)  # by key (0: all of them) and model
+    blocked: dict[int, Blocked] = field(default_factory=dict)
+    wait_s: float | None = None  # until the soonest of what is blocked comes back
+    cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
+
+    def complete(self) -> list[Model]:
+        """The whole order."""
+        if self.more is not None:
+            more, self.more = self.more, None
+            self.order = self.order + more(self)
+        return self.order
+
+    def models(self) -> Iterator[Model]:
+        """The order, its rest only when that is reached."""
+        known = self.order
+        yield from known
+        if self.more is not None:
+            yield from self.complete()[len(known) :]
+
+    def note_failure(self, route: Route, skip: Skip, now: float, pause_s: float | None) -> None:
+        """Leave alone what failed. `pause_s` is how long before it may be tried again; None: never."""
+        model, again = route.model, inf
+        if skip.again and pause_s is not None:
+            again = now + TRIAL_SPACING_S
+            if model.id in self.failed or (route.key.id, model.id) in self.failed_keys:  # tried again, in vain
+                self.again_at = max(self.again_at, now + pause_s)
+        self.platform_failures[model.platform.id] = self.platform_failures.get(model.platform.id, 0) + 1
+        failed = (route.key.id if skip.scope is Scope.KEY else 0, model.id)
+        self.times_failed[failed] = self.times_failed.get(failed, 0) + 1
+        if skip.scope is Scope.KEY:
+            self.key_failures[model.id] = self.key_failures.get(model.id, 0) + 1
+            self.failed_keys[route.key.id, model.id] = again
+        elif skip.scope is Scope.WINDOW:
+            self.skip_window(model)
+        else:
+            self.skip(model, again)
+
+    def skip(self, model: Model, again: float = inf) -> None:
+        self.skipped[model.id] = model
+        self.failed[model.id] = again
+
+    def skip_window(self, model: Model) -> None:
+        """The request is too long for this model, so for every model that holds no more."""
+        for other in self.complete():
+            if other.context_window <= model.context_window:
+                self.skip(other)
+        self.skip(model)
+
+    def continue_like(self, route: Route, again: float, other_keys: bool) -> None:
+        """An answer of this route broke: the same model goes on with it if it can, then its family (SPEC 14.3)."""
+        model = route.model
+        if other_keys:
+            self.failed.pop(model.id, None)
+            self.failed_keys[route.key.id, model.id] = again
+            self.forgiven.add(model.id)
+
+        def distance(other: Model) -> int:
+            same_family = model.family is not None and other.family == model.family
+            return 0 if other.model_id == model.model_id else 1 if same_family else 2
+
+        self.order = sorted(self.complete(), key=distance)
+
+    def ban(self, platform: str) -> None:
+        self.banned.add(platform)
+
+    def rung(self, model: Model) -> Rung:
+        """Where it stands apart from what rests."""
+        if model.platform.id in self.banned:
+            return Rung.DOUBTED
+        if model.id in self.excluded:
+            return Rung.EXCLUDED
+        return Rung.HELD_BACK if model.id in self.held_back else Rung.FREE
+
+    def is_deep(self, model: Model) -> bool:
+        """Whether so much has failed around this model that others come first."""
+        if self.platform_failures.get(model.platform.id, 0) >= DEEP_FAILURES:
+            return True
+        return self.key_failures.get(model.id, 0) >= DEEP_FAILURES
+
+    def as_of(self, moment: Moment) -> Plan:
+        """The plan as it was then, before anything had failed. What was worked out later is behind what was known."""
+        known = list(moment.order)
+        later = [model for model in self.order if model not in known]
+        return replace(
+            self, need=moment.need, order=known + later, more=None, banned=set(moment.banned), trial=moment.trial,
+            forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={},
+            key_failures={},
+        )  # fmt: skip
+
+    def failures(self, step: Step) -> int:
+        """How often what this step would ask has failed already."""
+        if not self.times_failed or step.key is None:
+            return 0
+        of_all_keys = self.times_failed.get((0, step.model.id), 0)
+        return of_all_keys + (self.times_failed.get((step.key.id, step.model.id), 0) if step.key.id else 0)
+
+    def skipped_labels(self) -> list[str]:
+        return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
