@@ -37,6 +37,7 @@ from config.catalog_files import load_catalog
 from config.proxies import proxies
 from config.settings import Settings, SettingsError, check_binding, load_settings
 from dialects.chat import ChatDialect
+from dialects.completions import CompletionsDialect
 from dialects.messages import ALIASES, MessagesDialect, model_entry, model_list
 from dialects.responses import ResponsesDialect
 from engine.door import Door, traced
@@ -98,6 +99,7 @@ class Gateway:
             ChatDialect(),
             ResponsesDialect(lambda: secrets.token_hex(24)),
             MessagesDialect(lambda: secrets.token_hex(24)),
+            CompletionsDialect(lambda: secrets.token_hex(24)),
         )
         self.paths = [path for dialect in dialects for path in dialect.paths]  # that are POSTed to
         self._started = int(time.time())

@@ -147,7 +147,7 @@ def tidy_path(path: str) -> str:
         path = path.rstrip("/") or "/"
     while path.startswith("/v1/v1/"):
         path = path[3:]
-    if path.startswith(("/chat/completions", "/models", "/responses")):
+    if path.startswith(("/chat/completions", "/completions", "/embeddings", "/messages", "/models", "/responses")):
         return "/v1" + path
     return path
 

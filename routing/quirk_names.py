@@ -23,6 +23,7 @@ QUIRKS: Mapping[str, type] = {
     "json_object_as_schema": bool,  # JSON mode only with a schema
     "single_tool_call": bool,
     "strip_tool_schema_keys": list,
+    "no_suffix": bool,  # its endpoint for prompts knows only what comes before
     "no_stream": bool,
     "no_stream_usage": bool,
     # The messages

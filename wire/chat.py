@@ -73,6 +73,7 @@ class Chat:
     conversation: str = field(default="", repr=False)  # the client's own name for it, where the body has one
     tool_names: Mapping[str, str] = field(default_factory=dict)  # renamed for strict servers: new name to the client's
     origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
+    legacy: dict[str, Any] | None = field(default=None, repr=False)  # the same as a prompt, for endpoints that take one
     answered: bytes | None = field(default=None, repr=False)  # the whole response, where no provider is needed
 
 
