@@ -21,11 +21,12 @@ from protection import KeyStatus, Scope, Skip
 from routing.catalog import KEYLESS, Catalog, Key, Model, Pool, is_demo
 from routing.cooldowns import TRIAL_SPACING_S
 from routing.gate import RATE_UNSEEN, Gates
+from routing.kinds import same_vectors
 from routing.ledger import Ledger, Penalties
 from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
 from routing.standing import NO_STANDING, Protection, Standing
-from wire.chat import Mode, Need
+from wire.chat import Mode, ModelKind, Need
 from wire.errors import GatewayError, InvalidRequest, NoProviders, PromptTooLong
 
 PENALTY_WEIGHT = 0.05
@@ -229,7 +230,9 @@ class Router:
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
         plan = Plan(need, preferred=(standing.preferred_model, standing.preferred_key), banned=set(standing.banned))
-        if need.pinned is None:
+        if need.kind is ModelKind.EMBEDDING:
+            self._plan_vectors(plan, now, rng)
+        elif need.pinned is None:
             self._plan_auto(plan, standing, now, rng)
         else:
             self._plan_pinned(plan, need.pinned, now, rng)
@@ -277,6 +280,16 @@ class Router:
         plan.order = rest(plan)
         if not plan.order:
             raise unfit(need, asked + others + excluded)
+
+    def _plan_vectors(self, plan: Plan, now: float, rng: Random) -> None:
+        """Embeddings: one family, and the model asked for before the others. A window holds for each of the texts, of
+        which routing knows only the sum, so none is judged here."""
+        asked, others = same_vectors(self.catalog, plan.need, self.has_key)
+        plan.asked_for = frozenset(m.id for m in asked)
+        first, rest = ([m for m in models if self.has_key(m)] for models in (asked, others))
+        plan.order = first + self._ordered(rest, Mode.BALANCED, NO_STANDING, plan, now, rng)
+        if not plan.order:
+            raise NoProviders
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""

@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from adapters.base import Request, base_url, bearer_headers, piece_of
+from adapters.embeddings import embedding_request
 from adapters.legacy import legacy_request, takes_prompts, told_in_chat, told_in_chat_whole
 from adapters.plain import plain_answer, plain_text, well_formed_answer
 from adapters.quirks import outgoing
@@ -17,7 +18,7 @@ from adapters.text_rescue import TextGate, Unreadable, declared_tools, found_jso
 from adapters.tool_calls import StreamedCalls, called, lost_turn, mend_whole_calls
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, Tally, frame
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump
 
@@ -42,6 +43,8 @@ class OpenAIAdapter:
         return None
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request:
+        if chat.need.kind is ModelKind.EMBEDDING:
+            return embedding_request(model, key, chat)
         if takes_prompts(model, chat):
             return legacy_request(model, key, chat)
         return Request(endpoint(model, key), dump(outgoing(model, chat)))

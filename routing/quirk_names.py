@@ -44,6 +44,9 @@ QUIRKS: Mapping[str, type] = {
     "error_texts": dict,  # likewise, where it has words only
     "credit_resets_daily": bool,
     "daily_headers": list,  # counters of the day; at "0" its quota is used up
+    # Embeddings
+    "embeddings_path": str,  # after the base URL
+    "unit_vectors": bool,  # are to be brought to length 1
     # Keys and addresses
     "headers": dict,
     "env_account": list,

@@ -52,6 +52,10 @@ def test_every_model_belongs_to_a_platform_and_every_number_is_sane():
         name = f"{model['platform']}/{model['model_id']}"
         assert model["platform"] in ids, name
         assert model["model_id"] == model["model_id"].strip(), name
+        if model.get("kind") == "embedding":
+            assert model["family"], name
+            assert model["platform"] == "demo" or 64 <= model["dimensions"] <= 16_384, name
+            continue
         assert 1 <= model["intelligence_rank"] <= 100, name
         assert 1 <= model["speed_rank"] <= 100, name
         assert 1_000 <= model["context_window"] <= 10_000_000, name

@@ -29,6 +29,13 @@ class Mode(StrEnum):
     PRIORITY = "priority"
 
 
+class ModelKind(StrEnum):
+    """What a model is asked for. Chat is never routed to embedding models, nor embeddings to chat models."""
+
+    CHAT = "chat"
+    EMBEDDING = "embedding"
+
+
 MODELS_PREFIX = "freellmapi/"  # clients configured for that gateway send it
 MODES = frozenset(Mode)
 VIRTUAL_MODELS = ("auto", *(f"auto-{mode}" for mode in Mode))
@@ -54,6 +61,7 @@ class Need:
     vision: bool = False
     tools: bool = False
     strict: bool = False  # only the pinned model may answer (`X-Fallback: none`)
+    kind: ModelKind = ModelKind.CHAT
     unknown_means: Mode | None = None  # what the pinned name asks for where no model has it
 
 
