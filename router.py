@@ -22,14 +22,15 @@ from routing.cooldowns import TRIAL_SPACING_S
 from routing.explain import BLOCKED_WORDS, RUNG_WORDS, Candidate, Draws, Moment, blocked_words, left_out, scored
 from routing.fit import below_floor, fitting, no_private_route, reaches_floor, unfit
 from routing.gate import RATE_UNSEEN, Gates
+from routing.kinds import same_vectors
 from routing.ledger import Ledger, Penalties
 from routing.plan import DEEP_FAILURES, Blocked, Plan, Step
 from routing.reach import Reach, reach
 from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
 from routing.standing import NO_STANDING, Protection, Standing
-from wire.chat import Mode, Need
-from wire.errors import GatewayError
+from wire.chat import Mode, ModelKind, Need
+from wire.errors import GatewayError, NoProviders
 
 PENALTY_WEIGHT = 0.05
 LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
@@ -90,7 +91,9 @@ class Router:
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
         plan = Plan(need, preferred=(standing.preferred_model, standing.preferred_key), banned=set(standing.banned))
-        if need.pinned is None:
+        if need.kind is ModelKind.EMBEDDING:
+            self._plan_vectors(plan, now, rng)
+        elif need.pinned is None:
             self._plan_auto(plan, standing, now, rng, rehearsal=rehearsal)
         else:
             self._plan_pinned(plan, need.pinned, now, rng)
@@ -173,6 +176,17 @@ class Router:
         if need.no_train and fitting(need, models := models_of(self._everything)):
             return no_private_route()
         return unfit(need, models)
+
+    def _plan_vectors(self, plan: Plan, now: float, rng: Random) -> None:
+        """Embeddings: one family, and the model asked for before the others. A window holds for each of the texts, of
+        which routing knows only the sum, so none is judged here."""
+        world = self._reach(plan.need)
+        asked, others = same_vectors(self.catalog, plan.need, world.has_key)
+        plan.asked_for = frozenset(m.id for m in asked)
+        first, rest = ([m for m in models if world.has_key(m)] for models in (asked, others))
+        plan.order = first + self._ordered(rest, Mode.BALANCED, NO_STANDING, plan, now, rng)
+        if not plan.order:
+            raise NoProviders
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""

@@ -16,12 +16,13 @@ from hashlib import blake2b
 from typing import Any
 
 from adapters.base import Request, base_url, call_headers
+from adapters.embeddings import embedding_request
 from adapters.json_schema import gemini_schema
 from adapters.openai import ChunkMender, mend_completion
 from adapters.quirks import cannot_carry, clamp_effort
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, Tally, frame
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump, load_inner
 
@@ -100,6 +101,8 @@ class GeminiAdapter:
         return None
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request:
+        if chat.need.kind is ModelKind.EMBEDDING:  # in OpenAI's form here too
+            return embedding_request(model, key, chat)
         body = Asking(model, chat, self._signatures, self._clock()).body()
         return Request(endpoint(model, key, chat.stream), dump(body))
 

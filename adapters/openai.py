@@ -10,13 +10,15 @@ from functools import lru_cache
 from typing import Any
 
 from adapters.base import Request, base_url, bearer_headers, piece_of
+from adapters.embeddings import embedding_request
+from adapters.legacy import legacy_request, takes_prompts, told_in_chat, told_in_chat_whole
 from adapters.plain import plain_answer, plain_text, well_formed_answer
 from adapters.quirks import outgoing
 from adapters.text_rescue import TextGate, Unreadable, declared_tools, found_json, split_thoughts, whole
 from adapters.tool_calls import StreamedCalls, called, lost_turn, mend_whole_calls
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, Tally, frame
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump
 
@@ -41,6 +43,10 @@ class OpenAIAdapter:
         return None
 
     def request(self, model: Model, key: Key, chat: Chat) -> Request:
+        if chat.need.kind is ModelKind.EMBEDDING:
+            return embedding_request(model, key, chat)
+        if takes_prompts(model, chat):
+            return legacy_request(model, key, chat)
         return Request(endpoint(model, key), dump(outgoing(model, chat)))
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
@@ -52,9 +58,10 @@ class OpenAIAdapter:
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         if body.get("choices", body) in ([], None):
             raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
+        changed = chat.legacy is not None and told_in_chat_whole(body)
         if not well_formed_answer(body):
             return None
-        return Completion(dump(body) if mend_completion(body, chat) else raw, body)
+        return Completion(dump(body) if mend_completion(body, chat) or changed else raw, body)
 
     def translator(self, tally: Tally, chat: Chat) -> ChunkMender:
         return ChunkMender(tally, chat)
@@ -203,6 +210,8 @@ class ChunkMender:
         if usage:
             del chunk["usage"]
             changed = True
+        if self._chat.legacy is not None:
+            changed |= told_in_chat(choice, "delta")
         delta = choice.get("delta")
         if delta is None:  # clients look into it unasked
             delta = choice["delta"] = {}

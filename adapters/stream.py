@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from adapters.base import Adapter, Reply, Translator, as_chunks
+from adapters.embeddings import embedding_reply
 from adapters.errors import Fault, read, redact, retry_after_s, wrapped
 from adapters.openai import with_json
 from adapters.plain import Surroundings, note, note_completion, note_plain, text_chunk, well_formed
@@ -14,7 +15,7 @@ from protection import Failure, UpstreamError, classify
 from routing.catalog import Model
 from routing.day import until_reset_s
 from routing.route import Route
-from wire.chat import Chat, Completion, Event, Tally, frame
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
 from wire.jsontext import load_lenient
 from wire.sse import EventTooLarge, SSEDecoder
 
@@ -187,6 +188,8 @@ def refusal(status: int, headers: Mapping[str, str], body: object, route: Route,
 def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route, utc: float) -> Reply:
     """A committed answer from a whole body."""
     tally, body = Tally(), loaded(raw)
+    if chat.need.kind is ModelKind.EMBEDDING:
+        return embedding_reply(checked_answer(body, route, utc), chat, route.model)
     if (text := adapter.plain_answer(body, chat)) is not None:
         completion = Completion(raw, body)
         note_plain(body, text, tally)

@@ -23,6 +23,7 @@ QUIRKS: Mapping[str, type] = {
     "json_object_as_schema": bool,  # JSON mode only with a schema
     "single_tool_call": bool,
     "strip_tool_schema_keys": list,
+    "no_suffix": bool,  # its endpoint for prompts knows only what comes before
     "no_stream": bool,
     "no_stream_usage": bool,
     # The messages
@@ -47,6 +48,8 @@ QUIRKS: Mapping[str, type] = {
     "error_texts": dict,  # likewise, where it has words only
     "credit_resets_daily": bool,
     "daily_headers": list,  # counters of the day; at "0" its quota is used up
+    # Embeddings
+    "unit_vectors": bool,  # are to be brought to length 1
     # Keys and addresses
     "headers": dict,
     "env_account": list,
