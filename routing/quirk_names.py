@@ -37,8 +37,6 @@ QUIRKS: Mapping[str, type] = {
     "strict_turns": bool,  # an assistant turn between result and user
     # Embeddings
     "embeddings_path": str,  # in place of /embeddings, after the base URL; in OpenAI's form, with the key as bearer
-    "embeddings_default": dict,  # fields that it wants besides
-    "embeddings_drop": list,
     # Gemini's wire
     "system_as_user": bool,
     "thinking": str,  # how effort is told: "level" or "budget"

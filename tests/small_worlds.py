@@ -35,7 +35,7 @@ class World:
     def need(self, **own: object) -> Need:
         rng = self.rng
         names = [None, None, *NAMES, *(f"{p}/{name}" for p in self.catalog.platforms for name in NAMES)]
-        known = [n for n in names if n is None or (self.catalog.knows(n) and self._usable(n))]
+        known = [n for n in names if n is None or (self.catalog.known_as(n) is not None and self._usable(n))]
         wishes = {
             "mode": rng.choice(list(Mode)), "pinned": rng.choice(known), "tokens": rng.choice((100, 9_000)),
             "vision": rng.random() < 0.1, "tools": rng.random() < 0.2, "strict": rng.random() < 0.2,
