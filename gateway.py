@@ -149,7 +149,8 @@ class Gateway:
             )
             upstream = Upstream(s.connect_timeout_ms / 1000, proxies=self.proxies)
             async with upstream, background(self.log, *jobs):
-                self.engine.providers = Providers(timeouts, upstream)
+                whole_calls = s.tool_calls == "whole"
+                self.engine.providers = Providers(timeouts, upstream, whole_calls=whole_calls)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
                 await self._drain()

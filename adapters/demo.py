@@ -37,7 +37,7 @@ class DemoAdapter:
             return demo_vectors(chat)
         return demo_reply(chat, self._clock())
 
-    def request(self, model: Model, key: Key, chat: Chat) -> Request:
+    def request(self, model: Model, key: Key, chat: Chat, *, bare: bool = False) -> Request:
         raise NotImplementedError("the demo is not called over a network")
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
@@ -49,7 +49,7 @@ class DemoAdapter:
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> None:
         return None
 
-    def translator(self, tally: Tally, chat: Chat) -> Translator:
+    def translator(self, tally: Tally, chat: Chat, *, whole_calls: bool = True) -> Translator:
         raise NotImplementedError("the demo's answers need no translation")
 
 
