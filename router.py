@@ -12,6 +12,7 @@ the way.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
@@ -372,9 +373,13 @@ class Router:
 
     def has_others(self, plan: Plan, route: Route) -> bool:
         """Whether another route than this one may be left, as far as that is known without working out the order."""
-        if self.has_other_keys(route) or (plan.more is not None and not plan.need.strict):
+        if self.has_other_keys(route):
             return True
-        return any(m is not route.model and plan.failed.get(m.id) != inf and self.has_key(m) for m in plan.order)
+        others = self._others if plan.more is not None and not plan.need.strict else ()
+        return any(
+            model is not route.model and plan.failed.get(model.id) != inf and self.has_key(model)
+            for model in itertools.chain(plan.order, others)
+        )
 
     def has_other_keys(self, route: Route) -> bool:
         return len(self._usable_keys.get(route.model.platform.id, ())) > 1
