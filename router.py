@@ -12,6 +12,7 @@ the way.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from random import Random
@@ -268,15 +269,27 @@ class Router:
         return reasons
 
     def second_route(self, plan: Plan, first: Route, now: float) -> Route | None:
-        """A route on another platform to join one that is late (SPEC 15.1); none that would be a trial."""
+        """A route on another platform to join one that is late (SPEC 15.1): none that would be a trial, or from a rung
+        whose turn has not come."""
         world = self._reach(plan.need)
         for model in plan.models():
             if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not world.has_key(model):
                 continue
             step = self._step(model, plan, now)
-            if step.key is not None and step.rung < FIRST_TRIAL and model.id != plan.trial:
+            if step.key is not None and step.rung <= min(first.rung, FIRST_TRIAL - 1) and model.id != plan.trial:
                 return self._taken(step, plan, now)
         return None
+
+    def has_others(self, plan: Plan, route: Route) -> bool:
+        """Whether another route than this one may be left, as far as that is known without working out the order."""
+        if self.has_other_keys(plan, route):
+            return True
+        world = self._reach(plan.need)
+        others = world.others if plan.more is not None and not plan.need.strict else ()
+        return any(
+            model is not route.model and plan.failed.get(model.id) != inf and world.has_key(model)
+            for model in itertools.chain(plan.order, others)
+        )
 
     def has_other_keys(self, plan: Plan, route: Route) -> bool:
         return len(self._reach(plan.need).keys.get(route.model.platform.id, ())) > 1
