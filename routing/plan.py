@@ -117,6 +117,7 @@ class Plan:
             self.failed.pop(model.id, None)
             self.failed_keys[route.key.id, model.id] = again
             self.forgiven.add(model.id)
+            self.times_failed[route.key.id, model.id] = self.times_failed.pop((0, model.id), 1)  # blame the key alone
 
         def distance(other: Model) -> int:
             same_family = model.family is not None and other.family == model.family
@@ -147,7 +148,7 @@ class Plan:
         later = [model for model in self.order if model not in known]
         return replace(
             self, need=moment.need, order=known + later, more=None, banned=set(moment.banned), trial=moment.trial,
-            forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={},
+            forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={}, times_failed={},
             key_failures={},
         )  # fmt: skip
 
