@@ -258,7 +258,7 @@ def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
 def world(tmp_path_factory) -> Iterator[World]:
     """The gateway that the tests share."""
     world = World(tmp_path_factory.mktemp("gateway"))
-    world.start(TRANSIENT_COOLDOWN_MS="5000")
+    world.start(TRANSIENT_COOLDOWN_MS="5000", WAIT_FOR_CAPACITY_MS="0")  # no test wants to see a request wait
     yield world
     world.close()
 
