@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import assert_error, both_ways
-from fake_provider import Wait, answer, completion, error, raw, until
+from fake_provider import CUT, Wait, answer, completion, error, raw, until
 
 from engine.waiting import WAITING_MAX, WaitingRoom
 
@@ -111,9 +111,7 @@ async def test_a_request_waits_for_what_others_have_used_up(start_gateway, fake,
     assert fake.called == ["a", "b", "a"]
 
 
-@pytest.mark.parametrize(
-    "failing", [error(503), raw(b"HTTP/1.1 500 No\r\n\r\n"), error(429)], ids=["503", "500", "429"]
-)
+@pytest.mark.parametrize("failing", [error(503), error(500), raw(CUT), error(429)], ids=["503", "500", "cut", "429"])
 async def test_what_failed_for_a_reason_that_passes_is_asked_again(start_gateway, fake, failing):
     gateway = await start_gateway(["a", "b"], WAITS)
     fake.script("a", failing, answer("a again"))
