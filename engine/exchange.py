@@ -113,6 +113,9 @@ class Engine:
                 return
         except ClientGone:
             exchange.status = "cancelled"
+        except Exception:  # a refusal, or a defect of ours, for which its attempt was called off
+            exchange.status = "error"
+            raise
         finally:
             self.running.discard(exchange)
             exchange.delivery, exchange.begun = None, delivery.started
