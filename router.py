@@ -186,8 +186,11 @@ class Router:
         plan.asked_for = frozenset(m.id for m in asked)
         first, rest = ([m for m in models if world.has_key(m)] for models in (asked, others))
         plan.order = first + self._ordered(rest, Mode.BALANCED, NO_STANDING, plan, now, rng)
-        if not plan.order:
-            raise NoProviders
+        if plan.order:
+            return
+        if plan.need.no_train and any(map(self.has_key, asked + others or self.catalog.auto_embeddings)):
+            raise no_private_route()
+        raise NoProviders
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""
