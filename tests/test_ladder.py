@@ -44,7 +44,7 @@ def asked(world: World, plan: Plan, now: float = LATER, skip: Skip = GONE) -> li
         routes.append(route)
         plan.attempts_left = max(LAST_ATTEMPTS + 1, plan.attempts_left - 1)
         plan.note_failure(route, skip, now, None)
-        world.protection.trials.pop(route.model.id, None)
+        world.protection.trials.restore((), now)
     return routes
 
 
@@ -161,12 +161,13 @@ def test_a_trial_is_given_back_however_it_ends(world_store, outcome):
     for model in (1, 2):
         world.rest_model(model)
     trial = world.router.next_route(world.plan(now=LATER), LATER)
-    assert world.protection.trials == {1: LATER}
+    assert dict(world.protection.trials.running()) == {1: LATER}
 
     world.settle(trial, outcome, LATER)
 
-    assert world.protection.trials == {}
-    assert world.router.next_route(world.plan(now=LATER), LATER).model.id == 1
+    assert not dict(world.protection.trials.running())
+    again = LATER + TRIAL_SPACING_S if isinstance(outcome, Failed) else LATER  # one in vain keeps the next at a distance
+    assert world.router.next_route(world.plan(now=again), again).model.id == 1
 
 
 def test_a_good_trial_ends_the_rest_for_everybody(world_store):
@@ -425,7 +426,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: self.world.protection.transient)
     @rule()
     def clear(self):
-        self.world.protection.clear_cooldowns()
+        self.world.protection.clear_cooldowns(self.now)
         self.world.router.gates.close_all()
 
     @invariant()
@@ -433,7 +434,7 @@ class Life(RuleBasedStateMachine):
         on_trial = [flight.route.model.id for flight in getattr(self, "running", ()) if flight.route.trial]
         assert sorted(on_trial) == sorted(set(on_trial))
         if hasattr(self, "world"):
-            assert set(on_trial) == set(self.world.protection.trials)
+            assert set(on_trial) == set(self.world.protection.trials.snapshot())
 
     def end(self, flight: Flight, outcome) -> None:
         self.running.remove(flight)
@@ -450,7 +451,7 @@ class Life(RuleBasedStateMachine):
             rests = min(keys)[0]
             rung = self.rung(model, plan, rests=rests)
             trial = rung >= Rung.DOUBTED or model.id == plan.trial
-            if not (trial and model.id in self.world.protection.trials):
+            if not (trial and model.id in self.world.protection.trials.snapshot()):
                 found[model.id] = rung, {id for key_rests, id in keys if key_rests == rests}
         return found
 
