@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,14 +50,14 @@ from records.keys import client_key
 from records.request_log import clients_use, delete_old_rows, model_stats, todays_use
 from records.vault import StoreError
 from router import Router as ModelRouter
-from routing.catalog import ModelKind, is_demo
+from routing.catalog import Model, ModelKind, is_demo
 from routing.scores import Stats, success_probabilities
 from routing.standing import Protection
 from transport.client import Receive, Send, read_body
 from transport.connection import ClientConnection
 from transport.process import allow_many_files, listen, spare_the_collector, trim_memory
 from transport.upstream import Upstream
-from wire.chat import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, LocalRoute
+from wire.chat import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, LocalRoute, Need, parse_model
 from wire.errors import ModelNotFound
 
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
@@ -258,18 +258,25 @@ class Gateway:
     async def show_model(self, request: Request) -> Response:
         name = request.path_params["id"].removeprefix(MODELS_PREFIX).replace("auto:", "auto-")
         anthropic = "anthropic-version" in request.headers
-        if name not in VIRTUAL_MODELS and not (anthropic and name in ALIASES):
+        if not (anthropic and name in ALIASES):
             try:
-                self.engine.router.catalog.resolve(name, ModelKind.CHAT if anthropic else None)
+                self._models_named(name, ModelKind.CHAT if anthropic else None)
             except ModelNotFound as error:
                 raise ModelNotFound(error.message, status=404) from None
         return json_response(self._entry(name) if anthropic else self._describe(name))
+
+    def _models_named(self, name: str, kind: ModelKind | None = ModelKind.CHAT) -> Sequence[Model]:
+        """The models that a client may be served by under this name; of any kind for None. Raises ModelNotFound."""
+        catalog = self.engine.router.catalog
+        mode, pinned = parse_model(name)
+        need = catalog.meant(Need(mode, pinned, tokens=0))
+        return catalog.auto_chain if need.pinned is None else catalog.resolve(need.pinned, kind)
 
     def _entry(self, name: str) -> dict[str, Any]:
         """A model as Anthropic lists it."""
         catalog = self.engine.router.catalog
         own = name in ALIASES or name in VIRTUAL_MODELS
-        models = catalog.auto_chain if own else catalog.resolve(name)
+        models = catalog.auto_chain if own else self._models_named(name)
         windows = [model.context_window for model in models]
         lengths = [model.max_output for model in models if model.max_output is not None]
         shown = "Freeway " + name.removeprefix("claude-freeway").strip("-") if own else models[0].name
@@ -278,12 +285,10 @@ class Gateway:
     def _describe(self, name: str) -> dict[str, Any]:
         """A model as OpenAI lists it, with the context window that agents look for."""
         entry: dict[str, Any] = {"id": name, "object": "model", "created": self._started, "owned_by": "freeway"}
-        entry["kind"] = ModelKind.CHAT
-        if name not in VIRTUAL_MODELS:
-            models = self.engine.router.catalog.resolve(name, None)
-            entry["owned_by"], entry["kind"] = models[0].platform.id, models[0].kind
-        else:
-            models = self.engine.router.catalog.auto_chain
+        models = self._models_named(name, None)
+        if models is not self.engine.router.catalog.auto_chain:
+            entry["owned_by"] = models[0].platform.id
+        entry["kind"] = models[0].kind if models else ModelKind.CHAT
         if models:
             entry["context_window"] = entry["context_length"] = max(m.context_window for m in models)
         return entry

@@ -188,10 +188,11 @@ class Router:
                 assert step.blocked is not None
                 plan.blocked[model.id] = step.blocked
                 plan.passed.setdefault(model.id, step.blocked)
-            elif usual and step.rung < FIRST_TRIAL:  # the order is by rung, so nothing behind it is better
-                return self._taken(step, plan, now)
+            elif usual and step.rung < FIRST_TRIAL and not plan.failures(step):
+                return self._taken(step, plan, now)  # the order is by rung, so nothing behind it is better
             else:
-                steps.append((self._rank(step, place, plan, usual=usual), step))
+                usual = usual and step.rung >= FIRST_TRIAL  # else one that has failed before might be
+                steps.append((self._rank(step, place, plan), step))
         if steps:
             return self._taken(min(steps, key=lambda ranked: ranked[0])[1], plan, now)
         plan.wait_s = min((b.left_s for b in plan.blocked.values() if b.left_s is not None), default=None)
@@ -216,7 +217,8 @@ class Router:
 
     def asked_for_left(self, plan: Plan, now: float) -> bool:
         """Whether the pinned model can still be asked somewhere, without a trial."""
-        models, world = [self.catalog.by_id[id] for id in plan.asked_for], self._reach(plan.need)
+        world = self._reach(plan.need)
+        models = [m for m in plan.order if m.id in plan.asked_for]
         steps = [self._step(m, plan, now) for m in models if plan.failed.get(m.id) != inf and world.has_key(m)]
         return any(step.key is not None and step.rung < FIRST_TRIAL for step in steps)
 
@@ -288,7 +290,7 @@ class Router:
                 words = blocked_words(why.reason, why.left_s)
                 blocked.append(Candidate(model, step.rung, score, parts, words))
             else:
-                asked.append((self._rank(step, place, plan, usual=True), Candidate(model, step.rung, score, parts)))
+                asked.append((self._rank(step, place, plan), Candidate(model, step.rung, score, parts)))
         asked.sort(key=lambda ranked: ranked[0])
         return [*(candidate for _, candidate in asked), *blocked, *self._left_out(plan)]
 
@@ -360,10 +362,11 @@ class Router:
         return max(plan.platform_failures.values()) >= DEEP_FAILURES
 
     @staticmethod
-    def _rank(step: Step, place: int, plan: Plan, *, usual: bool) -> tuple[float, ...]:
+    def _rank(step: Step, place: int, plan: Plan) -> tuple[float, ...]:
         """What is asked first; the smallest wins."""
-        asked = not usual and plan.attempts_left <= LAST_ATTEMPTS and step.model.platform.id in plan.platform_failures
-        return (asked, step.rung, plan.is_deep(step.model), step.until, place)
+        model = step.model
+        asked = plan.attempts_left <= LAST_ATTEMPTS and model.platform.id in plan.platform_failures
+        return (asked, step.rung, plan.is_deep(model), step.until, plan.failures(step), place)
 
     def _taken(self, step: Step, plan: Plan, now: float) -> Route:
         model, key = step.model, step.key

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -15,8 +15,10 @@ from typing import Any
 from starlette.exceptions import HTTPException
 
 from config.settings import LOOPBACK_HOSTS, spelled
+from engine.address import Given, credentials, tidy_path
 from engine.delivery import JSON_HEADERS, response_start
 from engine.exchange import Engine
+from engine.origins import allowed, is_preflight, preflight_headers, shown_to
 from engine.record import Exchange, route_headers
 from routing.catalog import Catalog
 from transport.client import ClientGone, CutShort, Receive, Send, read_body
@@ -29,7 +31,6 @@ SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1
 WAIT_S_MAX = 86_400.0  # the request's budget ends it long before
 ADMIN_PREFIXES = ("/api", "/metrics")
 NO_TRAIN = b"no-train"  # the one value of X-Privacy
-Given = Mapping[bytes, bytes]  # a request's headers
 
 
 class Door:
@@ -47,19 +48,29 @@ class Door:
         self._loopback_only = engine.settings.host in LOOPBACK_HOSTS
         self._body_bytes_max = engine.settings.max_body_bytes
         self._private = engine.settings.privacy is not None
+        self._origins = engine.settings.origins
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         exchange = self._engine.exchange()
         path, headers = scope["path"], dict(scope["headers"])
-        dialect = self._dialects.get(path)
+        dialect, model = self._dialects.get(path), None
         if dialect is None:
-            path = scope["path"] = tidy_path(path)
-            dialect = self._dialects.get(path)
+            path, model = tidy_path(path)
+            scope["path"], dialect = path, self._dialects.get(path)
         spoken = dialect or self._spoken(path, headers)
+        origin = allowed(self._origins, path, headers)
+        send = send if origin is None else shown_to(origin, send)
         try:
+            self._refuse_foreign(headers)
+            if b"upgrade" in headers:
+                refuse_websocket(path, headers)
+            if origin is not None and is_preflight(scope["method"], headers):
+                await send(response_start(204, preflight_headers(headers)))
+                await send({"type": "http.response.body"})
+                return
             self._admit(path, headers)
             if dialect is not None and scope["method"] == "POST":
-                await self._serve(exchange, dialect, scope, headers, receive, send)
+                await self._serve(exchange, dialect, scope, headers, receive, send, model)
             else:
                 await self._endpoints(
                     {**scope, "app": self}, receive, with_request_id(send, exchange.id, spoken.id_headers)
@@ -93,22 +104,35 @@ class Door:
                 return dialect
         return self._default
 
-    def _admit(self, path: str, headers: Given) -> None:
-        """Refuse foreign hosts (DNS rebinding), and everyone without the path's key."""
+    def _refuse_foreign(self, headers: Given) -> None:
+        """No name but the machine's own, where only it can reach the port: another's page may have been given this
+        address (DNS rebinding)."""
         if self._loopback_only and host_name(headers.get(b"host", b"")) not in LOOPBACK_HOSTS:
             raise InvalidRequest("Unknown host: use 127.0.0.1, localhost or [::1].", code="invalid_host", status=403)
+
+    def _admit(self, path: str, headers: Given) -> None:
+        """Refuse everyone without the path's key."""
         if path in self._open_paths:
             return
-        admin = path.startswith(ADMIN_PREFIXES)
-        if not hmac.compare_digest(credential(headers), self._admin_key if admin else self._api_key):
+        key = self._admin_key if path.startswith(ADMIN_PREFIXES) else self._api_key
+        right = [hmac.compare_digest(given, key) for given in credentials(headers)]  # all of them, whichever is right
+        if not any(right):
             raise Unauthorized
 
     async def _serve(
-        self, exchange: Exchange, dialect: Dialect, scope: Any, headers: Given, receive: Receive, send: Send
+        self,
+        exchange: Exchange,
+        dialect: Dialect,
+        scope: Any,
+        headers: Given,
+        receive: Receive,
+        send: Send,
+        model: str | None,
     ) -> None:
-        """One request of any dialect."""
+        """One request of any dialect; `model` is the one that its address names."""
         # The body has no name here: it would live as long as its answer.
         chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc)
+        chat = chat if model is None else chat.asking_for(model)
         exchange.chat, exchange.session = understood(chat, headers, self._engine.router.catalog, private=self._private)
         exchange.uncached = wants_no_memory(headers)
         exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
@@ -128,6 +152,12 @@ def understood(chat: Chat, headers: Given, catalog: Catalog, *, private: bool) -
     need = wished(catalog.meant(chat.need), headers, private=private)
     chat = chat if need is chat.need else replace(chat, need=need)
     return chat, session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
+
+
+def refuse_websocket(path: str, headers: Given) -> None:
+    """Some clients try a WebSocket first, and only this answer makes them go on at once without."""
+    if b"websocket" in headers[b"upgrade"].lower() and (path + "/").startswith("/v1/"):
+        raise InvalidRequest("There are no WebSockets here: POST to this address.", code="upgrade_required", status=426)
 
 
 def session_key(chat: Chat, session_id: str) -> str:
@@ -171,25 +201,6 @@ def wait_seconds(text: bytes) -> float:
     return seconds
 
 
-def tidy_path(path: str) -> str:
-    """Clients are configured with and without /v1, twice, and with a slash at the end."""
-    if len(path) > 1:
-        path = path.rstrip("/") or "/"
-    while path.startswith("/v1/v1/"):
-        path = path[3:]
-    if path.startswith(("/chat/completions", "/models", "/responses")):
-        return "/v1" + path
-    return path
-
-
-def credential(headers: Given) -> bytes:
-    """The key a client sent: as bearer token, or as the header its own protocol uses."""
-    given = headers.get(b"authorization", b"")
-    if given[:7].lower() == b"bearer ":
-        return given[7:].strip()
-    return b"" if given else headers.get(b"x-api-key", b"") or headers.get(b"api-key", b"")
-
-
 HOST = re.compile(rb"(?:\[([0-9a-f:.]+)\]|([^\[\]:@]*))(?::\d*)?")
 
 
@@ -222,6 +233,8 @@ async def send_error(
         headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
+    elif status == 426:
+        headers += [(b"upgrade", b"HTTP/1.1"), (b"connection", b"upgrade")]
     await send(response_start(status, headers))
     await send({"type": "http.response.body", "body": body})
 

@@ -442,10 +442,11 @@ class Engine:
         soonest_s = self.router.soonest_s(plan, now)
         error = exhausted(plan, exchange.failures, stream=chat.stream, retry_after_s=soonest_s)
         self.metrics.exhausted()
+        labels = {model.id: model.label for model in plan.complete()}
         pool = {
-            "candidates": len(plan.complete()),
+            "candidates": len(labels),
             "skipped": plan.skipped_labels(),
-            "blocked": [f"{self.router.catalog.by_id[id].label}={b.reason}" for id, b in plan.blocked.items()],
+            "blocked": [f"{labels[id]}={b.reason}" for id, b in plan.blocked.items()],
             "transient_cooldowns": len(self.protection.transient),
             "key_cooldowns": len(self.protection.keys),
         }

@@ -116,20 +116,26 @@ class Books:
                 self._protection.trials.pop(attempt.route.model.id, None)
 
     def apply(self, effect: Effect, exchange: Exchange, attempt: Attempt, now: float) -> None:
-        """Change state by one effect of this attempt."""
+        """Change state by one effect of this attempt. Those of a success come first: they are the most frequent."""
         model, key, session = attempt.route.model, attempt.route.key, exchange.session
         protection, sessions = self._protection, self._protection.sessions
         match effect:
-            case RestModel(until):
-                protection.transient.set(model.id, until, now)
-                self._log.write("info", "cooldown", model=model.label)
-            case RestKey():
-                protection.rest_key(key.id, model.id, effect, now)
             case EndRests():
                 if protection.end_rests(key.id, model.id, attempt.started):
                     self._freed()
             case MarkKey(status, error):
                 self._mark_key(key.id, status, error)
+            case Reward():
+                self._router.penalties.success(model.id, now)
+            case FeedGate(ok):
+                self._feed_gate(attempt, ok, now)
+            case Pin():
+                sessions.pin(session, model.id, key.id, now)
+            case RestModel(until):
+                protection.transient.set(model.id, until, now)
+                self._log.write("info", "cooldown", model=model.label)
+            case RestKey():
+                protection.rest_key(key.id, model.id, effect, now)
             case Skip():
                 if exchange.plan is not None:
                     exchange.plan.note_failure(attempt.route, effect, now, exchange.pause_s(now))
@@ -144,14 +150,8 @@ class Books:
                 sessions.clear_key(session, key.id, now)
             case AvoidNext():
                 sessions.avoid_next(session, model.id, now)
-            case Pin():
-                sessions.pin(session, model.id, key.id, now)
             case Penalise():
                 self._router.penalties.add(model.id, now)
-            case Reward():
-                self._router.penalties.success(model.id, now)
-            case FeedGate(ok):
-                self._feed_gate(attempt, ok, now)
 
     def _facts(self, exchange: Exchange, attempt: Attempt, now: float) -> Facts:
         route, keys_left = attempt.route, False

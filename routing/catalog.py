@@ -15,7 +15,7 @@ from typing import Any
 from protection import LEVELS as LEVELS
 from protection import KeyStatus as KeyStatus
 from protection import Level as Level  # what a platform's `protection` says
-from wire.chat import ANSWER_TOKENS_ASSUMED, Need
+from wire.chat import ANSWER_TOKENS_ASSUMED, VENDOR_PREFIX, Need, parse_model, plain_name
 from wire.errors import ModelNotFound
 
 DEMO_ADAPTER = "demo"  # the built-in platform that serves only when there is nothing else (SPEC 1.5)
@@ -104,6 +104,17 @@ class Model:
         room = self.context_window - prompt_tokens - prompt_tokens // 8
         return min(max(room, ANSWER_TOKENS_ASSUMED), self.max_output or self.context_window)
 
+    def holds(self, tokens: int) -> bool:
+        """Whether a request of so many can ever be sent: no wait makes room for one that alone exceeds a limit."""
+        if tokens > self.context_window:
+            return False
+        return (self.tpm is None or tokens <= self.tpm) and (self.tpd is None or tokens <= self.tpd)
+
+    @property
+    def tokens_max(self) -> int:
+        """Of the longest request that it holds."""
+        return min(limit for limit in (self.context_window, self.tpm, self.tpd) if limit is not None)
+
     @property
     def limited(self) -> bool:
         return not (self.rpm is None and self.rpd is None and self.tpm is None and self.tpd is None)
@@ -177,7 +188,13 @@ class Catalog:
         self.by_name: dict[str, list[Model]] = {}
         for model in self.models:
             self.by_name.setdefault(model.model_id, []).append(model)
-        self.aliases = aliases  # as the operator spelt them: name → mode or model
+        self._spelled: dict[str, str] = {}  # by what clients may call a model: what it is called here
+        for name in (*self.by_name, *(model.label for model in self.models)):
+            self._spelled.setdefault(plain_name(name), name)
+        for name in self.by_name:  # behind all others: the id with the prefix may be one platform's own
+            self._spelled.setdefault(plain_name(name).removeprefix(VENDOR_PREFIX), name)
+        self._spelled |= {model.label: model.label for model in self.models}
+        self.aliases = {plain_name(name): meaning for name, meaning in aliases.items()}  # each a mode or a model
         in_order = sorted((m for m in self.models if m.enabled and m.in_chain), key=lambda m: m.priority)
         self.chain = [m for m in in_order if m.kind is ModelKind.CHAT]
         self.embeddings = [m for m in in_order if m.kind is ModelKind.EMBEDDING]
@@ -190,16 +207,30 @@ class Catalog:
         """The rank that a model counts as where a limit is set on ranks: the chain's median for an unranked one."""
         return self._median_rank if model.intelligence_rank is None else model.intelligence_rank
 
-    def knows(self, name: str) -> bool:
-        """Whether a model has this name, enabled or not."""
-        platform, _, model_id = name.partition("/")
-        return name in self.by_name or any(m.platform.id == platform for m in self.by_name.get(model_id, ()))
+    def known_as(self, name: str) -> str | None:
+        """A model's id, or platform and id, as the catalogue spells it; None when no model, enabled or not, has this
+        name. Letter case, `:latest` and the prefix `openai/` make no difference, unless another model is called so."""
+        if name in self.by_name:
+            return name
+        plain = plain_name(name)
+        return (
+            self._spelled.get(name) or self._spelled.get(plain) or self._spelled.get(plain.removeprefix(VENDOR_PREFIX))
+        )
 
     def meant(self, need: Need) -> Need:
-        """The need with the mode in place of a model, where the name only stands for one because no model has it."""
-        if need.pinned is None or need.unknown_means is None or self.knows(need.pinned):
+        """The need in the catalogue's own words: with the mode or the model that an alias stands for, and with a
+        model's name as it is spelled here (SPEC 3.10); or with the mode that an unknown name stands for."""
+        if need.pinned is None:
             return need
-        return replace(need, mode=need.unknown_means, pinned=None)
+        plain = plain_name(need.pinned)
+        alias = self.aliases.get(plain) or self.aliases.get(plain.removeprefix(VENDOR_PREFIX))
+        mode, wanted = (need.mode, need.pinned) if alias is None else parse_model(alias)
+        pinned = None if wanted is None else self.known_as(wanted) or wanted
+        if pinned is not None and need.unknown_means is not None and self.known_as(pinned) is None:
+            mode, pinned = need.unknown_means, None
+        if (mode, pinned) == (need.mode, need.pinned):
+            return need
+        return replace(need, mode=mode, pinned=pinned)
 
     def resolve(self, name: str, kind: ModelKind | None = ModelKind.CHAT) -> list[Model]:
         """The enabled models a client means by this name: on the platform it named, then elsewhere under the same id.

@@ -15,7 +15,7 @@ from hashlib import sha256
 
 from routing.catalog import Catalog, Model, ModelKind
 from routing.ledger import DAY_S, MINUTE_S, WAIT_S_MIN, exceeds
-from wire.chat import Mode, Need
+from wire.chat import Mode, Need, plain_name
 from wire.errors import GatewayError
 
 SHOWN_MAX = 10_000  # requests of the last minute that are remembered of a client without a limit by the minute
@@ -181,7 +181,7 @@ def allowed_models(
     """
     if client.models is None:
         return None
-    names = client.models | {catalog.aliases[name] for name in client.models if name in catalog.aliases}
+    names = client.models | {meaning for name in client.models if (meaning := catalog.aliases.get(plain_name(name)))}
     if need.pinned is None:
         if not names.isdisjoint(spellings(need.mode)):
             return None

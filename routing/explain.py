@@ -135,8 +135,8 @@ def left_out(model: Model, need: Need, named: Collection[int], catalog: Catalog,
         return "cannot see images"
     if need.tools and not model.tools:
         return "cannot call tools"
-    if need.tokens > model.context_window:
-        return f"too small: it holds {model.context_window} tokens, and this needs {need.tokens}"
+    if not model.holds(need.tokens):
+        return f"too small: it holds {model.tokens_max} tokens, and this needs {need.tokens}"
     if not reaches_floor(need, model, catalog):
         return f"below the floor: it ranks {catalog.intelligence(model):g}, and {need.min_rank} was asked for"
     return "not needed"

@@ -12,11 +12,7 @@ from wire.errors import GatewayError, InvalidRequest, NoProviders, PromptTooLong
 
 def fitting(need: Need, models: Iterable[Model]) -> list[Model]:
     """The models that hold this request and can do what it asks for, whatever their rank."""
-    return [
-        m
-        for m in models
-        if need.tokens <= m.context_window and (m.vision or not need.vision) and (m.tools or not need.tools)
-    ]
+    return [m for m in models if m.holds(need.tokens) and (m.vision or not need.vision) and (m.tools or not need.tools)]
 
 
 def reaches_floor(need: Need, model: Model, catalog: Catalog) -> bool:
@@ -32,7 +28,7 @@ def unfit(need: Need, models: Sequence[Model]) -> GatewayError:
         return InvalidRequest("No enabled model with a key can see images.", status=422, code="no_vision_model")
     if need.tools and not (models := [m for m in models if m.tools]):
         return InvalidRequest("No enabled model with a key can call tools.", status=422, code="no_tool_model")
-    return PromptTooLong(need.tokens, max(m.context_window for m in models))
+    return PromptTooLong(need.tokens, max(m.tokens_max for m in models))
 
 
 def below_floor(need: Need, **details: Any) -> GatewayError:

@@ -62,6 +62,7 @@ class Plan:
     skipped: dict[int, Model] = field(default_factory=dict)
     platform_failures: dict[str, int] = field(default_factory=dict)
     key_failures: dict[int, int] = field(default_factory=dict)  # by model
+    times_failed: dict[tuple[int, int], int] = field(default_factory=dict)  # by key (0: all of them) and model
     blocked: dict[int, Blocked] = field(default_factory=dict)
     wait_s: float | None = None  # until the soonest of what is blocked comes back
     cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
@@ -88,6 +89,8 @@ class Plan:
             if model.id in self.failed or (route.key.id, model.id) in self.failed_keys:  # tried again, in vain
                 self.again_at = max(self.again_at, now + pause_s)
         self.platform_failures[model.platform.id] = self.platform_failures.get(model.platform.id, 0) + 1
+        failed = (route.key.id if skip.scope is Scope.KEY else 0, model.id)
+        self.times_failed[failed] = self.times_failed.get(failed, 0) + 1
         if skip.scope is Scope.KEY:
             self.key_failures[model.id] = self.key_failures.get(model.id, 0) + 1
             self.failed_keys[route.key.id, model.id] = again
@@ -138,6 +141,13 @@ class Plan:
             return True
         return self.key_failures.get(model.id, 0) >= DEEP_FAILURES
 
+    def failures(self, step: Step) -> int:
+        """How often what this step would ask has failed already."""
+        if not self.times_failed or step.key is None:
+            return 0
+        of_all_keys = self.times_failed.get((0, step.model.id), 0)
+        return of_all_keys + (self.times_failed.get((step.key.id, step.model.id), 0) if step.key.id else 0)
+
     def as_of(self, moment: Moment) -> Plan:
         """The plan as it was then, before anything had failed. What was worked out later is behind what was known."""
         known = list(moment.order)
@@ -145,7 +155,7 @@ class Plan:
         return replace(
             self, need=moment.need, order=known + later, more=None, banned=set(moment.banned), trial=moment.trial,
             forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={},
-            key_failures={},
+            key_failures={}, times_failed={},
         )  # fmt: skip
 
     def skipped_labels(self) -> list[str]:

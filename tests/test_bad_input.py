@@ -113,7 +113,6 @@ WRONG_KEYS = {
     "another": "Bearer fw-test-0123456789abcdeF",
     "a part": "Bearer fw-test-0123456789abcde",
     "too long": "Bearer fw-test-0123456789abcdef0",
-    "no scheme": "fw-test-0123456789abcdef",
     "another scheme": "Basic fw-test-0123456789abcdef",
     "not ASCII": "Bearer fw-tést-0123456789abcdef",
     "only the scheme": "Bearer ",

@@ -12,9 +12,8 @@ import aiohttp
 import pytest
 from conftest import Answer, Stream, both_ways
 from fake_provider import PAUSE, ROLE, Every, chunk, completion, error, event, sse
+from faults import BREAKS, EITHER, STREAMED, TWO_KEYS, WHOLE, Failure, of_status
 from strict_messages import assert_error, assert_in_order, assert_message, events_of
-from test_failover import EITHER, STREAMED, TWO_KEYS, WHOLE, Failure, of_status
-from test_responses_stream import BREAKS
 
 FILTERED = Failure(error(400, code="content_filter"), "content_filter", 400)
 WRAPPED = {"error": {"message": "overloaded", "code": 503}}

@@ -1,11 +1,11 @@
 """Whatever bytes or JSON come in, from a client or from a provider: a clear verdict, never a crash."""
 
 from itertools import pairwise
-from typing import ClassVar
 
 import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from worlds import World
 
 from adapters import errors as faults
 from adapters.base import as_chunks
@@ -44,16 +44,7 @@ OBJECTS = st.dictionaries(NAMES, JSON, max_size=6)
 
 TOOLS = [{"type": "function", "function": {"name": "text", "parameters": {"type": "object"}}}]
 CHAT = chat_from({"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS})
-
-
-class Keyless:
-    """Of a route, a failure reads the key, to redact it, and the quirks of its model."""
-
-    class key:
-        secret = ""
-
-    class model:
-        quirks: ClassVar = {}
+ROUTE = World({}).route(1)
 
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
@@ -122,7 +113,7 @@ def test_what_stands_between_events_and_how_lines_end_changes_nothing(events, cu
 @given(st.lists(OBJECTS, max_size=6))
 def test_any_events_end_in_an_answer_or_in_a_named_failure(chunks):
     tally = Tally()
-    incoming = Incoming(OpenAIAdapter().translator(tally, CHAT), tally, Keyless, 0.0, is_sse=True)
+    incoming = Incoming(OpenAIAdapter().translator(tally, CHAT), tally, ROUTE, 0.0, is_sse=True)
 
     incoming.feed(b"".join(b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in chunks))
     error = incoming.error or incoming.ending()
@@ -156,7 +147,7 @@ NO_TOOLS = chat_from({"messages": [{"role": "user", "content": "hi"}]})
 def test_a_chunk_read_by_its_surroundings_means_what_it_means_read_whole(payloads):
     def read(stream: list[bytes]) -> tuple[list[bytes], list[object], Tally]:
         tally, events = Tally(), []
-        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, Keyless, 0.0, is_sse=True)
+        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, ROUTE, 0.0, is_sse=True)
         for payload in stream:
             events += incoming.feed(b"data: " + payload + b"\n\n")[0]
         tally.head = {}
@@ -181,7 +172,7 @@ def test_events_that_are_read_together_mean_what_each_means_alone(payloads, cuts
 
     def read(stream: list[bytes]) -> tuple[bytes, str, Tally]:
         tally, events = Tally(), []
-        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, Keyless, 0.0, is_sse=True)
+        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, ROUTE, 0.0, is_sse=True)
         for data in stream:
             events += incoming.feed(data)[0]
         deltas = [event.chunk["choices"][0]["delta"] for event in events if event.chunk.get("choices")]

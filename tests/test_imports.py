@@ -121,6 +121,11 @@ def test_sql_is_written_in_the_records_only(name):
     assert layer(name) == "records" or not [text for text in texts if isinstance(text, str) and SQL.search(text)]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.name)
+def test_what_several_tests_use_stands_in_a_module_of_its_own(path):
+    assert {name for name in imported(path) if name.startswith("test_")} == set()
+
+
 @every_module
 def test_no_import_hides_in_a_function(name):
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)

@@ -5,7 +5,7 @@ from collections import Counter
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from conftest import both_ways
+from conftest import assert_error, both_ways
 from fake_provider import Wait, answer, completion, error, raw, until
 
 KEYS = ["sk-a-secret-0001", "sk-a-secret-0002", "sk-a-secret-0003"]
@@ -165,6 +165,19 @@ async def test_a_request_too_large_for_what_is_left_of_the_limit_goes_elsewhere(
 
     assert (await gateway.chat(max_tokens=600)).text == "hello from b"
     assert (await gateway.chat(max_tokens=100)).text == "hello from a"
+
+
+@pytest.mark.parametrize("limit", ["tpm", "tpd"])
+@pytest.mark.parametrize("model", ["auto-priority", "auto", "a-model"])
+async def test_a_request_that_alone_exceeds_a_limit_is_too_long_at_once(start_gateway, fake, limit, model):
+    gateway = await start_gateway({"a": {"model": {limit: 2_000}}})
+
+    async with asyncio.timeout(3):  # no waiting: there will never be room
+        got = await gateway.chat("x" * 8_000, model=model)
+
+    assert_error(got, 400, "invalid_request_error", "context_length_exceeded")
+    assert "maximum context length is 2000 tokens. However, your messages resulted in 3000" in got.error["message"]
+    assert fake.called == []
 
 
 async def test_failed_attempts_count_as_requests(start_gateway, fake):

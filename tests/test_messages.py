@@ -7,13 +7,8 @@ import pytest
 from conftest import IN_ORDER, Answer, Stream, both_ways, case
 from fake_provider import PAUSE, answer, body, completion, error, raw
 from strict_messages import assert_count, assert_error, assert_in_order, assert_message, events_of
-from test_response_items import PIXEL, call_of
+from turns import PIXEL, WEATHER, call_of
 
-WEATHER = {
-    "name": "weather",
-    "description": "The weather in a city.",
-    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-}
 HI = [{"role": "user", "content": "hi"}]
 
 

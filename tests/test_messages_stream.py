@@ -5,10 +5,10 @@ import anthropic
 import pytest
 from conftest import IN_ORDER, Stream
 from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Every, answer, chunk, error, event, sse, usage_chunk
+from faults import BREAKS
 from multidict import CIMultiDict
 from strict_messages import assert_in_order, events_of
-from test_messages import WEATHER
-from test_responses_stream import BREAKS, CALLS, piece
+from turns import CALLS, WEATHER, piece
 
 SHORT_STALL = {"MAX_STREAM_STALL_MS": "60"}
 

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 import pytest
+from certificates import certificate
 from conftest import API_KEY, case, client_of
 from fake_provider import FakeProvider, answer, error
-from test_tls import certificate
 
 from config.proxies import proxies
 from config.settings import SettingsError

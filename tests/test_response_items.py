@@ -1,35 +1,10 @@
 """SPEC 9.1: what a Responses request becomes in chat's form, and what is refused. Pure tables."""
 
-import itertools
-import json
-
 import pytest
+from turns import PIXEL, call_of, parsed
 
-from dialects.responses import ResponsesDialect
 from wire.chat import Mode
 from wire.errors import InvalidRequest
-
-NOW = 1_800_000_000.0
-PIXEL = "data:image/png;base64,iVBORw0KGgo="
-
-
-def call_of(id: str, name: str = "weather", arguments: str = "{}") -> dict:
-    """A tool call in chat's form."""
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-# --- What goes out ----------------------------------------------------------------------------------------------
-
-
-def parsed(dialect=None, **request):
-    dialect = dialect or ResponsesDialect(tokens())
-    return dialect.parse(json.dumps({"input": "hi"} | request).encode(), NOW)
-
-
-def tokens():
-    numbers = itertools.count()
-    return lambda: f"{next(numbers):048x}"
-
 
 USER = {"role": "user", "content": "hi"}
 CALL = {"type": "function_call", "call_id": "c1", "name": "f", "arguments": "{}"}

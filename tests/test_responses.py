@@ -8,7 +8,7 @@ from conftest import IN_ORDER, both_ways
 from fake_provider import CUT, answer, body, chunk, completion, error, raw, sse
 from pydantic import BaseModel
 from strict_models import assert_response
-from test_response_items import NOW, PIXEL, call_of, parsed, tokens
+from turns import NOW, PIXEL, call_of, parsed, tokens
 
 from dialects.responses import KEPT_MAX, KEPT_S, ResponsesDialect
 from wire.chat import Completion, Event, Tally

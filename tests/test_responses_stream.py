@@ -5,26 +5,16 @@ import json
 import pytest
 from conftest import IN_ORDER, Stream
 from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Every, answer, chunk, event, sse, usage_chunk
+from faults import BREAKS
 from openai.types.responses import Response
 from pydantic import BaseModel
 from strict_models import assert_event
+from turns import CALLS, piece
 
-CALLS = chunk(finish="tool_calls")
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
 PATCH = {"type": "custom", "name": "patch"}
 SHORT_STALL = {"MAX_STREAM_STALL_MS": "60"}
 LAST = ("response.completed", "response.incomplete", "response.failed")
-
-
-def piece(index: int, arguments: str | None = None, *, id: str | None = None, name: str | None = None) -> dict:
-    """One piece of one tool call."""
-    call: dict = {"index": index, "function": {}}
-    if id:
-        call |= {"id": id, "type": "function"}
-        call["function"]["name"] = name
-    if arguments is not None:
-        call["function"]["arguments"] = arguments
-    return chunk(tool_calls=[call])
 
 
 async def streamed(gateway, **fields) -> tuple[list[dict], Stream]:
@@ -336,15 +326,6 @@ async def test_a_provider_that_dies_before_its_first_token_is_never_seen(start_g
     assert final.output_text == "hello from b"
     assert [e.type for e in events].count("response.created") == 1
     assert [row["status"] for row in await gateway.rows(2)] == ["error", "success"]
-
-
-BREAKS = {
-    "a cut": (CUT, "stream_error", "connection"),
-    "a reset": (RESET, "stream_error", "connection"),
-    "an error": (event({"error": {"message": "no luck", "code": 503}}), "stream_error", "server_error"),
-    "an end without an end": (b": bye\n\n", "stream_error", "truncated"),
-    "a stall": (PAUSE, "stream_timeout", "stall"),
-}
 
 
 @pytest.mark.parametrize(("breaking", "type", "kind"), BREAKS.values(), ids=BREAKS)

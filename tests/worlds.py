@@ -5,7 +5,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from random import Random
 
@@ -82,6 +82,7 @@ class World:
         self.models = models_of(*all_facts)
         self.protection = Protection(levels=levels or {}, sticky_ttl_s=TTL_S, thread_cooldown_s=180.0)
         self.router = Router(self.protection)
+        self.rng = Random(0)
         platforms = list(dict.fromkeys(model.platform for model in self.models))
         counts = {m.platform.id: f.get("keys", 1) for m, f in reversed(list(zip(self.models, all_facts, strict=True)))}
         names = [platform.id for platform in platforms for _ in range(counts[platform.id])]
@@ -94,15 +95,25 @@ class World:
     def keep_books(self, store: Store) -> None:
         """From now on attempts can be settled."""
         self.books = Books(
-            Settings(), self.protection, self.router, store, EventLog("error"), Metrics(), Random(0), lambda: None
+            Settings(), self.protection, self.router, store, EventLog("error"), Metrics(), self.rng, lambda: None
         )
 
     def settle(
-        self, route: Route, outcome: Outcome, now: float = NOW, *, plan: Plan | None = None, session: str = ""
+        self,
+        route: Route,
+        outcome: Outcome,
+        now: float = NOW,
+        *,
+        began: float | None = None,
+        plan: Plan | None = None,
+        session: str = "",
+        pause_s: float | None = None,
     ) -> None:
-        """What the engine does at the end of an attempt that began just before."""
-        exchange = Exchange("", now, now, deadline=inf, task=None, wait_max_s=0.0, session=session, plan=plan)
-        self.books.charge(exchange, Tried(route, outcome, now), now)
+        """What the engine does at the end of an attempt, which began just before if nothing else is said."""
+        # With one attempt left, all the time there is to wait is the pause between two of the request's own trials.
+        wait_s = 0.0 if pause_s is None else pause_s
+        exchange = Exchange("", now, now, deadline=inf, task=None, wait_max_s=wait_s, session=session, plan=plan)
+        self.books.charge(exchange, Tried(route, outcome, now if began is None else began), now)
 
     def fail(self, route: Route, failure: Failure, now: float = NOW, *, plan: Plan | None = None, **more) -> None:
         self.settle(route, Failed(a_failure(failure, **more), Phase.BEFORE_STREAM), now, plan=plan)
@@ -112,8 +123,17 @@ class World:
         model = self.models[id - 1]
         return Route(model, self.keys[model.platform.id], None, rung)
 
-    def plan(self, model: str = "auto-priority", standing: Standing = NO_STANDING, now: float = NOW, **fields) -> Plan:
-        return self.router.plan(a_chat(model, **fields).need, standing, now, Random(0))
+    def plan(
+        self,
+        model: str = "auto-priority",
+        standing: Standing = NO_STANDING,
+        now: float = NOW,
+        *,
+        strict: bool = False,
+        **fields,
+    ) -> Plan:
+        need = replace(a_chat(model, **fields).need, strict=strict)
+        return self.router.plan(need, standing, now, self.rng)
 
     def order(self, model: str, seed: int = 0, standing: Standing = NO_STANDING, now: float = NOW) -> list[int]:
         return [m.id for m in self.router.plan(a_chat(model).need, standing, now, Random(seed)).complete()]
@@ -132,3 +152,18 @@ class World:
 
     def rest_model(self, id: int, seconds: float = 60.0, now: float = NOW) -> None:
         self.protection.transient.set(id, now + seconds, now)
+
+    def reserve(self, id: int, now: float = NOW) -> None:
+        """The model's key has been used."""
+        model = self.models[id - 1]
+        self.router.ledger.reserve(model, self.keys[model.platform.id].id, 1, now)
+
+    def lease(self, id: int, now: float = NOW) -> None:
+        """Another request is trying this model."""
+        self.protection.trials[id] = now
+
+    def forget(self, id: int) -> None:
+        """The model leaves the catalogue."""
+        old = self.router.catalog
+        models = [model for model in old.models if model.id != id]
+        self.router.load(Catalog(old.platforms.values(), models, self.all_keys), self.router.key_status)

@@ -7,10 +7,10 @@ gone, a server that stops. Knows ASGI, and nothing of what is done for the clien
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, TypeVar
 
+from transport.packing import too_large, unpacked
 from wire.errors import GatewayError, InvalidRequest
 
 Receive = Callable[[], Awaitable[Any]]
@@ -59,30 +59,7 @@ async def read_body(headers: Mapping[bytes, bytes], receive: Receive, bytes_max:
     except asyncio.CancelledError:
         raise Stopping from None
     raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    encoding = headers.get(b"content-encoding", b"").strip().lower()
-    return raw if encoding in (b"", b"identity") else unpacked(raw, encoding, bytes_max)
-
-
-def too_large(bytes_max: int) -> InvalidRequest:
-    return InvalidRequest(f"The body is larger than {bytes_max} bytes.", code="request_too_large", status=413)
-
-
-def unpacked(raw: bytes, encoding: bytes, bytes_max: int) -> bytes:
-    """A compressed body, refused as soon as it turns out too large."""
-    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
-        message = f"Content-Encoding {encoding.decode('latin-1')!r} is not supported: send gzip, deflate or plain JSON."
-        raise InvalidRequest(message, code="unsupported_encoding", status=415)
-    bare_deflate = encoding == b"deflate" and raw[:1] != b"\x78"  # some leave out the zlib header
-    unpacker = zlib.decompressobj(-zlib.MAX_WBITS if bare_deflate else zlib.MAX_WBITS | 32)
-    try:
-        unpacked = unpacker.decompress(raw, bytes_max + 1)
-    except zlib.error:
-        raise InvalidRequest("The body is not what its Content-Encoding says.", code="invalid_encoding") from None
-    if len(unpacked) > bytes_max:
-        raise too_large(bytes_max)
-    if not unpacker.eof:
-        raise InvalidRequest("The compressed body is incomplete.", code="invalid_encoding")
-    return unpacked
+    return unpacked(raw, headers.get(b"content-encoding", b""), bytes_max)
 
 
 class Client:

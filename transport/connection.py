@@ -1,7 +1,8 @@
 """One client's connection: how much it may send before it is a request, and how long it may take.
 
 uvicorn reads a request's head without a limit of size or time, and keeps a connection that never says anything for
-ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair.
+ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair. And an offer
+of another protocol is declined, as every server may: uvicorn would lose the body of a request that makes one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from transport.client import Client, CutShort
@@ -66,7 +68,8 @@ class ClientConnection(HttpToolsProtocol):
             if self._head_bytes > REFUSED_BYTES_MAX:
                 self.transport.close()
             return
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
         if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):  # not within a head
             self._head_bytes = 0
             return
@@ -74,6 +77,41 @@ class ClientConnection(HttpToolsProtocol):
         if self._head_bytes > HEAD_BYTES_MAX and not self.transport.is_closing():
             words = f"The request's head is larger than {HEAD_BYTES_MAX} bytes."
             self._refuse(InvalidRequest(words, code="head_too_large", status=431))
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except HttpParserUpgrade as offer:  # what follows the head is not read: a body in another protocol's terms
+            if self._declines:
+                self._feed(self._head_without_offer() + data[offer.args[0] :])
+        except HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    @property
+    def _declines(self) -> bool:
+        """Whether this head offers to go on in another protocol. CONNECT, which asks for a tunnel, is answered as it
+        is: there is nothing else to be made of it."""
+        return bool(self.parser.should_upgrade()) and self.parser.get_method() != b"CONNECT"
+
+    def on_headers_complete(self) -> None:
+        if not self._declines:
+            super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        if not self._declines:
+            super().on_message_complete()
+
+    def _head_without_offer(self) -> bytes:
+        """The head that has just been read, for a parser of its own, as a client without the offer sends it."""
+        line = b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+        lines = [b"%b: %b" % (name, value) for name, value in self.headers if name != b"connection"]
+        options = [option for name, value in self.headers if name == b"connection" for option in value.split(b",")]
+        kept = [option for option in options if option.strip().lower() != b"upgrade"]
+        if kept:
+            lines.append(b"connection: " + b",".join(kept))
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn does
+        return b"\r\n".join([line, *lines]) + b"\r\n\r\n"
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidRequest(msg, code="invalid_http"))

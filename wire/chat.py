@@ -8,7 +8,7 @@ unknown fields pass through. No I/O.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -30,18 +30,28 @@ class Mode(StrEnum):
 
 
 MODELS_PREFIX = "freellmapi/"  # clients configured for that gateway send it
+VENDOR_PREFIX = "openai/"  # so some clients say which API they speak
+LATEST = ":latest"  # a tag that some put behind every name
 MODES = frozenset(Mode)
 VIRTUAL_MODELS = ("auto", *(f"auto-{mode}" for mode in Mode))
 
 
 def parse_model(name: str) -> tuple[Mode, str | None]:
     """The mode that a model name asks for, and the model it pins, if any (SPEC 3.3)."""
-    name = name.strip().removeprefix(MODELS_PREFIX)
-    if name in ("", "auto"):
+    name = name.strip()
+    if name[: len(MODELS_PREFIX)].lower() == MODELS_PREFIX:
+        name = name[len(MODELS_PREFIX) :]
+    plain = plain_name(name).removeprefix(VENDOR_PREFIX)
+    if plain in ("", "auto"):
         return Mode.BALANCED, None
-    if name.startswith(("auto-", "auto:")) and name[5:] in MODES:
-        return Mode(name[5:]), None
+    if plain.startswith(("auto-", "auto:")) and plain[5:] in MODES:
+        return Mode(plain[5:]), None
     return Mode.BALANCED, name
+
+
+def plain_name(name: str) -> str:
+    """A name without what clients spell differently (SPEC 3.10)."""
+    return name.strip().lower().removesuffix(LATEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +86,11 @@ class Chat:
     tool_names: Mapping[str, str] = field(default_factory=dict)  # renamed for strict servers: new name to the client's
     origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
     answered: bytes | None = field(default=None, repr=False)  # the whole response, where no provider is needed
+
+    def asking_for(self, model: str) -> Chat:
+        """The same with this model's name in place of the body's."""
+        mode, pinned = parse_model(model)
+        return replace(self, model=model, need=replace(self.need, mode=mode, pinned=pinned))
 
 
 def token_count(value: object) -> int | None:
