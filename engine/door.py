@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from config.settings import LOOPBACK_HOSTS, spelled
 from engine.address import Given, credentials, tidy_path
 from engine.delivery import JSON_HEADERS, response_start
+from engine.drill import parse_drill
 from engine.exchange import Engine
 from engine.origins import allowed, is_preflight, preflight_headers, shown_to
 from engine.record import Exchange, route_headers
@@ -119,6 +120,12 @@ class Door:
         if not any(right):
             raise Unauthorized
 
+    def _admit_drill(self, headers: Given) -> None:
+        """Only the operator breaks anything on purpose."""
+        if not hmac.compare_digest(headers.get(b"x-admin-key", b""), self._admin_key):
+            message = "X-Drill needs the admin key in X-Admin-Key."
+            raise InvalidRequest(message, param="X-Admin-Key", code="drill_forbidden", status=403)
+
     async def _serve(
         self,
         exchange: Exchange,
@@ -135,6 +142,9 @@ class Door:
         chat = chat if model is None else chat.asking_for(model)
         exchange.chat, exchange.session = understood(chat, headers, self._engine.router.catalog, private=self._private)
         exchange.uncached = wants_no_memory(headers)
+        if (drill := headers.get(b"x-drill")) is not None:
+            self._admit_drill(headers)
+            exchange.begin_drill(parse_drill(drill.decode("latin-1")))
         exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)

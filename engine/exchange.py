@@ -16,6 +16,7 @@ from random import Random
 from adapters.stream import cut_short
 from config.settings import Settings
 from engine.delivery import Delivery
+from engine.drill import DrilledAttempt
 from engine.explain import Explanations
 from engine.hedging import Hedging
 from engine.recall import Recall
@@ -121,7 +122,7 @@ class Engine:
         finally:
             self.running.discard(exchange)
             exchange.delivery, exchange.begun = None, delivery.started
-            if exchange.broken is not None and exchange.status == "success":
+            if exchange.broken is not None and exchange.status == "success" and exchange.drill is None:
                 self.metrics.rescued("whole")
             self._close(exchange)
 
@@ -170,7 +171,8 @@ class Engine:
         running = exchange.current
         assert running is not None
         attempt = running.attempt
-        if not await attempt.open(self._hedging.late_at(attempt, chat.need)):
+        late_at = self._hedging.late_at(attempt, chat.need) if exchange.may_ask(2) else inf
+        if not await attempt.open(late_at):
             second = self._hedging.second_route(plan, attempt.route)
             if second is None:
                 await attempt.open()
@@ -328,7 +330,7 @@ class Engine:
         """The last bytes of a stream that broke and was not mended: the client is told in the stream (SPEC 8.5)."""
         error = exchange.broken
         assert error is not None
-        if exchange.story is not None:
+        if exchange.story is not None and exchange.drill is None:
             self.metrics.rescued("lost")
         stalled = error.failure is Failure.STALL
         name = "stream_timeout" if stalled else "stream_error"
@@ -344,12 +346,16 @@ class Engine:
         standing = self.protection.standing(exchange.session, now, auto=auto)
         try:
             self._hedging.arrived()
-            exchange.plan = plan = self.router.plan(chat.need, standing, now, self._rng)
+            exchange.plan = plan = self.router.plan(
+                chat.need, standing, now, self._rng, rehearsal=exchange.drill is not None
+            )
         except GatewayError as error:
             exchange.moment = self.router.moment(Plan(chat.need), now)
             if not isinstance(error, NoProviders):
                 raise
             raise self._exhausted(exchange, Plan(chat.need), chat) from None
+        if exchange.drill is not None:
+            plan.trial = None  # of which no gate would hear
         exchange.moment = self.router.moment(plan, now)
         plan.attempts_left = self._attempts_max
         return plan
@@ -360,7 +366,10 @@ class Engine:
             now = time.monotonic()
             plan.attempts_left = self._attempts_max - exchange.attempts
             if exchange.failures and (
-                plan.attempts_left <= 0 or now >= exchange.deadline or request_is_bad(exchange.failures)
+                plan.attempts_left <= 0
+                or not exchange.may_ask(1)
+                or now >= exchange.deadline
+                or request_is_bad(exchange.failures)
             ):
                 return None
             if exchange.retry is not None and not self.router.asked_for_left(plan, now):
@@ -418,7 +427,11 @@ class Engine:
             asked = continuation(chat, exchange.story, route.model, prefill=prefill)
             exchange.seam, exchange.continued = Seam(exchange.story, asked), False
             resumed_at = exchange.story.chars
-        attempt = self.providers.attempt(route, chat if asked is None else asked.chat, exchange.attempts)
+        asking = chat if asked is None else asked.chat
+        if exchange.drill is not None and exchange.attempts == 1:
+            attempt: Attempt = DrilledAttempt(self.providers, route, asking, exchange.attempts, exchange.drill)
+        else:
+            attempt = self.providers.attempt(route, asking, exchange.attempts)
         active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, attempt.started)
         return Running(attempt, active, self._skipped(plan), resumed_at, asked, hedge)
 
@@ -441,7 +454,8 @@ class Engine:
         now = time.monotonic()
         soonest_s = self.router.soonest_s(plan, now)
         error = exhausted(plan, exchange.failures, stream=chat.stream, retry_after_s=soonest_s)
-        self.metrics.exhausted()
+        if exchange.drill is None:
+            self.metrics.exhausted()
         labels = {model.id: model.label for model in plan.complete()}
         pool = {
             "candidates": len(labels),
@@ -480,7 +494,8 @@ class Engine:
 
     def _close(self, exchange: Exchange) -> None:
         failed = len(exchange.failures)
-        self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
+        if exchange.drill is None:
+            self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
         self.explanations.keep(exchange)
         if not self.log.wants("info"):
             return
