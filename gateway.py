@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -37,10 +37,13 @@ from config.catalog_files import load_catalog
 from config.proxies import proxies
 from config.settings import Settings, SettingsError, check_binding, load_settings
 from dialects.chat import ChatDialect
-from dialects.messages import ALIASES, MessagesDialect, model_entry, model_list
+from dialects.completions import CompletionsDialect
+from dialects.embeddings import EmbeddingsDialect
+from dialects.messages import MessagesDialect
 from dialects.responses import ResponsesDialect
 from engine.door import Door, traced
 from engine.exchange import Engine
+from engine.listing import Listing
 from protection import parse_levels
 from providers import Providers, Timeouts
 from records.database import Connection, DatabaseError, Store, ping
@@ -50,15 +53,14 @@ from records.keys import client_key
 from records.request_log import clients_use, delete_old_rows, model_stats, todays_use
 from records.vault import StoreError
 from router import Router as ModelRouter
-from routing.catalog import Model, ModelKind, is_demo
+from routing.catalog import is_demo
 from routing.scores import Stats, success_probabilities
 from routing.standing import Protection
 from transport.client import Receive, Send, read_body
 from transport.connection import ClientConnection
 from transport.process import allow_many_files, listen, spare_the_collector, trim_memory
 from transport.upstream import Upstream
-from wire.chat import MODELS_PREFIX, VIRTUAL_MODELS, Dialect, LocalRoute, Need, parse_model
-from wire.errors import ModelNotFound
+from wire.chat import Dialect, LocalRoute
 
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
@@ -98,13 +100,13 @@ class Gateway:
             ChatDialect(),
             ResponsesDialect(lambda: secrets.token_hex(24)),
             MessagesDialect(lambda: secrets.token_hex(24)),
+            CompletionsDialect(lambda: secrets.token_hex(24)),
+            EmbeddingsDialect(),
         )
         self.paths = [path for dialect in dialects for path in dialect.paths]  # that are POSTed to
-        self._started = int(time.time())
         self.endpoints = Router(
             [
-                Route("/v1/models", self.list_models),
-                Route("/v1/models/{id:path}", self.show_model),
+                *Listing(self.engine.router, int(time.time())).routes(),
                 *(self._local_route(route) for dialect in dialects for route in dialect.extra_routes()),
                 Route("/healthz", self.healthz),
                 resource("/", GET=Page().show),
@@ -147,7 +149,8 @@ class Gateway:
             )
             upstream = Upstream(s.connect_timeout_ms / 1000, proxies=self.proxies)
             async with upstream, background(self.log, *jobs):
-                self.engine.providers = Providers(timeouts, upstream)
+                whole_calls = s.tool_calls == "whole"
+                self.engine.providers = Providers(timeouts, upstream, whole_calls=whole_calls)
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
                 await self._drain()
@@ -243,55 +246,6 @@ class Gateway:
             return Response(route.answer(request.path_params, raw, time.time()), media_type="application/json")
 
         return Route(route.path, endpoint, methods=[route.method])
-
-    async def list_models(self, request: Request) -> Response:
-        if "anthropic-version" in request.headers:
-            chat = {m.model_id: 1 for m in self.engine.router.catalog.models if m.enabled and m.kind is ModelKind.CHAT}
-            ids = [*ALIASES, *VIRTUAL_MODELS, *chat]
-            return Response(model_list(map(self._entry, ids)), media_type="application/json")
-        listed = {id: self._describe(id) for id in VIRTUAL_MODELS}
-        for model in self.engine.router.catalog.models:
-            if model.enabled and model.model_id not in listed:
-                listed[model.model_id] = self._describe(model.model_id)
-        return json_response({"object": "list", "data": list(listed.values())})
-
-    async def show_model(self, request: Request) -> Response:
-        name = request.path_params["id"].removeprefix(MODELS_PREFIX).replace("auto:", "auto-")
-        anthropic = "anthropic-version" in request.headers
-        if not (anthropic and name in ALIASES):
-            try:
-                self._models_named(name, ModelKind.CHAT if anthropic else None)
-            except ModelNotFound as error:
-                raise ModelNotFound(error.message, status=404) from None
-        return json_response(self._entry(name) if anthropic else self._describe(name))
-
-    def _models_named(self, name: str, kind: ModelKind | None = ModelKind.CHAT) -> Sequence[Model]:
-        """The models that a client may be served by under this name; of any kind for None. Raises ModelNotFound."""
-        catalog = self.engine.router.catalog
-        mode, pinned = parse_model(name)
-        need = catalog.meant(Need(mode, pinned, tokens=0))
-        return catalog.auto_chain if need.pinned is None else catalog.resolve(need.pinned, kind)
-
-    def _entry(self, name: str) -> dict[str, Any]:
-        """A model as Anthropic lists it."""
-        catalog = self.engine.router.catalog
-        own = name in ALIASES or name in VIRTUAL_MODELS
-        models = catalog.auto_chain if own else self._models_named(name)
-        windows = [model.context_window for model in models]
-        lengths = [model.max_output for model in models if model.max_output is not None]
-        shown = "Freeway " + name.removeprefix("claude-freeway").strip("-") if own else models[0].name
-        return model_entry(name, shown.strip(), max(windows, default=None), max(lengths, default=None))
-
-    def _describe(self, name: str) -> dict[str, Any]:
-        """A model as OpenAI lists it, with the context window that agents look for."""
-        entry: dict[str, Any] = {"id": name, "object": "model", "created": self._started, "owned_by": "freeway"}
-        models = self._models_named(name, None)
-        if models is not self.engine.router.catalog.auto_chain:
-            entry["owned_by"] = models[0].platform.id
-        entry["kind"] = models[0].kind if models else ModelKind.CHAT
-        if models:
-            entry["context_window"] = entry["context_length"] = max(m.context_window for m in models)
-        return entry
 
     async def healthz(self, request: Request) -> Response:
         try:

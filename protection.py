@@ -146,7 +146,7 @@ class UpstreamError(Exception):
 
     @property
     def kind(self) -> Kind | None:
-        return Kind.SERVER if self.status in GATEWAY_STATUSES else self.rule.kind
+        return Kind.SERVER if self.status in GATEWAY_STATUSES and not self.ours else self.rule.kind
 
 
 # Codes that say more than the status they arrive with.

@@ -16,22 +16,21 @@ from math import inf
 from adapters.base import Adapter, Reply, base_url
 from adapters.errors import redact
 from adapters.openai import failed_generation
-from adapters.plain import note
 from adapters.registry import ADAPTERS
 from adapters.stream import Incoming, checked_answer, cut_short, loaded, refusal, said_instead, whole_reply
 from protection import Failure, Outcome, UpstreamError
 from routing.catalog import Key, Model, Platform, is_demo
 from routing.route import Route
 from transport.upstream import Call, CallFailed, ConnectTimeout, NoFileLeft, Response, Upstream
-from wire.chat import Chat, Completion, Event, Tally, chunk_of, frame
+from wire.chat import Chat, Completion, Event, Tally
 from wire.http import Endpoint
 from wire.jsontext import load_lenient
+from wire.sse import BOM
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
 ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
 ERROR_BODY_S = 2.0  # for an error's body: its status and headers say enough without it (SPEC 5.3)
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
-AFTER_FINISH_S = 5.0  # an answer that has said how it ended waits no longer for its usage and end marker (SPEC 8.9)
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
 CHECK_S = 10.0  # for a list of models
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
@@ -62,13 +61,16 @@ class Attempt:
     __slots__ = (
         "_adapter",
         "_at_end",
+        "_bare",
         "_call",
         "_clock",
         "_end_at",
         "_first",
+        "_gives_back",
         "_heard_at",
         "_incoming",
         "_pieces",
+        "_progressed_at",
         "_quiet_s",
         "_refused",
         "_response",
@@ -76,6 +78,7 @@ class Attempt:
         "_timeouts",
         "_upstream",
         "_whole",
+        "_whole_calls",
         "began",
         "chat",
         "completion",
@@ -101,10 +104,13 @@ class Attempt:
         self.started = time.monotonic()
         self.ttfb_ms: int | None = None
         self._adapter = providers.adapter(route.model.platform)
+        self._whole_calls = providers.whole_calls
+        self._gives_back = False  # the request holds what a platform gave out for itself
+        self._bare = False  # that has been refused
         self._upstream = providers.upstream
         self._timeouts = providers.timeouts
         self._clock = asyncio.get_running_loop().time
-        self.began = self._heard_at = self._clock()
+        self.began = self._heard_at = self._progressed_at = self._clock()
         self._whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
         self._call: Call | None = None
         self._response: Response | None = None
@@ -139,7 +145,10 @@ class Attempt:
         """Wait once, and judge what has come. False when it has become late."""
         limit = self._limit()
         if self._clock() >= limit:  # a provider that never pauses would never let the timer run
-            raise TimeoutError
+            if not self._may_end:
+                raise TimeoutError
+            self._judge(b"")
+            return True
         data = b""
         try:
             async with asyncio.timeout_at(min(limit, late_at)):
@@ -151,13 +160,15 @@ class Attempt:
                     if not self._whole and not self._refused:
                         break
                     self._keep(data)
+                    if self._refused and self._size > ERROR_BYTES_MAX:
+                        break
         except TimeoutError:
             if late_at < limit:
                 return False
-            if not self._refused:
+            if not self._may_end:
                 raise
         except CallFailed:
-            if not self._refused:
+            if not self._may_end:
                 raise
         self._heard_at = self._clock()
         self._judge(data)
@@ -169,18 +180,29 @@ class Attempt:
             return self._heard_at + ERROR_BODY_S
         if self._whole:
             return self.began + self._timeouts.request_s
-        return min(self._heard_at + self._timeouts.stall_s, self.began + self._timeouts.first_token_s)
+        silence_s, first_from, incoming = self._timeouts.stall_s, self.began, self._incoming
+        if incoming is not None and incoming.holding:  # a long tool call has no first token to send
+            first_from = self._progressed_at
+        if incoming is not None and incoming.finishing:
+            silence_s = min(silence_s, incoming.silence_s)
+        return min(self._heard_at + silence_s, first_from + self._timeouts.first_token_s)
+
+    @property
+    def _may_end(self) -> bool:
+        """Whether what has come is enough to judge the answer by, should no more come."""
+        return self._refused or (self._incoming is not None and self._incoming.finishing)
 
     async def _ask(self) -> Response:
         if self._call is None:
-            request = self._adapter.request(self.route.model, self.route.key, self.chat)
+            request = self._adapter.request(self.route.model, self.route.key, self.chat, bare=self._bare)
+            self._gives_back = request.gives_back
             self._call = await self._upstream.start("POST", request.endpoint, request.body)
         response = await self._call.head()
         self._heard_at = self._clock()
         self._refused = not 200 <= response.status < 300
         if not self._whole and not self._refused:
             is_sse = response.content_type == "text/event-stream"
-            translator = self._adapter.translator(self.tally, self.chat)
+            translator = self._adapter.translator(self.tally, self.chat, whole_calls=self._whole_calls)
             self._incoming = Incoming(translator, self.tally, self.route, time.time(), is_sse=is_sse)
         return response
 
@@ -188,8 +210,6 @@ class Attempt:
         """One more piece of a body that is read whole."""
         self._pieces.append(data)
         self._size += len(data)
-        if self._refused and self._size > ERROR_BYTES_MAX:
-            self._judge_refusal()
         if self._size > COMPLETION_BYTES_MAX:
             message = f"The answer is larger than {COMPLETION_BYTES_MAX} bytes."
             raise UpstreamError(Failure.MALFORMED, message, status=200)
@@ -200,7 +220,7 @@ class Attempt:
             self._judge_refusal()
         elif self._whole or self._incoming is None:
             self._answered_whole(b"".join(self._pieces))
-        elif not self._incoming.bytes_seen and data.lstrip()[:1] in (b"{", b"["):  # not a stream, whatever was asked
+        elif not self._incoming.bytes_seen and starts_json(data):  # not a stream, whatever was asked
             self._whole = True
             self._keep(data)
         else:
@@ -209,9 +229,23 @@ class Attempt:
     def _judge_refusal(self) -> None:
         response, body = self._response, said_instead(b"".join(self._pieces)[:ERROR_BYTES_MAX])
         assert response is not None
-        if (rescued := failed_generation(body, self.chat)) is None:
-            raise refusal(response.status, response.headers, body, self.route, time.time())
-        self._answered_whole(rescued)
+        if (rescued := failed_generation(body, self.chat)) is not None:
+            self._answered_whole(rescued)
+            return
+        error = refusal(response.status, response.headers, body, self.route, time.time())
+        if not self._gives_back or error.failure is not Failure.BAD_REQUEST:
+            raise error
+        self._ask_without()
+
+    def _ask_without(self) -> None:
+        """Ask once more, without what platforms give out for themselves: this one may have refused another's."""
+        self._bare = True
+        self.close()
+        self.state = State.OPENING
+        self._call = self._response = None
+        self._refused = False
+        self._pieces.clear()
+        self._size = 0
 
     def _answered_whole(self, raw: bytes) -> None:
         self._commit_reply(whole_reply(raw, self._adapter, self.chat, self.route, time.time()))
@@ -219,12 +253,16 @@ class Attempt:
     def _commit_reply(self, reply: Reply) -> None:
         self.tally, self.completion, self._first = reply.tally, reply.completion, reply.first or []
         self.state, self.ended, self._at_end = State.COMMITTED, True, True
+        self._incoming = None  # it is not a stream, whatever was asked for
 
     def _judge_opening(self, incoming: Incoming, data: bytes) -> None:
         """A stream's next bytes, from its head to its first meaningful event. Raises UpstreamError."""
         tally = self.tally
         events, meaningful = incoming.feed(data) if data else incoming.flush()
+        self._at_end = not data
         self._first += events
+        if incoming.progressed:
+            self._progressed_at = self._heard_at
         if meaningful or (tally.finish == "length" and not cut_short(tally, self.chat, self.route.model)):
             self._commit_stream(incoming)
         elif incoming.error:
@@ -233,7 +271,7 @@ class Attempt:
             if error := incoming.ending() or self._cut():
                 raise error
             self._commit_stream(incoming)
-        else:
+        elif not incoming.holding:
             self._size += len(data)
             if self._size > HELD_BYTES_MAX:
                 raise UpstreamError(Failure.EMPTY, "The provider sent 1 MiB without a word of an answer.", status=200)
@@ -263,13 +301,13 @@ class Attempt:
         if incoming is None:
             return None
         while not (self._at_end or incoming.done or incoming.error):
-            finished = self.tally.finish is not None
-            data = await self._read(quiet_s, finished=finished)
+            finishing = incoming.finishing
+            data = await self._read(quiet_s, incoming)
             if data:
-                events, meaningful = incoming.feed(data)
-                if meaningful:
+                events, _ = incoming.feed(data)
+                if incoming.progressed:
                     self._quiet_s = 0.0
-                if events and finished:  # it goes on after all
+                if finishing and (events or incoming.progressed):  # it goes on after all
                     self._end_at = inf
             else:
                 self._at_end = True
@@ -279,29 +317,29 @@ class Attempt:
                 return events
         return await self._ending(incoming)
 
-    async def _read(self, quiet_s: float, *, finished: bool) -> bytes:
-        """The next bytes; b"" at the end, and when a finished answer says no more.
+    async def _read(self, quiet_s: float, incoming: Incoming) -> bytes:
+        """The next bytes; b"" at the end, and when nothing more comes behind a finish reason.
 
         Only waiting counts as silence, never the time that our client takes.
         """
         assert self._response is not None
-        now = self._clock()
-        if finished:
-            self._end_at = min(self._end_at, now + min(self._timeouts.stall_s, AFTER_FINISH_S))
-            until = self._end_at
+        now, stall_s = self._clock(), self._timeouts.stall_s
+        if incoming.finishing:
+            self._end_at = min(self._end_at, now + stall_s)  # whatever comes until then, if it says nothing
+            until = min(self._end_at, now + min(stall_s, incoming.silence_s))
         else:
-            until = now + min(self._timeouts.stall_s, quiet_s - self._quiet_s)
+            until = now + min(stall_s, quiet_s - self._quiet_s)
         try:
             if until <= now:
                 raise TimeoutError
             async with asyncio.timeout_at(until):
                 data = await self._response.read()
         except TimeoutError:
-            if finished:
+            if incoming.finishing:
                 return b""
             raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504) from None
         except CallFailed as error:
-            if finished:  # a broken connection says nothing once the answer is complete
+            if incoming.finishing:  # a broken connection says nothing once the answer is complete
                 return b""
             words = redact(str(error), self.route.key.secret)
             raise UpstreamError(Failure.CONNECTION, f"The connection broke: {words}") from None
@@ -316,10 +354,6 @@ class Attempt:
     async def _ending(self, incoming: Incoming) -> list[Event] | None:
         if error := incoming.error or incoming.ending():
             raise error
-        if self.tally.finish is None:  # [DONE] alone: clients want to be told how it ended
-            chunk = chunk_of(self.tally.head, {}, "tool_calls" if self.tally.has_tool_calls else "stop")
-            note(chunk, self.tally)
-            return [Event(frame(chunk), chunk)]
         response = self._response
         if incoming.done and response is not None and not response.complete:  # lets the connection go to the pool
             try:
@@ -341,8 +375,9 @@ class Attempt:
 class Providers:
     """All platforms over one pool of connections."""
 
-    def __init__(self, timeouts: Timeouts, upstream: Upstream) -> None:
+    def __init__(self, timeouts: Timeouts, upstream: Upstream, *, whole_calls: bool = True) -> None:
         self.timeouts = timeouts
+        self.whole_calls = whole_calls  # SPEC 14.7
         self.upstream = upstream
         self._adapters = {name: make(time.time) for name, make in ADAPTERS.items()}
 
@@ -371,7 +406,7 @@ class Providers:
             raise no_answer(error, route) from None
         if not 200 <= response.status < 300:
             raise refusal(response.status, response.headers, said_instead(raw), route, time.time())
-        if not raw.lstrip().startswith(b"["):  # some give a bare list
+        if not raw.removeprefix(BOM).lstrip().startswith(b"["):  # some give a bare list
             checked_answer(loaded(raw), route, time.time())
         return bool(path)
 
@@ -394,6 +429,10 @@ class Providers:
                 return response, await read_body(response)
             finally:
                 response.close()
+
+
+def starts_json(data: bytes) -> bool:
+    return data.removeprefix(BOM).lstrip()[:1] in (b"{", b"[")
 
 
 def no_answer(error: CallFailed | TimeoutError, route: Route, *, silent: bool = False) -> UpstreamError:

@@ -12,6 +12,7 @@ the way.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
 from random import Random
@@ -22,14 +23,15 @@ from routing.cooldowns import TRIAL_SPACING_S
 from routing.explain import BLOCKED_WORDS, RUNG_WORDS, Candidate, Draws, Moment, blocked_words, left_out, scored
 from routing.fit import below_floor, fitting, no_private_route, reaches_floor, unfit
 from routing.gate import RATE_UNSEEN, Gates
+from routing.kinds import named, same_vectors
 from routing.ledger import Ledger, Penalties
 from routing.plan import DEEP_FAILURES, Blocked, Plan, Step
 from routing.reach import Reach, reach
 from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
 from routing.standing import NO_STANDING, Protection, Standing
-from wire.chat import Mode, Need
-from wire.errors import GatewayError
+from wire.chat import Mode, ModelKind, Need
+from wire.errors import GatewayError, NoProviders
 
 PENALTY_WEIGHT = 0.05
 LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
@@ -90,7 +92,9 @@ class Router:
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
         plan = Plan(need, preferred=(standing.preferred_model, standing.preferred_key), banned=set(standing.banned))
-        if need.pinned is None:
+        if need.kind is ModelKind.EMBEDDING:
+            self._plan_vectors(plan, now, rng)
+        elif need.pinned is None:
             self._plan_auto(plan, standing, now, rng, rehearsal=rehearsal)
         else:
             self._plan_pinned(plan, need.pinned, now, rng)
@@ -126,13 +130,13 @@ class Router:
         return None
 
     def _plan_pinned(self, plan: Plan, pinned: str, now: float, rng: Random) -> None:
-        need, named = plan.need, self.catalog.resolve(pinned)
+        need, asked = plan.need, self.catalog.resolve(pinned)
 
         def asked_of(world: Reach) -> list[Model]:
-            return [m for m in named if world.has_key(m)]
+            return [m for m in asked if world.has_key(m)]
 
         def others_of(models: list[Model]) -> list[Model]:
-            return [] if need.strict else [m for m in models if m not in named and not is_demo(m.platform)]
+            return [] if need.strict else [m for m in models if m not in asked and not is_demo(m.platform)]
 
         world = self._reach(need)
         plan.order = self._fit(plan, asked_of(world))
@@ -173,6 +177,18 @@ class Router:
         if need.no_train and fitting(need, models := models_of(self._everything)):
             return no_private_route()
         return unfit(need, models)
+
+    def _plan_vectors(self, plan: Plan, now: float, rng: Random) -> None:
+        """Embeddings: one family, and the model asked for before the others. A window holds for each of the texts, of
+        which routing knows only the sum, so none is judged here."""
+        world = self._reach(plan.need)
+        asked, others = same_vectors(self.catalog, plan.need, world.has_key)
+        plan.asked_for = frozenset(m.id for m in asked)
+        first, rest = ([m for m in models if world.has_key(m)] for models in (asked, others))
+        plan.order = first + self._ordered(rest, Mode.BALANCED, NO_STANDING, plan, now, rng)
+        if not plan.order:
+            private = plan.need.no_train and any(map(self._everything.has_key, self.catalog.embeddings))
+            raise no_private_route() if private else NoProviders()
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""
@@ -217,8 +233,7 @@ class Router:
 
     def asked_for_left(self, plan: Plan, now: float) -> bool:
         """Whether the pinned model can still be asked somewhere, without a trial."""
-        world = self._reach(plan.need)
-        models = [m for m in plan.order if m.id in plan.asked_for]
+        models, world = [m for m in plan.order if m.id in plan.asked_for], self._reach(plan.need)
         steps = [self._step(m, plan, now) for m in models if plan.failed.get(m.id) != inf and world.has_key(m)]
         return any(step.key is not None and step.rung < FIRST_TRIAL for step in steps)
 
@@ -255,15 +270,27 @@ class Router:
         return reasons
 
     def second_route(self, plan: Plan, first: Route, now: float) -> Route | None:
-        """A route on another platform to join one that is late (SPEC 15.1); none that would be a trial."""
+        """A route on another platform to join one that is late (SPEC 15.1): none that would be a trial, or from a rung
+        whose turn has not come."""
         world = self._reach(plan.need)
         for model in plan.models():
             if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not world.has_key(model):
                 continue
             step = self._step(model, plan, now)
-            if step.key is not None and step.rung < FIRST_TRIAL and model.id != plan.trial:
+            if step.key is not None and step.rung <= min(first.rung, FIRST_TRIAL - 1) and model.id != plan.trial:
                 return self._taken(step, plan, now)
         return None
+
+    def has_others(self, plan: Plan, route: Route) -> bool:
+        """Whether another route than this one may be left, as far as that is known without working out the order."""
+        if self.has_other_keys(plan, route):
+            return True
+        world = self._reach(plan.need)
+        others = world.others if plan.more is not None and not plan.need.strict else ()
+        return any(
+            model is not route.model and plan.failed.get(model.id) != inf and world.has_key(model)
+            for model in itertools.chain(plan.order, others)
+        )
 
     def has_other_keys(self, plan: Plan, route: Route) -> bool:
         return len(self._reach(plan.need).keys.get(route.model.platform.id, ())) > 1
@@ -296,11 +323,12 @@ class Router:
 
     def _left_out(self, plan: Plan) -> Iterator[Candidate]:
         need, ordered = plan.need, {model.id for model in plan.order}
-        named = {m.id for m in self.catalog.resolve(need.pinned)} if need.pinned is not None else set()
+        asked = named(self.catalog, need.pinned, need.kind) if need.pinned is not None else ()
+        ids = {model.id for model in asked}
         reaches = self._everything, self._private
         for model in self.catalog.models:
             if model.id not in ordered:
-                yield Candidate(model, excluded=left_out(model, need, named, self.catalog, reaches))
+                yield Candidate(model, excluded=left_out(model, need, ids, self.catalog, reaches))
 
     def moment(self, plan: Plan, now: float) -> Moment:
         """What this plan went by, to explain it later."""

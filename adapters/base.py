@@ -18,10 +18,11 @@ USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its o
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question to a provider."""
+    """What a provider is asked."""
 
     endpoint: Endpoint
     body: bytes
+    gives_back: bool = False  # it holds what a platform gave out for itself, which another may refuse
 
 
 def base_url(platform: Platform, key: Key) -> tuple[str, str]:
@@ -53,15 +54,6 @@ def piece_of(like: JSON, delta: JSON) -> Event:
     return Event(frame(chunk), chunk)
 
 
-def as_chunks(body: JSON) -> list[JSON]:
-    """A whole answer as the chunks of a stream, for platforms that do not stream."""
-    choice = body["choices"][0]
-    delta = {name: value for name, value in (choice.get("message") or {}).items() if value is not None}
-    if calls := delta.get("tool_calls"):
-        delta["tool_calls"] = [{"index": index, **call} for index, call in enumerate(calls)]
-    return [chunk_of(body, delta), chunk_of(body, {}, choice.get("finish_reason") or "stop")]
-
-
 class Translator(Protocol):
     """One stream's chunks, from the adapter's wire to OpenAI's chat form."""
 
@@ -69,14 +61,30 @@ class Translator(Protocol):
     def plain_text(self) -> Callable[[Any], str | None] | None:
         """Gives the text of a chunk that holds nothing else and so need not be fed; None while all have to be."""
 
-    def feed(self, raw: bytes, chunk: dict[str, Any]) -> list[Event]:
+    @property
+    def finishing(self) -> bool:
+        """Whether a finish reason has come. It is believed at the end, when `end` gives it out (SPEC 8.9)."""
+
+    @property
+    def holding(self) -> bool:
+        """Whether a tool call has begun that has not gone out (SPEC 14.7)."""
+
+    @property
+    def expects_calls(self) -> bool:
+        """Whether a tool call is likely still to come."""
+
+    @property
+    def held_chars(self) -> int:
+        """Of tool calls, ever; what grows here is progress, though nothing goes out."""
+
+    def feed(self, raw: bytes, payload: bytes, chunk: dict[str, Any]) -> list[Event]:
         """The events that this chunk amounts to; its raw frame goes out unchanged where nothing had to change.
 
         Raises UpstreamError for an answer that is none.
         """
 
     def end(self) -> list[Event]:
-        """What was held back until the end marker. Raises UpstreamError."""
+        """At the end of the answer: what was held back until then, and how it ended. Raises UpstreamError."""
 
 
 class Adapter(Protocol):
@@ -85,7 +93,8 @@ class Adapter(Protocol):
     def reply_here(self, chat: Chat) -> Reply | None:
         """An answer made in this process; None where a provider has to be asked."""
 
-    def request(self, model: Model, key: Key, chat: Chat) -> Request: ...
+    def request(self, model: Model, key: Key, chat: Chat, *, bare: bool = False) -> Request:
+        """`bare`: without what platforms gave out for themselves, because this one has refused it."""
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         """Of every call; the secret is in one of them."""
@@ -96,7 +105,8 @@ class Adapter(Protocol):
     def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion | None:
         """A whole answer; None when this is none. Raises UpstreamError for one that says it failed."""
 
-    def translator(self, tally: Tally, chat: Chat) -> Translator: ...
+    def translator(self, tally: Tally, chat: Chat, *, whole_calls: bool = True) -> Translator:
+        """Of one stream; with `whole_calls` a tool call goes out when it is complete (SPEC 14.7)."""
 
 
 @dataclass(slots=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from typing import Any
 
 from adapters.base import Reply, Request, Translator
+from adapters.embeddings import committed, texts_of, unit
 from adapters.plain import note_completion
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, Tally, frame
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
 from wire.jsontext import JSON, dump
 
 DEMO_WORDS = (
@@ -18,6 +21,11 @@ DEMO_WORDS = (
 )
 
 
+EMBEDDER = "demo-embedding-hashes"
+DIMENSIONS = 256
+NUMBERS_IN_BLOCK = 16  # of four bytes, in one hash
+
+
 class DemoAdapter:
     """Asks nobody. `clock` gives seconds since 1970."""
 
@@ -25,9 +33,11 @@ class DemoAdapter:
         self._clock = clock
 
     def reply_here(self, chat: Chat) -> Reply:
+        if chat.need.kind is ModelKind.EMBEDDING:
+            return demo_vectors(chat)
         return demo_reply(chat, self._clock())
 
-    def request(self, model: Model, key: Key, chat: Chat) -> Request:
+    def request(self, model: Model, key: Key, chat: Chat, *, bare: bool = False) -> Request:
         raise NotImplementedError("the demo is not called over a network")
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
@@ -39,7 +49,7 @@ class DemoAdapter:
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> None:
         return None
 
-    def translator(self, tally: Tally, chat: Chat) -> Translator:
+    def translator(self, tally: Tally, chat: Chat, *, whole_calls: bool = True) -> Translator:
         raise NotImplementedError("the demo's answers need no translation")
 
 
@@ -62,3 +72,17 @@ def demo_reply(chat: Chat, utc: float) -> Reply:
     chunks = [{**head, "choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     chunks.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
     return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in chunks])
+
+
+def demo_vectors(chat: Chat) -> Reply:
+    """Hashes in place of meaning: the same text has the same vector each time, and that is all."""
+    length = chat.body.get("dimensions", DIMENSIONS)
+    return committed([hashed(text, length) for text in texts_of(chat)], chat, EMBEDDER, None)
+
+
+def hashed(text: object, length: int) -> list[float]:
+    """Numbers from -1 to 1 that depend on nothing but the text, brought to length 1."""
+    seed = dump(text)
+    blocks = [blake2b(b"%d:%b" % (block, seed)).digest() for block in range(-(-length // NUMBERS_IN_BLOCK))]
+    numbers = struct.unpack(f"<{len(blocks) * NUMBERS_IN_BLOCK}i", b"".join(blocks))[:length]
+    return unit([number / 2**31 for number in numbers])

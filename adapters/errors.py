@@ -1,7 +1,7 @@
-"""What a provider's failing answer says: its status, code, words and wish to be left alone.
+"""What a provider's failing answer says: its status, its code and its words.
 
-Providers put errors into every status, 200 included, and in a dozen shapes; here they are read once (SPEC 6). Naming
-what they mean is protection.classify's work. No I/O.
+Providers put errors into every status, 200 included, and in a dozen shapes; they are read here once (SPEC 6). How long
+to leave the provider alone is waits.py's affair, naming what a failure means is protection.classify's. No I/O.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import orjson
 
-from routing.day import until_reset_s, zone
-
-RETRY_AFTER_MAX_S = 86_400.0  # a longer wish is a mistake more often than a plan
-HINT_DEPTH_MAX = 7  # how deep in an error body a retry hint is looked for; a backend's error in another's nests 7
+MESSAGE_CHARS_MAX = 500  # of a body that is plain words
+# Finish reasons with which a server says that it failed; each with the status that it amounts to, if any.
+FAILED_FINISHES: Mapping[str, int | None] = {
+    "error": None, "network_error": None, "abort": None, "aborted": None, "failed": None, "cancelled": None,
+    "canceled": None, "user_cancel": None, "error_limit": None, "error_toxic": None, "server_error": 500,
+    "internal_error": 500, "insufficient_system_resource": 503, "overloaded": 503, "timeout": 504,
+}  # fmt: skip
 STATUS_BY_NAME = {
     "resource_exhausted": 429, "rate_limit_exceeded": 429, "rate_limit_error": 429, "rate_limited": 429,
     "too_many_requests": 429, "too_many_requests_error": 429, "insufficient_quota": 429, "quota_exceeded": 429,
@@ -42,6 +43,7 @@ STATUS_BY_NAME = {
     "aborted": 409, "already_exists": 409, "request_too_large": 413, "unimplemented": 501, "daily_quota": 429,
 }  # fmt: skip
 DAILY_QUOTA = "daily_quota"  # what `error_codes` calls a quota of the day
+NO_QUOTA = re.compile(r"\blimit: 0\b(?!\.\d)")  # not in this key's plan
 NO_QUIRKS: Mapping[str, Any] = {}
 
 
@@ -58,8 +60,7 @@ class Fault:
 
 def wrapped(body: Mapping[str, Any], quirks: Mapping[str, Any] = NO_QUIRKS) -> Fault | None:
     """The error inside a 200's body or a streamed event, if there is one (SPEC 6.1)."""
-    error = body.get("error")
-    if error and isinstance(error, str | dict):
+    if is_error(body.get("error")):
         return read(body, quirks)
     if "choices" not in body or body["choices"] is None:
         if body.get("errors") or body.get("success") is False or body.get("object") == "error":
@@ -68,26 +69,44 @@ def wrapped(body: Mapping[str, Any], quirks: Mapping[str, Any] = NO_QUIRKS) -> F
             return read(body, quirks)
         if "usage" not in body and any(isinstance(body.get(name), str) for name in ("message", "detail")):  # bare words
             return read(body, quirks)
-        return None
-    if body.get("success") is False and body.get("errors"):
+    elif body.get("success") is False and body.get("errors"):
         return read(body, quirks)
-    choices = body["choices"]
-    first = choices[0] if isinstance(choices, list) and choices else None
-    if isinstance(first, dict):
-        inner = first.get("error")
-        if inner and isinstance(inner, str | dict):
-            return read({"error": inner}, quirks)
-        if first.get("finish_reason") in ("error", "network_error"):
-            return Fault(None, None, "The model's answer ended with an error.")
+    return wrapped_in_choice(body.get("choices"), quirks) or wrapped_by_vendor(body, quirks)
+
+
+def wrapped_in_choice(choices: object, quirks: Mapping[str, Any]) -> Fault | None:
+    """An error beside or in place of the answer's own words, or an ending that is a failure."""
+    choice = choices[0] if isinstance(choices, list) and choices else choices
+    if not isinstance(choice, dict):
+        return None
+    if is_error(choice.get("error")):
+        return read({"error": choice["error"]}, quirks)
+    finish = choice.get("finish_reason")
+    if isinstance(finish, str) and finish.lower() in FAILED_FINISHES:
+        return Fault(FAILED_FINISHES[finish.lower()], finish, f"The model's answer ended with {finish!r}.")
     return None
+
+
+def wrapped_by_vendor(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Fault | None:
+    """An error in an object of the vendor's own: `x_vendor.error`."""
+    for name, vendor in body.items():
+        if name.startswith("x_") and isinstance(vendor, dict) and is_error(vendor.get("error")):
+            return read({"error": vendor["error"]}, quirks)
+    return None
+
+
+def is_error(value: object) -> bool:
+    """Whether the value of a field `error` says that something failed."""
+    if isinstance(value, list):
+        return bool(value) and is_error(value[0])
+    return isinstance(value, str | dict) and bool(value)
 
 
 def read(body: object, quirks: Mapping[str, Any] = NO_QUIRKS) -> Fault:
     """Status, code and message of an error body of any known shape; `quirks` has the platform's own codes."""
-    if isinstance(body, list) and body:  # some wrap errors in a one-element array
-        body = body[0]
+    body = unwrapped(body)
     if not isinstance(body, dict):
-        message = str(body)[:500] if body else ""
+        message = str(body)[:MESSAGE_CHARS_MAX] if body else ""
         return renamed([], message, quirks) or Fault(None, None, message)
     places = list(error_places(body))
     message = found_message(body, places)
@@ -97,6 +116,22 @@ def read(body: object, quirks: Mapping[str, Any] = NO_QUIRKS) -> Fault:
         or moderated(body, message)
         or Fault(found_status(places), found_code(places), message)
     )
+
+
+def unwrapped(body: object) -> object:
+    """An error body without what some put around it: a list of one, or text that is itself JSON."""
+    if isinstance(body, list) and body:
+        body = body[0]
+    if isinstance(body, str) and (packed := packed_json(body)) is not None:
+        body = packed
+    if not isinstance(body, dict):
+        return body
+    given = error = body.get("error")
+    if isinstance(error, list) and error:
+        error = error[0]
+    if isinstance(error, str) and (packed := packed_json(error)) is not None:
+        error = packed["error"] if is_error(packed.get("error")) else packed
+    return body if error is given else {**body, "error": error}
 
 
 def renamed(places: list[dict[str, Any]], message: str, quirks: Mapping[str, Any]) -> Fault | None:
@@ -157,6 +192,10 @@ def error_places(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     elif isinstance(errors, dict):
         yield errors
     yield body
+    for place in (error, body):  # a backend's error body, passed on as the text of another's message
+        message = place.get("message") if isinstance(place, dict) else None
+        if isinstance(message, str) and (packed := packed_json(message)) is not None:
+            yield from error_places(packed)
 
 
 def found_status(places: list[dict[str, Any]]) -> int | None:
@@ -206,7 +245,7 @@ def found_message(body: dict[str, Any], places: list[dict[str, Any]]) -> str:
 def as_text(value: object) -> str:
     """Words from a message that may be text, an object, or a list of them; the text may be an object's JSON."""
     if isinstance(value, str):
-        inner = packed_object(value)
+        inner = packed_json(value)
         return value if inner is None else as_text(inner) or value
     if isinstance(value, list) and value:
         return as_text(value[0])
@@ -217,14 +256,16 @@ def as_text(value: object) -> str:
     return ""
 
 
-def packed_object(text: str) -> dict[str, Any] | None:
-    """The error body of a backend, which some gateways pass on as text."""
-    if not text.lstrip().startswith("{"):
+def packed_json(text: str) -> dict[str, Any] | None:
+    """The object that a text holds as JSON, perhaps in a list of one: some gateways pass a backend's error on so."""
+    if not text.lstrip().startswith(("{", "[")):
         return None
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError:
         return None
+    if isinstance(value, list) and value:
+        value = value[0]
     return value if isinstance(value, dict) else None
 
 
@@ -233,136 +274,6 @@ def with_raw(text: str, error: object) -> str:
     metadata = error.get("metadata") if isinstance(error, dict) else None
     raw = metadata.get("raw") if isinstance(metadata, dict) else None
     return f"{text}: {as_text(raw)}" if isinstance(raw, str) and raw else text
-
-
-DURATION = r"(?:\d+(?:\.\d+)?\s*(?:milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|h|days?|d)\s*)+"
-DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(milliseconds?|ms|seconds?|secs?|s|minutes?|mins?|m|hours?|h|days?|d)")
-UNIT_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
-PROSE = re.compile(
-    rf"(?:try again (?:in|after)|retry (?:in|after)|please wait|resets? (?:in|after)|wait)\s+({DURATION})",
-    re.IGNORECASE,
-)  # "Please try again in 7m12s", "Please wait 52220 seconds", "Resets in 3 days"
-MOMENT = re.compile(r"reset\w*\s+(?:at|on)\s+(\d{4}-\d\d-\d\d[ T]\d\d:\d\d(?::\d\d)?)", re.IGNORECASE)
-# Of a text that gives no time at all; a text alone never makes a failure a quota.
-DAILY = re.compile(r"\bdaily\b|\bper[ -]?day\b|\btoday\b|/\s*day\b|\bPerDay\b|\bByDay\b|\b[RT]PD\b", re.IGNORECASE)
-MONTHLY = re.compile(r"\bmonthly\b|\bper[ -]month\b|/\s*month\b", re.IGNORECASE)
-NO_QUOTA = re.compile(r"\blimit: 0\b(?!\.\d)")
-HINTS = frozenset({"retrydelay", "retry_after", "retry_after_seconds", "retryafter", "retry-after"})
-
-
-def duration_s(text: str) -> float | None:
-    """Seconds of "7.66s", "2m59.56s", "680ms", "1h 2m", or a bare number of seconds."""
-    text = text.strip().lower()
-    try:
-        seconds = float(text)
-    except ValueError:
-        parts = DURATION_PART.findall(text)
-        if not parts or DURATION_PART.sub("", text).strip():
-            return None
-        seconds = sum(
-            float(count) * UNIT_S["ms" if unit.startswith(("ms", "mil")) else unit[0]] for count, unit in parts
-        )
-    return seconds if math.isfinite(seconds) and seconds >= 0 else None
-
-
-def retry_after_s(
-    fault: Fault,
-    headers: Mapping[str, str],
-    body: object,
-    utc: float,
-    quirks: Mapping[str, Any] = NO_QUIRKS,
-    reset: str = "UTC",
-) -> float | None:
-    """How long the provider asks to be left alone: header, then body fields, then prose, then its counters; `reset` is
-    when its day begins."""
-    if fault.daily:  # of its hints only a moment means the quota, not the next second
-        told = moment_s(fault.message, reset, utc)
-        return min(told, RETRY_AFTER_MAX_S) if told else until_reset_s(reset, utc)
-    for found in (
-        header_delay_s(headers.get("Retry-After", ""), utc),
-        hint_s(body, HINT_DEPTH_MAX, utc),
-        prose_s(fault.message),
-        moment_s(fault.message, reset, utc),
-        reset_s(headers, utc),
-    ):
-        if found is not None:
-            return min(found, RETRY_AFTER_MAX_S)
-    used_up = any(headers.get(name, "").strip() == "0" for name in quirks.get("daily_headers", ()))
-    if used_up or DAILY.search(fault.message):
-        return until_reset_s(reset, utc)
-    return RETRY_AFTER_MAX_S if MONTHLY.search(fault.message) else None
-
-
-def moment_s(message: str, reset: str, utc: float) -> float | None:
-    """ "… will reset at 2026-09-01 00:00:00", told in the platform's own time."""
-    if (found := MOMENT.search(message)) is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(found[1]).replace(tzinfo=zone(reset.rpartition(" ")[2]))
-    except ValueError:
-        return None
-    return max(0.0, moment.timestamp() - utc)
-
-
-def header_delay_s(value: str, utc: float) -> float | None:
-    """Retry-After as seconds or an HTTP date."""
-    if not value:
-        return None
-    if (seconds := duration_s(value)) is not None:
-        return seconds
-    try:
-        moment = parsedate_to_datetime(value)
-        return max(0.0, moment.replace(tzinfo=moment.tzinfo or UTC).timestamp() - utc)
-    except (ValueError, OverflowError):
-        return None
-
-
-def hint_s(value: object, depth: int, utc: float) -> float | None:
-    """A retry field anywhere in an error body."""
-    if depth == 0:
-        return None
-    if isinstance(value, dict):
-        for name, item in value.items():
-            lower = str(name).lower()
-            if isinstance(item, str | int | float) and not isinstance(item, bool):
-                if lower in HINTS and (seconds := duration_s(str(item))) is not None:
-                    return seconds
-                if lower == "x-ratelimit-reset" and (seconds := duration_s(str(item))) is not None:
-                    return since_epoch_s(seconds, utc)
-                packed = packed_object(item) if isinstance(item, str) else None
-                if packed and (seconds := hint_s(packed, depth - 1, utc)) is not None:
-                    return seconds
-            elif (seconds := hint_s(item, depth - 1, utc)) is not None:
-                return seconds
-    elif isinstance(value, list):
-        for item in value[:20]:
-            if (seconds := hint_s(item, depth - 1, utc)) is not None:
-                return seconds
-    return None
-
-
-def prose_s(message: str) -> float | None:
-    found = PROSE.search(message)
-    return duration_s(found.group(1)) if found else None
-
-
-def reset_s(headers: Mapping[str, str], utc: float) -> float | None:
-    """From x-ratelimit-remaining-*/-reset-*: the longest reset among the counters that stand at zero."""
-    waits = []
-    for name, value in headers.items():
-        lower = name.lower()
-        if "ratelimit-remaining" in lower and value.strip() in ("0", "0.0"):
-            reset = headers.get(lower.replace("remaining", "reset"), "")
-            if (seconds := duration_s(reset)) is not None:
-                waits.append(since_epoch_s(seconds, utc))
-    return max(waits, default=None)
-
-
-def since_epoch_s(seconds: float, utc: float) -> float:
-    """A reset may be told as a moment: in seconds or milliseconds since 1970."""
-    if seconds > 1e11:
-        seconds /= 1000
-    return max(0.0, seconds - utc) if seconds > 1e8 else seconds
 
 
 KEY_LIKE = re.compile(

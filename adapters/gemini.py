@@ -16,12 +16,14 @@ from hashlib import blake2b
 from typing import Any
 
 from adapters.base import Request, base_url, call_headers
+from adapters.embeddings import embedding_request
 from adapters.json_schema import gemini_schema
 from adapters.openai import ChunkMender, mend_completion
 from adapters.quirks import cannot_carry, clamp_effort
+from adapters.shapes import as_spelled, text_of, under, unreadable
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, Tally, frame
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump, load_inner
 
@@ -99,9 +101,12 @@ class GeminiAdapter:
     def reply_here(self, chat: Chat) -> None:
         return None
 
-    def request(self, model: Model, key: Key, chat: Chat) -> Request:
-        body = Asking(model, chat, self._signatures, self._clock()).body()
-        return Request(endpoint(model, key, chat.stream), dump(body))
+    def request(self, model: Model, key: Key, chat: Chat, *, bare: bool = False) -> Request:
+        if chat.need.kind is ModelKind.EMBEDDING:  # in OpenAI's form here too
+            return embedding_request(model, key, chat)
+        asked = GeminiRequest(model, chat, None if bare else self._signatures, self._clock())
+        body = dump(asked.body())
+        return Request(endpoint(model, key, chat.stream), body, gives_back=asked.gives_back)
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         return api_key_headers(secret, quirks)
@@ -110,33 +115,33 @@ class GeminiAdapter:
         return None  # an answer in this form has to be translated
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
-        tally = Tally()
-        reader = Answering(tally, chat, self._signatures, self._clock())
-        reader.read(body)
-        if tally.finish is None:
-            reader.finish("STOP")
+        reader = GeminiReader(Tally(), chat, self._signatures, self._clock())
+        reader.read(body, raw)
+        finish = reader.finish or "stop"
         message: JSON = {"role": "assistant", "content": "".join(reader.text) or None}
         if reader.thoughts:
             message["reasoning_content"] = "".join(reader.thoughts)
         if reader.calls:
             message["tool_calls"] = reader.calls
-        choice = {"index": 0, "message": message, "finish_reason": tally.finish, "logprobs": None}
+        choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
         whole = {**reader.head, "object": "chat.completion", "choices": [choice]}
-        if tally.usage_object:
-            whole["usage"] = tally.usage_object
+        if reader.usage:
+            whole["usage"] = reader.usage
         mend_completion(whole, chat)  # its open models write thoughts and calls as text, too
         return Completion(dump(whole), whole)
 
-    def translator(self, tally: Tally, chat: Chat) -> ChunkTranslator:
-        reader = Answering(tally, chat, self._signatures, self._clock())
-        return ChunkTranslator(tally, reader, ChunkMender(tally, chat))
+    def translator(self, tally: Tally, chat: Chat, *, whole_calls: bool = True) -> ChunkTranslator:
+        reader = GeminiReader(tally, chat, self._signatures, self._clock())
+        return ChunkTranslator(reader, ChunkMender(tally, chat, whole_calls=whole_calls))
 
 
 # --- The request ----------------------------------------------------------------------------------------------------
-class Asking:
-    """One request on its way to this wire: `contents` must alternate, and every result must follow its call."""
+class GeminiRequest:
+    """One request on its way to this wire: `contents` must alternate, and every result must follow its call. Without
+    `signatures` no call keeps the one that it has."""
 
-    def __init__(self, model: Model, chat: Chat, signatures: Signatures, now: float) -> None:
+    def __init__(self, model: Model, chat: Chat, signatures: Signatures | None, now: float) -> None:
+        self.gives_back = False  # a signature that was given out
         self._model = model
         self._chat = chat
         self._signatures = signatures
@@ -153,7 +158,7 @@ class Asking:
         body: JSON = {"contents": self._contents(system if quirks.get("system_as_user") else "")}
         if system and not quirks.get("system_as_user"):
             body["systemInstruction"] = {"parts": [{"text": system}]}
-        declared = [declaration(tool) for tool in chat.get("tools", ())]
+        declared = [declaration(tool, quirks) for tool in chat.get("tools", ())]
         if declared:
             body["tools"] = [{"functionDeclarations": declared}]
             if config := calling_config(chat.get("tool_choice")):
@@ -228,14 +233,19 @@ class Asking:
             args = arguments_object(function.get("arguments"))
             self._call_names[call["id"]] = function["name"]
             part: JSON = {"functionCall": {"id": call["id"], "name": function["name"], "args": args}}
-            if wanted:
-                signature = given_signature(call) or self._signatures.get(call["id"], self._now)
-                if not signature and not parts:
-                    signature = self._signatures.like(function["name"], args, self._now) or UNSIGNED
-                if signature:
-                    part["thoughtSignature"] = signature
+            if wanted and (signature := self._signature(call, args, first=not parts)):
+                part["thoughtSignature"] = signature
             parts.append(part)
         return parts
+
+    def _signature(self, call: JSON, args: JSON, *, first: bool) -> str | None:
+        found = None
+        if self._signatures is not None:
+            found = given_signature(call) or self._signatures.get(call["id"], self._now)
+            if found is None and first:
+                found = self._signatures.like(call["function"]["name"], args, self._now)
+        self.gives_back = self.gives_back or found is not None
+        return found or (UNSIGNED if first else None)
 
 
 def inline_data(url: str) -> JSON:
@@ -266,15 +276,19 @@ def given_signature(call: JSON) -> str | None:
     return None
 
 
-def declaration(tool: JSON) -> JSON:
+def declaration(tool: JSON, quirks: Mapping[str, Any]) -> JSON:
     if not isinstance(function := tool.get("function"), dict):
         raise cannot_carry(f"a tool of type {tool.get('type')!r}")
     declared: JSON = {"name": function["name"]}
     if isinstance(function.get("description"), str) and function["description"]:
         declared["description"] = function["description"]
-    parameters = gemini_schema(function.get("parameters") or {})
-    if parameters.get("properties"):  # an object without properties is refused
-        declared["parameters"] = {**parameters, "type": "object"}
+    schema = function.get("parameters") or {}
+    if quirks.get("schema_subset"):
+        parameters = gemini_schema(schema)
+        if parameters.get("properties"):  # an object without properties is refused
+            declared["parameters"] = {**parameters, "type": "object"}
+    elif schema.get("properties") or schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
+        declared["parametersJsonSchema"] = schema
     return declared
 
 
@@ -297,8 +311,10 @@ def generation_config(chat: Chat, model: Model, *, has_tools: bool) -> JSON:
     if wanted.get("type") in ("json_object", "json_schema") and not has_tools:  # together they are a 400
         config["responseMimeType"] = "application/json"
         schema = (wanted.get("json_schema") or {}).get("schema")
-        if isinstance(schema, dict):
+        if isinstance(schema, dict) and quirks.get("schema_subset"):
             config["responseSchema"] = gemini_schema(schema)
+        elif isinstance(schema, dict):
+            config["responseJsonSchema"] = schema
     if thinking := thinking_config(body.get("reasoning_effort"), quirks):
         config["thinkingConfig"] = thinking
     return config
@@ -316,7 +332,7 @@ def thinking_config(effort: str | None, quirks: Mapping[str, Any]) -> JSON | Non
 
 
 # --- The answer -----------------------------------------------------------------------------------------------------
-class Answering:
+class GeminiReader:
     """Reads one answer, whole or frame by frame: each frame is a response of its own with the new parts only."""
 
     def __init__(self, tally: Tally, chat: Chat, signatures: Signatures, now: float) -> None:
@@ -324,6 +340,8 @@ class Answering:
         self.text: list[str] = []  # of the last frame; of all, where there is only one
         self.thoughts: list[str] = []
         self.calls: list[JSON] = []
+        self.finish: str | None = None  # in OpenAI's word
+        self.usage: JSON | None = None
         self._said = False  # text or a call
         self._thought = False
         self._calls_total = 0
@@ -333,45 +351,48 @@ class Answering:
         self._signatures = signatures
         self._now = now
 
-    def read(self, body: JSON) -> None:
-        """Raises UpstreamError for what this wire tells in a 200."""
+    def read(self, body: JSON, raw: bytes) -> None:
+        """One frame; `raw` is its JSON. Raises UpstreamError for a failure that this wire tells in a 200."""
         self.text, self.thoughts, self.calls = [], [], []
         if not self.head:
             seed = str(body.get("responseId") or self._now)
             model = body.get("modelVersion") or self._model
             self.head = {"id": f"chatcmpl-{seed}", "created": int(self._now), "model": model}
         self._note_usage(body.get("usageMetadata"))
-        candidates = body.get("candidates")
-        candidate = candidates[0] if isinstance(candidates, list) and candidates else None
-        if not isinstance(candidate, dict):
+        candidate, parts = said_parts(body)
+        if candidate is None:
             self._without_candidate(body)
             return
-        content = candidate.get("content")
-        parts = content.get("parts") if isinstance(content, dict) else None
-        for part in parts if isinstance(parts, list) else ():
+        spelled: Any = parts
+        if any(not isinstance(part, dict) or not isinstance(part.get("text", ""), str) for part in parts):
+            exact = as_spelled(raw)
+            spelled = said_parts(exact)[1] if isinstance(exact, dict) else None
+        for place, part in enumerate(parts):
             if isinstance(part, dict):
-                self._part(part)
+                self._part(part, text_of(part.get("text"), under(under(spelled, place), "text")))
+            else:
+                self._part({}, text_of(part, under(spelled, place)))
         reason = candidate.get("finishReason")
         if isinstance(reason, str) and reason not in ("", "CONTINUATION", "FINISH_REASON_UNSPECIFIED"):
-            self.finish(reason, str(candidate.get("finishMessage") or ""))
+            self._finish(reason, str(candidate.get("finishMessage") or ""))
 
-    def finish(self, reason: str, words: str = "") -> None:
+    def _finish(self, reason: str, words: str) -> None:
         """What an ending means; what ended before it said anything is a failure, not an answer."""
         if reason in FILTERED or reason.startswith("IMAGE_"):
             if not self._shown:
                 raise filtered(reason, words)
-            self._tally.finish = "content_filter"
+            self.finish = "content_filter"
         elif reason == "MAX_TOKENS":
             if not self._shown:  # the same would happen with another key
                 message = "The model used up max_tokens on thinking before its first word; allow more."
                 raise UpstreamError(Failure.TRUNCATED, message, status=200)
-            self._tally.finish = "length"
+            self.finish = "length"
         elif reason == "PUP_LIMITED_DISABLED":
             raise UpstreamError(Failure.FORBIDDEN, f"The account is limited: {words or reason}", status=403)
         elif reason in DEAD and not self._said:
             raise UpstreamError(Failure.EMPTY, f"The model gave up: {words or reason}", status=200, code=reason)
         else:
-            self._tally.finish = "tool_calls" if self._calls_total else "stop"
+            self.finish = "tool_calls" if self._calls_total else "stop"
 
     @property
     def _shown(self) -> bool:
@@ -383,11 +404,12 @@ class Answering:
         if isinstance(feedback, dict) and feedback.get("blockReason"):
             raise filtered(str(feedback["blockReason"]), str(feedback.get("blockReasonMessage") or ""))
 
-    def _part(self, part: JSON) -> None:
-        call, text = part.get("functionCall"), part.get("text")
+    def _part(self, part: JSON, text: str | None) -> None:
+        """One part, its text apart. What is neither a call nor text is nothing that chat clients know."""
+        call = part.get("functionCall")
         if isinstance(call, dict):
             self.calls.append(self._call(call, part.get("thoughtSignature")))
-        elif isinstance(text, str) and text:
+        elif text:
             (self.thoughts if part.get("thought") else self.text).append(text)
             if part.get("thought"):
                 self._thought = True
@@ -396,12 +418,12 @@ class Answering:
 
     def _call(self, call: JSON, signature: object) -> JSON:
         """A call under an id of our own where it has none: two equal calls in one turn are two calls."""
-        name, args = str(call.get("name", "")), call.get("args") or {}
+        name, args = str(call.get("name", "")), arguments_object(call.get("args") or {})
         origin = f"{self.head['id']}\0{self._now}\0{self._calls_total}".encode(errors="replace")
         made = blake2b(origin, digest_size=9).hexdigest()
         given = call.get("id")
         told: JSON = {
-            "id": given if isinstance(given, str) and given else f"call_{made}",
+            "id": text_of(given, None) or f"call_{made}",
             "type": "function",
             "function": {"name": self._names.get(name, name), "arguments": dump(args).decode()},
         }
@@ -428,12 +450,29 @@ class Answering:
             told["prompt_tokens_details"] = {"cached_tokens": cached}
         if thoughts:
             told["completion_tokens_details"] = {"reasoning_tokens": thoughts}
+        self.usage = told
         self._tally.note_usage(told)
 
     @property
     def calls_before(self) -> int:
         """How many calls earlier frames held."""
         return self._calls_total - len(self.calls)
+
+
+def said_parts(body: JSON) -> tuple[JSON | None, list[Any]]:
+    """The first candidate of a frame and the parts of its content, in whatever nesting they come. Raises UpstreamError
+    where something stands in their place that cannot be read."""
+    candidates = body.get("candidates")
+    candidate = candidates[0] if isinstance(candidates, list) and candidates else candidates
+    if not candidate:
+        return None, []
+    if not isinstance(candidate, dict):
+        raise unreadable()
+    content = candidate.get("content") or {}
+    parts = content.get("parts") or [] if isinstance(content, dict) else content
+    if isinstance(parts, bool):
+        raise unreadable()
+    return candidate, parts if isinstance(parts, list) else [parts]
 
 
 def count(value: object) -> int:
@@ -448,19 +487,32 @@ def filtered(reason: str, words: str) -> UpstreamError:
 class ChunkTranslator:
     """One stream's frames as chunks in OpenAI's form: at most one with what is new and one with how it ended."""
 
-    def __init__(self, tally: Tally, reader: Answering, mender: ChunkMender) -> None:
-        self._tally = tally
+    plain_text = None  # every frame has to be translated
+
+    def __init__(self, reader: GeminiReader, mender: ChunkMender) -> None:
         self._reader = reader
         self._mender = mender  # of what the models write, whatever wire it comes by
         self._begun = False
 
-    plain_text = None  # every frame has to be translated
+    @property
+    def finishing(self) -> bool:
+        return self._mender.finishing
 
-    def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
-        reader, ended = self._reader, self._tally.finish
-        reader.read(chunk)
-        finish = self._tally.finish if ended is None else None  # once, though some servers say it with every frame
-        self._tally.finish = ended  # counted with its chunk, like every other
+    @property
+    def holding(self) -> bool:
+        return self._mender.holding
+
+    @property
+    def expects_calls(self) -> bool:
+        return self._mender.holding  # on this wire a finish is the end
+
+    @property
+    def held_chars(self) -> int:
+        return self._mender.held_chars
+
+    def feed(self, raw: bytes, payload: bytes, chunk: JSON) -> list[Event]:
+        reader = self._reader
+        reader.read(chunk, payload)
         delta: JSON = {}
         if reader.thoughts:
             delta["reasoning_content"] = "".join(reader.thoughts)
@@ -474,8 +526,8 @@ class ChunkTranslator:
             if not self._begun:
                 delta, self._begun = {"role": "assistant", **delta}, True
             events += self._events(delta, None)
-        if finish is not None:
-            events += self._events({}, finish)
+        if reader.finish is not None:
+            events += self._events({}, reader.finish)
         return events
 
     def end(self) -> list[Event]:
@@ -484,4 +536,4 @@ class ChunkTranslator:
     def _events(self, delta: JSON, finish: str | None) -> list[Event]:
         choice = {"index": 0, "delta": delta, "finish_reason": finish}
         chunk = {**self._reader.head, "object": "chat.completion.chunk", "choices": [choice]}
-        return self._mender.feed(frame(chunk), chunk)
+        return self._mender.feed(frame(chunk), b"", chunk)

@@ -1,6 +1,7 @@
 """The OpenAI-shaped wire: a `Chat` out to a platform, its answers back in one form.
 
-outgoing.py writes the body of a request, calls.py mends the tool calls of an answer. No platform is named here. No I/O.
+quirks.py writes the body of a request, shapes.py puts odd types right, tool_calls.py and whole_calls.py mend the tool
+calls of an answer. No platform is named here. No I/O.
 """
 
 from __future__ import annotations
@@ -10,21 +11,29 @@ from functools import lru_cache
 from typing import Any
 
 from adapters.base import Request, base_url, bearer_headers, piece_of
-from adapters.plain import plain_answer, plain_text, well_formed_answer
-from adapters.quirks import outgoing
-from adapters.text_rescue import TextGate, Unreadable, declared_tools, found_json, split_thoughts, whole
+from adapters.embeddings import embedding_request
+from adapters.legacy import legacy_request, takes_prompts, told_in_chat, told_in_chat_whole
+from adapters.plain import find_usage, plain_answer, plain_text
+from adapters.quirks import given_back, holds_any, outgoing
+from adapters.shapes import joined_text, put_right, well_formed, well_formed_answer
+from adapters.text_gate import TextGate
+from adapters.text_rescue import Unreadable, declared_tools, found_json, text_and_calls
+from adapters.thoughts import FIRST_CHARS, split_thoughts
 from adapters.tool_calls import StreamedCalls, called, lost_turn, mend_whole_calls
+from adapters.whole_calls import WholeCalls
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, Tally, frame
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, chunk_of, frame
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump
 
 FINISH_REASONS = {
-    "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop", "COMPLETE": "stop",
-    "tool_use": "tool_calls", "model_length": "length", "max_tokens": "length", "MAX_TOKENS": "length",
+    "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
+    "complete": "stop", "completed": "stop", "tool_use": "tool_calls", "tool_call": "tool_calls",
+    "length": "length", "model_length": "length", "max_tokens": "length", "model_context_window_exceeded": "length",
     "sensitive": "content_filter", "safety": "content_filter",
 }  # fmt: skip
+NO_FINISH = frozenset({"", "null", "none"})
 
 
 @lru_cache(maxsize=ENDPOINTS_MAX)
@@ -40,8 +49,14 @@ class OpenAIAdapter:
     def reply_here(self, chat: Chat) -> None:
         return None
 
-    def request(self, model: Model, key: Key, chat: Chat) -> Request:
-        return Request(endpoint(model, key), dump(outgoing(model, chat)))
+    def request(self, model: Model, key: Key, chat: Chat, *, bare: bool = False) -> Request:
+        if chat.need.kind is ModelKind.EMBEDDING:
+            return embedding_request(model, key, chat)
+        if takes_prompts(model, chat):
+            return legacy_request(model, key, chat)
+        body = outgoing(model, chat, bare=bare)
+        fields = frozenset() if bare else given_back(model)
+        return Request(endpoint(model, key), dump(body), gives_back=holds_any(body["messages"], fields))
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         return bearer_headers(secret, quirks)
@@ -52,12 +67,16 @@ class OpenAIAdapter:
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         if body.get("choices", body) in ([], None):
             raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
+        changed = chat.legacy is not None and told_in_chat_whole(body)
         if not well_formed_answer(body):
+            put_right(body, raw, "message")
+            changed = True
+        if not body["choices"] or not all(choice.get("message") for choice in body["choices"]):
             return None
-        return Completion(dump(body) if mend_completion(body, chat) else raw, body)
+        return Completion(dump(body) if mend_completion(body, chat) or changed else raw, body)
 
-    def translator(self, tally: Tally, chat: Chat) -> ChunkMender:
-        return ChunkMender(tally, chat)
+    def translator(self, tally: Tally, chat: Chat, *, whole_calls: bool = True) -> ChunkMender:
+        return ChunkMender(tally, chat, whole_calls=whole_calls)
 
 
 def mend_completion(body: JSON, chat: Chat) -> bool:
@@ -72,7 +91,9 @@ def mend_completion(body: JSON, chat: Chat) -> bool:
         calls = message.get("tool_calls")
         if isinstance(calls, list) and calls:
             changed |= mend_whole_calls(calls, body, chat, cut=choice.get("finish_reason") == "length")
-        changed |= mend_finish(choice, has_calls=bool(calls))
+        finish = final_finish(told_finish(choice.get("finish_reason")), has_calls=bool(calls))
+        if choice.get("finish_reason") != finish and not message.get("function_call"):
+            choice["finish_reason"], changed = finish, True
         if not calls and not message.get("content") and choice.get("finish_reason") == "stop":
             thoughts = message.get("reasoning_content")
             if isinstance(thoughts, str) and thoughts.strip():  # the whole answer, in the wrong field
@@ -89,11 +110,12 @@ def mend_whole_text(message: JSON, answer: JSON, chat: Chat) -> bool:
     if thoughts is not None:
         message["content"] = rest
         if thoughts:
-            message["reasoning_content"] = thoughts
+            earlier = message.get("reasoning_content")
+            message["reasoning_content"] = f"{earlier}\n{thoughts}" if earlier else thoughts
     if not chat.need.tools or message.get("tool_calls"):
         return thoughts is not None
     try:
-        rescued = whole(rest, declared_tools(chat.body))
+        rescued = text_and_calls(rest, declared_tools(chat.body))
     except Unreadable:
         raise lost_turn() from None
     if rescued is None:
@@ -126,7 +148,7 @@ def failed_generation(body: object, chat: Chat) -> bytes | None:
     if not isinstance(text, str) or not chat.need.tools:
         return None
     try:
-        rescued = whole(text, declared_tools(chat.body))
+        rescued = text_and_calls(text, declared_tools(chat.body))
     except Unreadable:
         return None
     message = {"role": "assistant", "content": text}
@@ -139,137 +161,205 @@ def mend_text(message: JSON) -> bool:
     changed = False
     content = message.get("content")
     if isinstance(content, list):  # segments of text and thinking
-        thoughts = [part["thinking"] for part in content if "thinking" in part]
+        thoughts = [part["thinking"] for part in content if part.get("thinking")]
         message["content"] = joined_text(content)
         if thoughts:
             message["reasoning_content"] = "".join(t if isinstance(t, str) else joined_text(t) for t in thoughts)
         changed = True
-    if "reasoning" in message and isinstance(message["reasoning"], str):
-        reasoning = message.pop("reasoning")
+    reasoning = message.pop("reasoning") if isinstance(message.get("reasoning"), str) else None
+    if reasoning is None and "reasoning_content" not in message:
+        reasoning = detailed_thoughts(message.get("reasoning_details"))
+        if reasoning is None:
+            return changed
+    if reasoning is not None:
         message.setdefault("reasoning_content", reasoning)
-        changed = True
+        return True
     return changed
 
 
-def joined_text(segments: object) -> str:
-    """The text of an answer's segments, which are pieces of one text."""
-    parts = segments if isinstance(segments, list) else []
-    return "".join(part["text"] for part in parts if isinstance(part, dict) and isinstance(part.get("text"), str))
+def detailed_thoughts(details: object) -> str | None:
+    """The thoughts that stand only in `reasoning_details`, which go back to their platform as they are."""
+    if not isinstance(details, list):
+        return None
+    parts = [part for part in details if isinstance(part, dict)]
+    texts = [text for part in parts for text in (part.get("text"), part.get("summary")) if isinstance(text, str)]
+    return "".join(texts) or None
 
 
-def mend_finish(choice: JSON, *, has_calls: bool) -> bool:
-    """The ending by its one name; for a whole answer that gives none, the one it must have had."""
-    finish = choice.get("finish_reason")
-    if (not finish or finish == "stop") and has_calls:
-        choice["finish_reason"] = "tool_calls"
-    elif not finish:
-        choice["finish_reason"] = "stop"
-    elif finish in FINISH_REASONS:
-        choice["finish_reason"] = FINISH_REASONS[finish]
-    else:
-        return False
-    return True
+def told_finish(value: object) -> str | None:
+    """A finish reason by its one name; None for none."""
+    if not isinstance(value, str) or value.lower() in NO_FINISH:
+        return None
+    return FINISH_REASONS.get(value.lower(), value)
+
+
+def final_finish(finish: str | None, *, has_calls: bool) -> str:
+    """How an answer ended, known at its end: with calls or without (SPEC 8.9)."""
+    if finish in (None, "stop", "tool_calls"):
+        return "tool_calls" if has_calls else "stop"
+    return finish
 
 
 class ChunkMender:
-    """Brings one stream's chunks into the one form. A chunk that needs no change keeps the bytes it came in."""
+    """Brings one stream's chunks into the one form. A chunk that needs no change keeps the bytes it came in.
 
-    def __init__(self, tally: Tally, chat: Chat) -> None:
+    A finish reason is believed at the end only (SPEC 8.9): some servers send `stop` with every chunk, or before a call.
+    Tool calls go out whole where `whole_calls` says so (SPEC 14.7).
+    """
+
+    def __init__(self, tally: Tally, chat: Chat, *, whole_calls: bool) -> None:
         self._tally = tally
-        self._chat = chat
+        self._legacy = chat.legacy is not None  # its chunks may be those of an endpoint for prompts
         self._calls = StreamedCalls(chat)
+        self._whole = WholeCalls(chat) if whole_calls else None
         tools = declared_tools(chat.body) if chat.need.tools else {}
         self._has_tools = bool(tools)
         self._gate: TextGate | None = TextGate(tools)  # until it is open
-        self._held: list[Event] = []  # what the gate holds back, as it came
+        self._gated: list[Event] = []  # what the gate holds back, as it came
+        self._head: JSON = {}  # a chunk to make others like
+        self._finish: str | None = None
+        self._ending: Event | None = None  # the provider's own event of its ending, if it says nothing else
 
     @property
     def plain_text(self) -> Callable[[Any], str | None] | None:
         if self._gate is None:
-            return plain_text
+            return None if self.holding else plain_text
         return None if self._has_tools else self._first_text
 
-    def feed(self, raw: bytes, chunk: JSON) -> list[Event]:
+    @property
+    def finishing(self) -> bool:
+        return self._finish is not None
+
+    @property
+    def holding(self) -> bool:
+        return (self._whole is not None and self._whole.holding) or (self._gate is not None and self._gate.calling)
+
+    @property
+    def expects_calls(self) -> bool:
+        """Whether a call is likely still to come: it has begun, or was announced, or could be made."""
+        return self.holding or (not self._calls and (self._has_tools or self._finish == "tool_calls"))
+
+    @property
+    def held_chars(self) -> int:
+        """How much has ever been held back of calls: it grows while they arrive."""
+        return (self._whole.taken_chars if self._whole else 0) + (self._gate.taken_chars if self._gate else 0)
+
+    def feed(self, raw: bytes, payload: bytes, chunk: JSON) -> list[Event]:
+        changed = not well_formed(chunk)
+        if changed:
+            put_right(chunk, payload, "delta")
         choices = chunk.get("choices")
-        usage = chunk.get("usage")
-        changed = False
-        if usage:
-            self._tally.note_usage(usage)
+        changed |= self._note_usage(chunk, raw)
         if not choices:  # usage goes out once and last; anything else here would only break clients
-            if usage:
-                self._tally.usage_raw = raw if choices == [] else None
             return []
         choice = choices[0]
-        if usage:
-            del chunk["usage"]
-            changed = True
+        if self._legacy:
+            changed |= told_in_chat(choice, "delta")
         delta = choice.get("delta")
         if delta is None:  # clients look into it unasked
             delta = choice["delta"] = {}
             changed = True
-        if delta:
-            if "reasoning" in delta or type(delta.get("content")) is list:
-                changed |= mend_text(delta)
-            if delta.get("tool_calls"):
-                changed |= self._calls.mend(delta["tool_calls"], chunk)
-        if choice.get("finish_reason"):
-            changed |= self._finish(chunk, choice, delta)
-        elif choice.get("finish_reason") == "":
-            choice["finish_reason"], changed = None, True
-        event = Event(frame(chunk) if changed else raw, chunk)
-        return [event] if self._gate is None else self._through_gate(event, choice)
-
-    def end(self) -> list[Event]:
-        """At the end marker: what is still held back goes out, finish reason or not."""
-        events = [] if self._gate is None else self._settle(self._tally.head)
-        if rest := self._calls.rest(cut=self._tally.finish == "length"):
-            events.append(piece_of(self._tally.head, {"tool_calls": rest}))
+        self._head = self._head or chunk
+        if "reasoning" in delta or "reasoning_details" in delta or type(delta.get("content")) is list:
+            changed |= mend_text(delta)
+        events: list[Event] = []
+        pieces = delta.get("tool_calls") or []
+        if pieces:
+            changed |= self._calls.mend(pieces, chunk)
+            if self._gate is not None:  # the text before a call has ended
+                if delta.get("content"):
+                    events += self._gate_text(piece_of(chunk, {"content": delta.pop("content")}))
+                    changed = True
+                events += [] if self._gate is None else self._settle(chunk)
+            if self._whole is not None:
+                del delta["tool_calls"]
+                changed = True
+        finish = told_finish(choice.get("finish_reason"))
+        if choice.get("finish_reason") != finish:
+            choice["finish_reason"], changed = finish, True
+        if finish is not None:
+            self._note_finish(finish)
+        if (finish is not None or pieces) and not self._says_something(delta):
+            self._ending = self._ending if finish is None else Event(frame(chunk) if changed else raw, chunk)
+        else:
+            if self._whole is not None and self._whole.holding and not pieces:
+                events += self._pieces(self._whole.release())
+            if finish is not None:
+                choice["finish_reason"], changed = None, True
+            event = Event(frame(chunk) if changed else raw, chunk)
+            events += [event] if self._gate is None else self._gate_text(event)
+        if self._whole is not None and pieces:
+            events += self._pieces(self._whole.take(pieces))
+        if self._whole is not None and finish is not None:
+            events += self._pieces(self._whole.release())
         return events
 
-    def _finish(self, chunk: JSON, choice: JSON, delta: JSON) -> bool:
-        """A finish reason by its one name and once; with it goes out what its calls still lack."""
-        for name, vendor in chunk.items():  # some tell usage in an object of their own: x_vendor.usage
-            if name.startswith("x_") and isinstance(vendor, dict):
-                self._tally.note_usage(vendor.get("usage"))
-        if self._tally.finish is not None:
-            choice["finish_reason"] = None
-            return True
-        changed = mend_finish(choice, has_calls=bool(self._calls))
-        if rest := self._calls.rest(cut=choice["finish_reason"] == "length"):
-            delta["tool_calls"] = [*(delta.get("tool_calls") or ()), *rest]
-            changed = True
-        return changed
+    def end(self) -> list[Event]:
+        """At the end of the answer: what is still held back goes out, and how it ended. Raises UpstreamError."""
+        events = [] if self._gate is None else self._settle(self._head)
+        cut = self._finish == "length"
+        rest = self._calls.rest(cut=cut)
+        if self._whole is not None:
+            events += self._pieces([*self._whole.take(rest), *self._whole.finish(cut=cut)])
+        elif rest:
+            events.append(piece_of(self._head, {"tool_calls": rest}))
+        finish = final_finish(self._finish, has_calls=bool(self._calls))
+        if self._ending is not None and self._ending.chunk["choices"][0]["finish_reason"] == finish:
+            return [*events, self._ending]
+        chunk = chunk_of(self._head, {}, finish)
+        return [*events, Event(frame(chunk), chunk)]
 
-    def _through_gate(self, event: Event, choice: JSON) -> list[Event]:
-        """The first words pass the gate, until it is open. Raises UpstreamError."""
-        gate, delta = self._gate, choice.get("delta") or {}
+    def _note_usage(self, chunk: JSON, raw: bytes) -> bool:
+        """Count usage wherever it stands, and take it out of what goes on: it is sent last, to those who asked."""
+        if (usage := find_usage(chunk)) is not None:
+            self._tally.note_usage(usage)
+        choices = chunk.get("choices")
+        if not choices:
+            if usage is not None:
+                self._tally.usage_raw = raw if choices == [] and usage is chunk.get("usage") else None
+            return False
+        taken = choices[0].pop("usage", None) is not None
+        if chunk.get("usage"):
+            del chunk["usage"]
+            taken = True
+        return taken
+
+    def _note_finish(self, finish: str) -> None:
+        """The last one counts, but `stop` takes back none that says more."""
+        if self._finish is None or finish != "stop":
+            self._finish = finish
+
+    def _says_something(self, delta: JSON) -> bool:
+        said = any(value for name, value in delta.items() if name != "role")
+        return said or ("role" in delta and not self._tally.head)
+
+    def _pieces(self, pieces: list[JSON]) -> list[Event]:
+        return [piece_of(self._head, {"tool_calls": [piece]}) for piece in pieces]
+
+    def _gate_text(self, event: Event) -> list[Event]:
+        """The first words pass the gate, until it is open."""
+        gate, delta = self._gate, event.chunk["choices"][0]["delta"]
         assert gate is not None
         text = delta.get("content")
-        more = choice.get("finish_reason") or delta.get("tool_calls")
-        events: list[Event] = []
-        if text and isinstance(text, str):
-            self._held.append(event)
-            pieces = gate.feed(text)
-            if gate.open and gate.untouched:
-                self._gate = None
-                return self._released()
-            if more:  # only the text waits
-                self._held[-1] = piece_of(event.chunk, {"content": delta.pop("content")})
-                event = Event(frame(event.chunk), event.chunk)
-            events = self._rewritten(event.chunk, pieces, role=delta.get("role"))
-            if gate.open:
-                self._gate = None
-                self._held.clear()
-            if not more:
-                return events
-        if more:
-            events += self._settle(event.chunk) if self._gate is not None else []
-            if choice.get("finish_reason") and mend_finish(choice, has_calls=bool(self._calls)):
-                event = Event(frame(event.chunk), event.chunk)
-        return [*events, event]
+        if not text or not isinstance(text, str):
+            return [event]
+        self._gated.append(event)
+        pieces = gate.feed(text)
+        if gate.open and gate.untouched:
+            self._gate = None
+            return self._released()
+        if gate.untouched:
+            return []
+        beside = {name: value for name, value in delta.items() if name != "content"}
+        events = [piece_of(event.chunk, beside)] if beside else []
+        events += self._rewritten(event.chunk, pieces)
+        if gate.open:
+            self._gate = None
+        self._gated.clear()
+        return events
 
     def _settle(self, like: JSON) -> list[Event]:
-        """No more text will come: what is held back becomes text, thoughts or calls."""
+        """No more text will come: what is held back becomes text, thoughts or calls. Raises UpstreamError."""
         gate = self._gate
         assert gate is not None
         self._gate = None
@@ -281,27 +371,23 @@ class ChunkMender:
             return self._released()  # the client has thoughts already: then it gets all there is
         if gate.untouched:
             return self._released()
-        self._held.clear()
+        self._gated.clear()
         events = self._rewritten(like, pieces)
-        for name, arguments in calls:
-            events.append(piece_of(like, {"tool_calls": [self._calls.add(name, arguments, like)]}))
-        return events
+        found = [self._calls.add(name, arguments, like) for name, arguments in calls]
+        return events + self._pieces(found if self._whole is None else self._whole.take(found))
 
     def _first_text(self, chunk: Any) -> str | None:
         """Where no tools are declared, only an answer that begins with a tag is not what it seems."""
         text = plain_text(chunk)
-        if text:
-            if self._held or text[0] == "<" or text[0].isspace():
+        if text and self._gate is not None:
+            if self._gate.begun or text[0] in FIRST_CHARS or text[0].isspace():
                 return None
             self._gate = None
         return text
 
     def _released(self) -> list[Event]:
-        events, self._held = self._held, []
+        events, self._gated = self._gated, []
         return events
 
-    def _rewritten(self, like: JSON, pieces: list[tuple[str, str]], role: str | None = None) -> list[Event]:
-        deltas: list[JSON] = [{field: text} for field, text in pieces]
-        if deltas and role:
-            deltas[0] = {"role": role, **deltas[0]}
-        return [piece_of(like, delta) for delta in deltas]
+    def _rewritten(self, like: JSON, pieces: list[tuple[str, str]]) -> list[Event]:
+        return [piece_of(like, {field: text}) for field, text in pieces]

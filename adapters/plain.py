@@ -1,30 +1,19 @@
-"""The short path: chunks and answers that are nothing but text are recognised in one look and counted.
-
-Also the shape checks every other answer passes before it is read. No I/O.
-"""
+"""The short path: chunks and answers that are nothing but text are recognised in one look; and what an answer has said
+so far is counted, by whichever path it came. No I/O."""
 
 from __future__ import annotations
 
-import re
+from collections.abc import Iterator
 from typing import Any
 
-import orjson
-
-from wire.chat import Tally
-from wire.jsontext import JSON, load_inner
-from wire.sse import EVENT_BYTES_MAX
+from wire.chat import Tally, Usage
+from wire.jsontext import JSON
 
 PLAIN_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"})
 PLAIN_CHOICE = frozenset({"index", "delta", "finish_reason", "logprobs"})
 PLAIN_DELTA = frozenset({"content", "role", "refusal"})
 PLAIN_WHOLE_CHOICE = frozenset({"index", "message", "finish_reason", "logprobs"})
 PLAIN_MESSAGE = frozenset({"content", "role", "refusal", "annotations"})
-LESSONS_MAX = 5  # in one stream; where each chunk has its own surroundings they would cost more than they save
-CONTENT_NAME = b'"content"'
-JSON_TEXT = re.compile(rb'"(?:[^"\\]|\\.)*"')
-TEXT_OR_NONE = (str, type(None))  # as tuples, because a union is made anew each time it is written
-CONTENT = (str, list, type(None))
-ARGUMENTS = (str, dict, type(None))
 
 
 def plain_text(chunk: Any) -> str | None:
@@ -47,51 +36,9 @@ def plain_text(chunk: Any) -> str | None:
     return text if type(text) is str else None
 
 
-class Surroundings:
-    """What stands around the text in one stream's events: byte for byte the same in nearly all of them, and then only
-    the text has to be read."""
-
-    __slots__ = ("_after", "_before", "_between", "_lessons")
-
-    def __init__(self) -> None:
-        self._before = self._after = b""  # of the text, its quotes included
-        self._between = b""  # two texts
-        self._lessons = 0
-
-    def text(self, data: bytes) -> str | None:
-        """The text of one event or several, all of them whole and with nothing but a text in these surroundings; None
-        for anything else."""
-        before, after, between = self._before, self._after, self._between
-        if not after or not data.startswith(before) or not data.endswith(after):
-            return None
-        if not len(before) + len(after) <= len(data) <= EVENT_BYTES_MAX:
-            return None
-        inner = data[len(before) : len(data) - len(after)]
-        try:
-            texts = orjson.loads(b'["%b"]' % inner.replace(between, b'","'))
-        except orjson.JSONDecodeError:
-            return None
-        return "".join(texts) if len(texts) == inner.count(between) + 1 else None
-
-    def learn(self, raw: bytes, payload: bytes, chunk: JSON) -> None:
-        """From an event that is plain text; one that also says its role is no lesson, for that would be forgotten."""
-        delta = chunk["choices"][0]["delta"]
-        if len(delta) > 1:
-            return
-        self._lessons += 1
-        if self._lessons == 1 or self._lessons > LESSONS_MAX or payload.count(CONTENT_NAME) != 1:
-            return  # the first chunk often says more than the others
-        found = JSON_TEXT.search(payload, payload.index(CONTENT_NAME) + len(CONTENT_NAME))
-        if found is not None and load_inner(found[0].decode(errors="replace")) == delta["content"]:
-            lead, _, end = raw.partition(payload)
-            self._before = lead + payload[: found.start() + 1]
-            self._after = payload[found.end() - 1 :] + end
-            self._between = self._after + self._before
-
-
 def plain_answer(body: Any) -> str | None:
-    """The same of a whole answer that has ended by itself."""
-    if type(body) is not dict or not PLAIN_CHUNK.issuperset(body):
+    """The same of a whole answer that is complete (SPEC 3.11) and has ended by itself."""
+    if type(body) is not dict or not PLAIN_CHUNK.issuperset(body) or not has_head(body):
         return None
     choices = body.get("choices")
     if type(choices) is not list or len(choices) != 1:
@@ -102,56 +49,24 @@ def plain_answer(body: Any) -> str | None:
     message = choice.get("message")
     if type(message) is not dict or not PLAIN_MESSAGE.issuperset(message) or message.get("refusal"):
         return None
-    text = message.get("content")
-    if type(text) is not str or text[:1].isspace() or text[:1] in ("", "<") or "</think" in text:
+    if type(choice.get("index")) is not int or type(message.get("role")) is not str:
         return None
+    text = message.get("content")
+    if type(text) is not str or not text or text[0] in "<[◁" or text[0].isspace() or "</" in text:
+        return None  # it may be thoughts in tags
     return text
 
 
-def well_formed(chunk: Any) -> bool:
-    """Whether a parsed event has the types that reading it relies on."""
-    if type(chunk) is not dict:
-        return False
-    choices = chunk.get("choices")
-    if not choices:
-        return True
-    return type(choices) is list and well_formed_choice(choices[0], "delta")
-
-
-def well_formed_answer(body: Any) -> bool:
-    """The same for a whole answer."""
-    if type(body) is not dict or type(body.get("choices")) is not list or not body["choices"]:
-        return False
-    return all(well_formed_choice(choice, "message") and choice.get("message") for choice in body["choices"])
-
-
-def well_formed_choice(choice: Any, part: str) -> bool:
-    if type(choice) is not dict or not isinstance(choice.get("finish_reason"), TEXT_OR_NONE):
-        return False
-    message = choice.get(part)
-    if not message:
-        return message is None or message == {}
-    if type(message) is not dict or not isinstance(message.get("content"), CONTENT):
-        return False
-    if type(message.get("content")) is list and not all(map(well_formed_segment, message["content"])):
-        return False
-    calls = message.get("tool_calls")
-    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
-
-
-def well_formed_segment(part: Any) -> bool:
-    return type(part) is dict and isinstance(part.get("text", ""), str)
-
-
-def well_formed_call(call: Any) -> bool:
-    if type(call) is not dict or not isinstance(call.get("id"), TEXT_OR_NONE):
-        return False
-    function = call.get("function")
-    if function is None:
-        return True
-    if type(function) is not dict or not isinstance(function.get("name"), TEXT_OR_NONE):
-        return False
-    return isinstance(function.get("arguments"), ARGUMENTS)
+def has_head(body: JSON) -> bool:
+    """Whether an answer says what every client reads of it besides its choices."""
+    return (
+        body.get("object") == "chat.completion"
+        and type(body.get("created")) is int
+        and type(body.get("id")) is str
+        and body["id"] != ""
+        and type(body.get("model")) is str
+        and body["model"] != ""
+    )
 
 
 def note(chunk: JSON, tally: Tally) -> bool:
@@ -182,15 +97,22 @@ def note_plain(body: JSON, text: str, tally: Tally) -> None:
     tally.finish, tally.has_text, tally.text_chars = "stop", True, len(text)
 
 
+def note_text(text: str, tally: Tally) -> bool:
+    """Count text of any kind; True when it may open an answer."""
+    tally.text_chars += len(text)
+    if not text or not (tally.has_text or not text.isspace()):
+        return False
+    tally.has_text = True
+    return True
+
+
 def note_part(part: JSON | None, finish: str | None, tally: Tally) -> bool:
     meaningful = False
     if part:
         for name in ("content", "reasoning_content", "refusal"):
             text = part.get(name)
             if text and type(text) is str:
-                tally.text_chars += len(text)
-                if tally.has_text or not text.isspace():
-                    tally.has_text = meaningful = True
+                meaningful |= note_text(text, tally)
         calls = part.get("tool_calls")
         if calls:
             tally.has_tool_calls = meaningful = True
@@ -204,6 +126,20 @@ def note_part(part: JSON | None, finish: str | None, tally: Tally) -> bool:
     return meaningful
 
 
-def text_chunk(text: str) -> dict[str, Any]:
-    """What a chunk says that holds nothing but text."""
-    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]}
+def find_usage(body: JSON) -> JSON | None:
+    """The tokens that an answer or a chunk tells, wherever a platform puts them (SPEC 3.11)."""
+    return next((usage for usage in told_usages(body) if Usage.read(usage) is not None), None)
+
+
+def told_usages(body: JSON) -> Iterator[Any]:
+    yield body.get("usage")
+    choices = body.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if isinstance(choice, dict):
+        yield choice.get("usage")
+        for name in ("delta", "message"):
+            if isinstance(choice.get(name), dict):
+                yield choice[name].get("usage")
+    for name, vendor in body.items():  # in an object of the vendor's own: x_vendor.usage
+        if name.startswith("x_") and isinstance(vendor, dict):
+            yield vendor.get("usage")

@@ -28,7 +28,9 @@ STANDARD_FIELDS = frozenset(
 )  # fmt: skip
 STANDARD_MESSAGE_FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content")
 STANDARD_TOOL_FIELDS = frozenset({"name", "description", "parameters", "strict"})
-REPLAYED_FIELDS = frozenset({"reasoning", "reasoning_content", "reasoning_details", "annotations", "audio", "refusal"})
+REPLAYED_FIELDS = frozenset(
+    {"reasoning", "reasoning_content", "reasoning_details", "extra_content", "annotations", "audio", "refusal"}
+)
 CALL_FIELDS = frozenset({"id", "type", "function"})
 FUNCTION_FIELDS = frozenset({"name", "arguments"})
 CALL_ID_PATTERN = r".{1,40}"  # the strictest of those without a rule of their own
@@ -48,8 +50,8 @@ STOPS_MAX = 4  # OpenAI's own limit; role-play clients send up to 64
 ANY_OBJECT = {"type": "object", "properties": {}, "additionalProperties": True}
 
 
-def outgoing(model: Model, chat: Chat) -> JSON:
-    """The chat body as this model takes it."""
+def outgoing(model: Model, chat: Chat, *, bare: bool = False) -> JSON:
+    """The chat body as this model takes it; `bare`: without what platforms give out to have it back."""
     quirks = model.quirks
     body: JSON = {**as_sent(chat.body, quirks), "model": model.model_id}
     if chat.stream and not quirks.get("no_stream"):
@@ -57,7 +59,7 @@ def outgoing(model: Model, chat: Chat) -> JSON:
         if not quirks.get("no_stream_usage"):
             body["stream_options"] = {"include_usage": True}
     if isinstance(body["messages"], list):
-        body["messages"] = outgoing_messages(body["messages"], quirks)
+        body["messages"] = outgoing_messages(body["messages"], quirks, frozenset() if bare else given_back(model))
     apply_quirks(body, quirks, model.answer_max(chat.prompt_tokens))
     if isinstance(body["messages"], list) and body["messages"][-1]["role"] == "assistant":
         mark_prefill(body, model.prefill)
@@ -89,6 +91,22 @@ def as_sent(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Mapping[str, 
     if TOOL_QUIRKS.isdisjoint(quirks):
         taken_as_they_are.append("tools")
     return body.as_sent(taken_as_they_are)
+
+
+def given_back(model: Model) -> frozenset[str]:
+    """The fields of messages and tool calls that this platform gives out and wants back: it keeps thoughts and their
+    signatures there. Which platform gave them out is not told, so it may refuse another's."""
+    return frozenset(model.quirks.get("replay_fields", ()))
+
+
+def holds_any(messages: object, fields: frozenset[str]) -> bool:
+    """Whether one of the messages, or one of their tool calls, has one of these fields."""
+    if not fields or not isinstance(messages, list):
+        return False
+    return any(
+        not fields.isdisjoint(message) or any(not fields.isdisjoint(call) for call in message.get("tool_calls") or ())
+        for message in messages
+    )
 
 
 def apply_quirks(body: JSON, quirks: Mapping[str, Any], answer_max: int) -> None:
@@ -161,10 +179,10 @@ def clamp_effort(effort: str, known: Sequence[str]) -> str | None:
 
 
 # --- Messages -------------------------------------------------------------------------------------------------------
-def outgoing_messages(messages: list[JSON], quirks: Mapping[str, Any]) -> list[JSON]:
-    """History as this platform takes it."""
-    dropped = REPLAYED_FIELDS.union(quirks.get("drop_message_fields", ()))
-    messages = [m if is_plain(m) else outgoing_message(m, dropped, quirks) for m in messages]
+def outgoing_messages(messages: list[JSON], quirks: Mapping[str, Any], kept: frozenset[str]) -> list[JSON]:
+    """History as this platform takes it, with the fields that it wants back."""
+    dropped = REPLAYED_FIELDS.union(quirks.get("drop_message_fields", ())) - kept
+    messages = [m if is_plain(m) else outgoing_message(m, dropped, quirks, kept) for m in messages]
     if quirks.get("system_first"):
         messages = system_first(messages)
     if quirks.get("strict_turns"):
@@ -177,18 +195,18 @@ def is_plain(message: JSON) -> bool:
     return len(message) == 2 and type(message.get("content")) is str
 
 
-def outgoing_message(message: JSON, dropped: frozenset[str], quirks: Mapping[str, Any]) -> JSON:
+def outgoing_message(message: JSON, dropped: frozenset[str], quirks: Mapping[str, Any], kept: frozenset[str]) -> JSON:
     if message["role"] == "assistant" and quirks.get("replay_reasoning_content"):
         message = replayed(message, dropped)
     elif not dropped.isdisjoint(message):
         message = {name: value for name, value in message.items() if name not in dropped}
     if "tool_calls" in message or message["role"] == "tool":
-        message = with_plain_calls(message, quirks.get("tool_call_id_pattern", CALL_ID_PATTERN))
+        message = with_plain_calls(message, quirks.get("tool_call_id_pattern", CALL_ID_PATTERN), kept)
     if not quirks:
         return message
     allowed = quirks.get("message_fields", STANDARD_MESSAGE_FIELDS if quirks.get("standard_fields_only") else ())
     if allowed and not message.keys() <= set(allowed):
-        message = {name: value for name, value in message.items() if name in allowed}
+        message = {name: value for name, value in message.items() if name in allowed or name in kept}
     content = message.get("content")
     if isinstance(content, list):
         if quirks.get("flatten_content"):
@@ -230,18 +248,19 @@ def plain_part(part: JSON) -> JSON:
     return {"type": kind, kind: part[kind]} if kind in ("text", "image_url") and kind in part else part
 
 
-def with_plain_calls(message: JSON, pattern: str) -> JSON:
-    """Tool call ids that the platform accepts, the same ones on both sides of a call, and calls without extras."""
+def with_plain_calls(message: JSON, pattern: str, kept: frozenset[str]) -> JSON:
+    """Tool call ids that the platform accepts, the same ones on both sides of a call, and calls without extras other
+    than those that it wants back."""
     if message["role"] == "tool":
         call_id = message.get("tool_call_id", "")
         safe = safe_id(call_id, pattern)
         return message if safe == call_id else {**message, "tool_call_id": safe}
     calls = message["tool_calls"]
-    plain = [plain_call(call, pattern) for call in calls]
+    plain = [plain_call(call, pattern, kept) for call in calls]
     return message if all(a is b for a, b in zip(calls, plain, strict=True)) else {**message, "tool_calls": plain}
 
 
-def plain_call(call: JSON, pattern: str) -> JSON:
+def plain_call(call: JSON, pattern: str, kept: frozenset[str]) -> JSON:
     function = call.get("function")
     if not isinstance(function, dict):
         return call
@@ -249,7 +268,8 @@ def plain_call(call: JSON, pattern: str) -> JSON:
     if safe == call["id"] and call.keys() <= CALL_FIELDS and function.keys() <= FUNCTION_FIELDS:
         return call
     function = {name: function[name] for name in ("name", "arguments") if name in function}
-    return {"id": safe, "type": "function", "function": function}
+    wanted = {name: call[name] for name in kept if name in call}
+    return {"id": safe, "type": "function", "function": function, **wanted}
 
 
 def safe_id(call_id: str, pattern: str) -> str:

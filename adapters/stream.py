@@ -6,35 +6,59 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from adapters.base import Adapter, Reply, Translator, as_chunks
-from adapters.errors import Fault, read, redact, retry_after_s, wrapped
+from adapters.base import Adapter, Reply, Translator
+from adapters.chunks import as_chunks, completed, joined
+from adapters.embeddings import embedding_reply
+from adapters.errors import Fault, read, redact, wrapped
 from adapters.openai import with_json
-from adapters.plain import Surroundings, note, note_completion, note_plain, text_chunk, well_formed
+from adapters.plain import note, note_completion, note_plain, note_text
+from adapters.waits import retry_after_s
 from protection import Failure, UpstreamError, classify
 from routing.catalog import Model
 from routing.day import until_reset_s
 from routing.route import Route
-from wire.chat import Chat, Completion, Event, Tally, frame
-from wire.jsontext import load_lenient
-from wire.sse import EventTooLarge, SSEDecoder
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
+from wire.jsontext import dump, load_lenient
+from wire.sse import BOM, EventTooLarge, Frame, SSEDecoder
 
 STREAM_BYTES_MAX = 256 * 1024 * 1024  # of one stream; 128,000 tokens in chunks of 1 KB are half of it
+AFTER_FINISH_S = 5.0  # of silence behind a finish reason, and it is believed (SPEC 8.9)
+AFTER_FINISH_BEFORE_CALL_S = 15.0  # where a tool call may still come: some servers say `stop` seconds before it
 
 
 class Incoming:
-    """One provider's stream on its way from bytes to events: decoded once, checked, counted."""
+    """One provider's stream on its way from bytes to events: decoded once, checked, counted.
+
+    Whoever reads the connection feeds it, and flushes it at the end of the body, or when it has been silent for
+    `silence_s` behind a finish reason.
+    """
 
     def __init__(self, translator: Translator, tally: Tally, route: Route, utc: float, *, is_sse: bool) -> None:
         self._is_sse = is_sse  # by its own words
         self.done = False  # [DONE] has been seen
         self.error: UpstreamError | None = None  # found behind the events that `feed` returned
         self.bytes_seen = 0
+        self.progressed = False  # the last bytes said something, even if it is held back
         self._decoder = SSEDecoder()
-        self._surroundings = Surroundings()
         self._translator = translator
         self._tally = tally
         self._route = route
         self._utc = utc
+
+    @property
+    def finishing(self) -> bool:
+        """Whether a finish reason has come, after which nothing more has to."""
+        return self._translator.finishing
+
+    @property
+    def holding(self) -> bool:
+        """Whether a tool call is being held back: nothing of it has been sent, but the model has begun to answer."""
+        return self._translator.holding
+
+    @property
+    def silence_s(self) -> float:
+        """How long a stream may be silent behind its finish reason before that is believed."""
+        return AFTER_FINISH_BEFORE_CALL_S if self._translator.expects_calls else AFTER_FINISH_S
 
     def feed(self, data: bytes) -> tuple[list[Event], bool]:
         """The events in these bytes, and whether one of them may open the answer."""
@@ -42,63 +66,61 @@ class Incoming:
         if self.bytes_seen > STREAM_BYTES_MAX:
             self.error = UpstreamError(Failure.MALFORMED, f"The answer is larger than {STREAM_BYTES_MAX} bytes.")
             return [], False
-        if not self._decoder.held and (text := self._surroundings.text(data)) is not None:
-            return [Event(data, text_chunk(text))], self._count(text)
         return self._decoded(partial(self._decoder.feed, data))
 
     def flush(self) -> tuple[list[Event], bool]:
-        return self._decoded(self._decoder.flush)
+        """The rest, where nothing more will come."""
+        events, meaningful = self._decoded(self._decoder.flush)
+        if self.finishing and not self.done and self.error is None:
+            meaningful |= self._take(self._translator.end, events)
+        return events, meaningful
 
-    def _decoded(self, decode: Callable[[], list[tuple[bytes, bytes]]]) -> tuple[list[Event], bool]:
+    def _decoded(self, decode: Callable[[], list[Frame]]) -> tuple[list[Event], bool]:
+        held_before = self._translator.held_chars
         try:
-            return self._events(decode())
+            events, meaningful = self._events(decode())
         except EventTooLarge:
             self.error = UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
             return [], False
+        self.progressed = meaningful or self._translator.held_chars > held_before
+        return events, meaningful
 
-    def _events(self, frames: list[tuple[bytes, bytes]]) -> tuple[list[Event], bool]:
+    def _events(self, frames: list[Frame]) -> tuple[list[Event], bool]:
         events: list[Event] = []
         meaningful = False
         tally, translator = self._tally, self._translator
-        plain_text, surroundings = translator.plain_text, self._surroundings
-        for raw, payload in frames:
-            if payload == b"[DONE]":
+        plain_text = translator.plain_text
+        fault: Fault | None
+        for raw, payload, is_error in frames:
+            if payload == b"[DONE]" and not is_error:
                 self.done = True
                 meaningful |= self._take(translator.end, events)
                 break
-            text = surroundings.text(raw) if plain_text is not None else None
-            if text is not None:
-                chunk: Any = text_chunk(text)
-            else:
-                chunk = decoded(payload)
-                if plain_text is not None and (text := plain_text(chunk)):
-                    surroundings.learn(raw, payload, chunk)
-            if text is not None:
-                meaningful |= self._count(text)
+            chunk = decoded(payload)
+            if plain_text is not None and (text := plain_text(chunk)) is not None and not is_error:
+                meaningful |= note_text(text, tally)
                 if not tally.head:
                     tally.head = chunk
                 events.append(Event(raw, chunk))
                 continue
-            if not well_formed(chunk):
+            listed = type(chunk) is list and len(chunk) == 1
+            if listed:
+                chunk = chunk[0]
+            if is_error:
+                fault = read(chunk if chunk is not None else said(payload), self._route.model.quirks)
+            elif type(chunk) is not dict:
                 tally.malformed += 1
                 continue
-            if fault := wrapped(chunk, self._route.model.quirks):
+            else:
+                fault = wrapped(chunk, self._route.model.quirks)
+            if fault:
                 self.error = failure_inside(fault, chunk, self._route, self._utc)
                 break
-            meaningful |= self._take(partial(translator.feed, raw, chunk), events)
+            meaningful |= self._take(partial(translator.feed, frame(chunk) if listed else raw, payload, chunk), events)
             if self.error:
                 break
             plain_text = translator.plain_text  # which may have become possible
         return events, meaningful
-
-    def _count(self, text: str) -> bool:
-        """True when this text may open the answer."""
-        tally = self._tally
-        tally.text_chars += len(text)
-        if not text or not (tally.has_text or not text.isspace()):
-            return False
-        tally.has_text = True
-        return True
 
     def _take(self, translated: Callable[[], list[Event]], events: list[Event]) -> bool:
         """Count and keep what the translator makes; True when it may open the answer."""
@@ -115,7 +137,7 @@ class Incoming:
         """What is wrong with a stream that ends here, if anything."""
         tally = self._tally
         if not self.done and tally.finish is None:
-            if not tally.head and (self.bytes_seen or not self._is_sse):
+            if not tally.head and not self.holding and (self.bytes_seen or not self._is_sse):
                 return UpstreamError(
                     Failure.MALFORMED, "The provider's answer is neither JSON nor a stream.", status=200
                 )
@@ -170,12 +192,22 @@ def cut_short(tally: Tally, chat: Chat, model: Model) -> bool:
 
 
 def said_instead(raw: bytes) -> object:
-    """An error's body: JSON, words, or nothing worth reading."""
+    """An error's body: JSON, an event of a stream, words, or nothing worth reading."""
     try:
-        return load_lenient(raw)
+        return load_lenient(raw.removeprefix(BOM))
     except ValueError:
-        words = raw[:300].decode(errors="replace").strip()
-        return None if not words or words.startswith("<") else words
+        pass
+    if raw.lstrip()[:6] in (b"data: ", b"event:") or raw.lstrip()[:5] == b"data:":
+        decoder = SSEDecoder()
+        payload = next((data for _, data, _ in decoder.feed(raw) + decoder.flush() if data), b"")
+        return decoded(payload) or said(payload)
+    return said(raw)
+
+
+def said(raw: bytes) -> str | None:
+    """The words of a body that is no JSON; None for a page, or nothing."""
+    words = raw[:300].decode(errors="replace").strip()
+    return None if not words or words.startswith("<") else words
 
 
 def refusal(status: int, headers: Mapping[str, str], body: object, route: Route, utc: float) -> UpstreamError:
@@ -186,15 +218,22 @@ def refusal(status: int, headers: Mapping[str, str], body: object, route: Route,
 
 def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route, utc: float) -> Reply:
     """A committed answer from a whole body."""
-    tally, body = Tally(), loaded(raw)
-    if (text := adapter.plain_answer(body, chat)) is not None:
-        completion = Completion(raw, body)
-        note_plain(body, text, tally)
+    if chat.need.kind is ModelKind.EMBEDDING:
+        return embedding_reply(checked_answer(loaded(raw), route, utc), chat, route.model)
+    try:
+        body = load_lenient(raw.removeprefix(BOM))
+    except ValueError:
+        tally, completion = joined_stream(raw, adapter, chat, route, utc)
     else:
-        completion = whole_completion(raw, body, adapter, chat, route, utc)
-        note_completion(completion.body, tally)
-        if tally.empty:
-            raise empty_answer()
+        tally = Tally()
+        if (text := adapter.plain_answer(body, chat)) is not None:
+            completion = Completion(raw, body)
+            note_plain(body, text, tally)
+        else:
+            completion = whole_completion(raw, body, adapter, chat, route, utc)
+            note_completion(completion.body, tally)
+            if tally.empty:
+                raise empty_answer()
     if not chat.stream:
         return Reply(tally, completion=completion)
     return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in as_chunks(completion.body)])
@@ -205,6 +244,25 @@ def whole_completion(raw: bytes, body: Any, adapter: Adapter, chat: Chat, route:
     completion = adapter.completion(raw, checked, chat)
     if completion is None:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
+    return finished(completion, chat, route, utc)
+
+
+def joined_stream(raw: bytes, adapter: Adapter, chat: Chat, route: Route, utc: float) -> tuple[Tally, Completion]:
+    """A body that is no JSON: some servers stream to those who did not ask for it. Raises UpstreamError."""
+    tally = Tally()
+    incoming = Incoming(adapter.translator(tally, chat), tally, route, utc, is_sse=False)
+    events, _ = incoming.feed(raw)
+    if not (incoming.done or incoming.error):
+        events += incoming.flush()[0]
+    if error := incoming.error or incoming.ending():
+        raise error
+    body = joined((event.chunk for event in events), tally.usage_object)
+    return tally, finished(Completion(dump(body), body), chat, route, utc)
+
+
+def finished(completion: Completion, chat: Chat, route: Route, utc: float) -> Completion:
+    """A whole answer as it goes out: complete, and JSON where JSON was asked for. Raises UpstreamError."""
+    completion = completed(completion, route.model.model_id, utc)
     if "response_format" in chat.body and not chat.need.tools:  # beside tools some platforms know no JSON mode
         return with_json(completion, chat)
     return completion
@@ -212,14 +270,14 @@ def whole_completion(raw: bytes, body: Any, adapter: Adapter, chat: Chat, route:
 
 def loaded(raw: bytes) -> Any:
     try:
-        return load_lenient(raw)
+        return load_lenient(raw.removeprefix(BOM))
     except ValueError:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer is not JSON.", status=200) from None
 
 
 def checked_answer(body: Any, route: Route, utc: float) -> dict[str, Any]:
     """A 200's JSON, unless it is an error after all."""
-    if isinstance(body, list) and body and isinstance(body[0], dict) and "error" in body[0]:
+    if isinstance(body, list) and body and isinstance(body[0], dict) and (len(body) == 1 or "error" in body[0]):
         body = body[0]
     if not isinstance(body, dict):
         raise UpstreamError(Failure.MALFORMED, "The provider's answer is not a JSON object.", status=200)

@@ -1,8 +1,7 @@
-"""What models write as text though it is none: thoughts in tags, tool calls in their own dialects, broken arguments.
+"""Tool calls and JSON that models write as text: calls in their own dialects, broken arguments, JSON between words.
 
 Only an answer that opens so counts, because an answer may well talk about such things; and a call only where the
-request declared tools, and only for those. `whole` reads a finished answer, `TextGate` a stream's first words: it holds
-back no more than it must to tell. No I/O.
+request declared tools, and only for those. text_gate.py does the same for the first words of a stream. No I/O.
 """
 
 from __future__ import annotations
@@ -18,10 +17,7 @@ from wire.jsontext import JSON, dump, load_inner
 
 Tools = Mapping[str, JSON]  # the schema of each declared tool's parameters, by name
 Calls = list[tuple[str, str]]  # names and arguments
-UNDECIDED_CHARS_MAX = 256  # held back while they may still become a marker; the longest is a tenth of it
 CALL_CHARS_MAX = 262_144  # of a call written as text; what is longer is let go as text
-THOUGHT_TAGS = ("<think>", "<thinking>", "<thought>")
-LONE_END = re.compile(r"(?:^|\n)</think(?:ing)?>[ \t]*(?:\n|$)")  # an answer may begin in mid-thought
 NAME = re.compile(r"[\w.-]{1,128}")
 
 
@@ -32,22 +28,6 @@ class Unreadable(Exception):
 def declared_tools(body: Mapping[str, Any]) -> dict[str, JSON]:
     functions = [tool["function"] for tool in body.get("tools", ()) if isinstance(tool.get("function"), dict)]
     return {function["name"]: function.get("parameters") or {} for function in functions}
-
-
-# --- Thoughts -------------------------------------------------------------------------------------------------------
-def split_thoughts(text: str) -> tuple[str | None, str]:
-    """The thoughts that open a whole answer, and the rest. Unclosed, all of it is thoughts."""
-    start = text.lstrip()
-    if tag := next((tag for tag in THOUGHT_TAGS if start.startswith(tag)), None):
-        thoughts, _, rest = start[len(tag) :].partition(closing(tag))
-        return thoughts.strip(), rest.lstrip()
-    if "</think" in text and (end := LONE_END.search(text)):
-        return text[: end.start()].strip(), text[end.end() :].lstrip()
-    return None, text
-
-
-def closing(tag: str) -> str:
-    return f"</{tag[1:]}"
 
 
 # --- Calls in text --------------------------------------------------------------------------------------------------
@@ -156,7 +136,7 @@ DIALECTS: list[tuple[str, Callable[[str, Tools], Iterator[Found]], bool]] = [
     ("<tool_call>", tagged_calls, False),
     ("<function=", function_calls, False),
 ]
-FIRST_CHARS = "<[{`"
+FIRST_CHARS = "<[{`"  # of a call
 
 
 def calls_in(text: str, tools: Tools) -> Calls | None:
@@ -187,8 +167,9 @@ def settled(found: list[Found], tools: Tools) -> Calls | None:
     return calls or None
 
 
-def whole(text: str, tools: Tools) -> tuple[str, Calls] | None:
-    """The calls of a whole answer, and the text before them. Raises Unreadable."""
+def text_and_calls(text: str, tools: Tools) -> tuple[str, Calls] | None:
+    """A whole answer that ends with calls: the text before them, and the calls. None when it has none. Raises
+    Unreadable."""
     start = text.lstrip()
     if start[:1] in FIRST_CHARS and (calls := calls_in(start, tools)):
         return "", calls
@@ -279,112 +260,3 @@ def decoded_values(value: Any, schema: object) -> Any:
         items = [decoded_values(item, schema.get("items")) for item in value]
         return items if any(a is not b for a, b in zip(items, value, strict=True)) else value
     return value
-
-
-# --- Streams --------------------------------------------------------------------------------------------------------
-class TextGate:
-    """A stream's first words: what they turn out to be decides in which field they go out.
-
-    `feed` gives (field, text) pieces; nothing while it cannot tell. `open` once the rest is plain text and need not
-    come here any more; `untouched` when all of it was, so that the provider's own bytes can go out.
-    """
-
-    def __init__(self, tools: Tools) -> None:
-        self.open = False
-        self.untouched = True
-        self._tools = tools
-        self._held = ""
-        self._end_tag = ""  # while thoughts run
-        self._calling: list[str] = []  # the pieces of a call, once it has begun
-        self._calling_chars = 0
-
-    def feed(self, text: str) -> list[tuple[str, str]]:
-        if self._calling:
-            self._calling.append(text)
-            self._calling_chars += len(text)
-            if self._calling_chars <= CALL_CHARS_MAX:
-                return []
-            text, self._held = "".join(self._calling), ""
-        self._held += text
-        pieces: list[tuple[str, str]] = []
-        if self._end_tag and not self._think(pieces):
-            return pieces
-        if self.untouched and self._begins_thought():
-            self.untouched = False
-            if not self._think(pieces):
-                return pieces
-        if not self._undecided():
-            self.open = True
-            pieces.append(("content", self._held if self.untouched else self._held.lstrip()))
-        return pieces
-
-    def finish(self) -> tuple[list[tuple[str, str]], Calls]:
-        """What is left at the end. Raises Unreadable."""
-        self.open = True
-        if self._calling:
-            self._held = "".join(self._calling)
-        calls = calls_in(self._held, self._tools) if self._tools and self._held else None
-        if calls:
-            self.untouched = False
-            return [], calls
-        field = "reasoning_content" if self._end_tag else "content"
-        left = self._held if self.untouched else self._held.strip()
-        return ([(field, left)] if left else []), []
-
-    def _begins_thought(self) -> bool:
-        start = self._held.lstrip()
-        for tag in THOUGHT_TAGS:
-            if start.startswith(tag):
-                self._held, self._end_tag = start[len(tag) :], closing(tag)
-                return True
-        return False
-
-    def _think(self, pieces: list[tuple[str, str]]) -> bool:
-        """Pass thoughts on; True when they have ended."""
-        thoughts, end, rest = self._held.partition(self._end_tag)
-        if not end:  # its last characters may be the beginning of the end tag
-            kept = next(n for n in range(len(self._end_tag) - 1, -1, -1) if thoughts.endswith(self._end_tag[:n]))
-            thoughts, rest = thoughts[: len(thoughts) - kept], thoughts[len(thoughts) - kept :]
-        self._held = rest
-        if thoughts:
-            pieces.append(("reasoning_content", thoughts))
-        if end:
-            self._end_tag = ""
-        return bool(end)
-
-    def _undecided(self) -> bool:
-        start = self._held.lstrip()
-        if self._calling:
-            return False  # no call is that long
-        if not start:
-            return len(self._held) <= UNDECIDED_CHARS_MAX
-        if start[0] not in FIRST_CHARS:
-            return False
-        if self._tools and self._is_call(start):
-            self._calling, self._calling_chars = [self._held], len(self._held)
-            return True
-        if len(start) > UNDECIDED_CHARS_MAX:
-            return False
-        if self.untouched and any(tag.startswith(start) for tag in THOUGHT_TAGS):
-            return True
-        return bool(self._tools) and self._may_become_call(start)
-
-    def _is_call(self, start: str) -> bool:
-        if any(start.startswith(marker) for marker, _, _ in DIALECTS if marker != "<function="):
-            return True
-        squeezed = re.sub(r"\s+", "", start)
-        return any(squeezed.startswith(opening) for opening in self._openings())
-
-    def _may_become_call(self, start: str) -> bool:
-        squeezed = re.sub(r"\s+", "", start)
-        return any(marker.startswith(start) for marker, _, _ in DIALECTS) or any(
-            opening.startswith(squeezed) for opening in self._openings()
-        )
-
-    def _openings(self) -> Iterator[str]:
-        """How a call of a declared tool begins, without its white space."""
-        for name in self._tools:
-            yield f"<function={name}"
-            yield f'{{"name":"{name}"'
-            yield f'```json{{"name":"{name}"'
-            yield f'```{{"name":"{name}"'

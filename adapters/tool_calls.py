@@ -1,26 +1,28 @@
 """The tool calls of an answer, brought into the one form that clients read.
 
 A whole answer's calls get ids, types, the client's own names and readable arguments. A stream's come in pieces, and
-servers disagree about what a piece says: which index, whether the id again, whether the name. No I/O.
+servers disagree about what a piece says: which index, whether the id again, whether the name. whole_calls.py decides
+when a streamed call goes out. No I/O.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 
 from adapters.text_rescue import CALL_CHARS_MAX, declared_tools, mended_arguments
 from protection import Failure, UpstreamError
 from wire.chat import Chat
-from wire.jsontext import JSON, dump
+from wire.jsontext import JSON, dump, load_inner
 
 
 def lost_turn() -> UpstreamError:
+    """The model called a tool, and nobody can tell how."""
     return UpstreamError(Failure.MALFORMED, "The model's tool call cannot be read.", status=200)
 
 
 def made_id(answer: JSON, place: int) -> str:
-    """An id for a call that came without one: unlike those of other answers, because they meet in one history."""
+    """An id for a call without a usable one. It differs from answer to answer, because they meet in one history."""
     seed = f"{answer.get('id')}\0{answer.get('created')}\0{place}"
     return f"call_{blake2b(seed.encode(errors='replace'), digest_size=9).hexdigest()}"
 
@@ -35,9 +37,11 @@ def mend_whole_calls(calls: list[JSON], answer: JSON, chat: Chat, *, cut: bool) 
     """True when something had to change (a call cut off by length stays so). Raises UpstreamError."""
     changed = False
     tools = declared_tools(chat.body)
+    ids: set[str] = set()
     for place, call in enumerate(calls):
-        if not call.get("id"):
+        if not call.get("id") or call["id"] in ids:  # clients match results to calls by id
             call["id"], changed = made_id(answer, place), True
+        ids.add(call["id"])
         changed |= mend_call(call)
         function = call.get("function")
         if not isinstance(function, dict):
@@ -71,13 +75,27 @@ def mend_call(call: JSON) -> bool:
 
 # --- Streams --------------------------------------------------------------------------------------------------------
 @dataclass(slots=True)
-class Begun:
-    """A call whose first piece has gone out."""
+class ToolCallState:
+    """A call whose first piece has been read."""
 
-    id: str
+    id: str  # as the provider calls it, or ours
+    given: int | None = None  # the index that the provider gave it
     name: str = ""  # as the provider calls it; may come after the first piece
     argued: bool = False  # some of its arguments have come
+    arguments: list[str] = field(default_factory=list)  # their text so far, up to CALL_CHARS_MAX
+    chars: int = 0
     held: str | None = None  # arguments that began as text within text: they are mended when all are there
+
+    def add(self, arguments: str) -> None:
+        self.argued = True
+        self.chars += len(arguments)
+        if self.chars <= CALL_CHARS_MAX:
+            self.arguments.append(arguments)
+
+    def text(self) -> str | None:
+        """The arguments, once they are the whole JSON of an object."""
+        text = "".join(self.arguments)
+        return text if self.chars <= CALL_CHARS_MAX and isinstance(load_inner(text), dict) else None
 
 
 class StreamedCalls:
@@ -85,96 +103,114 @@ class StreamedCalls:
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
-        self._begun: list[Begun] = []
-        self._places: dict[int | str, int] = {}  # by the index that the provider gives
+        self._states: list[ToolCallState] = []
+        self._places: dict[int, int] = {}  # by the index that the provider gives
 
     def __len__(self) -> int:
-        return len(self._begun)
+        return len(self._states)
 
     def mend(self, pieces: list[JSON], answer: JSON) -> bool:
         """True when something had to change."""
         changed = False
         for piece in pieces:
-            place = self._place_of(piece)
-            if piece.get("index") != place:
+            function = piece.get("function")
+            if isinstance(function, dict) and isinstance(function.get("arguments"), dict):
+                function["arguments"], changed = dump(function["arguments"]).decode(), True
+            given = piece.get("index")
+            place = self._place_of(piece, function or {})
+            if given is not None:
+                self._places[given] = place
+            if given != place:
                 piece["index"], changed = place, True
-            if place == len(self._begun):
-                changed |= self._begin(piece, answer)
+            if place == len(self._states):
+                changed |= self._begin(piece, given, answer)
             else:
                 for repeated in ("id", "type"):
                     changed |= piece.pop(repeated, None) is not None
-            function = piece.get("function")
             if isinstance(function, dict):
-                changed |= self._mend_function(function, self._begun[place])
+                changed |= self._mend_function(function, self._states[place])
         return changed
 
     def add(self, name: str, arguments: str, answer: JSON) -> JSON:
         """A call that came in another form, as one piece."""
-        place = len(self._begun)
+        place = len(self._states)
         call = called(answer, place, self._chat.tool_names.get(name, name), arguments)
-        self._begun.append(Begun(call["id"], name, argued=True))
+        self._states.append(ToolCallState(call["id"], name=name, argued=True))
         return {"index": place, **call}
 
     def rest(self, *, cut: bool) -> list[JSON]:
         """The pieces that are missing when the answer ends: arguments held back, and `{}` where none came."""
         pieces = []
-        for place, begun in enumerate(self._begun):
-            if begun.held is not None:
-                schema = declared_tools(self._chat.body).get(begun.name)
-                text, begun.held = mended_arguments(begun.held, schema) or begun.held, None
-            elif begun.argued or cut:
+        for place, state in enumerate(self._states):
+            if state.held is not None:
+                schema = declared_tools(self._chat.body).get(state.name)
+                text, state.held = mended_arguments(state.held, schema) or state.held, None
+            elif state.argued or cut:
                 continue
             else:
-                text, begun.argued = "{}", True
+                text, state.argued = "{}", True
             pieces.append({"index": place, "function": {"arguments": text}})
         return pieces
 
-    def _place_of(self, piece: JSON) -> int:
-        """Which call a piece belongs to. With a new id and a name it begins one, whatever index it claims (some count
-        none, some call all of them 0); so does a name, where there are neither ids nor indexes."""
-        given, call_id = piece.get("index"), piece.get("id")
-        given = given if isinstance(given, int | str) else None
-        named = bool((piece.get("function") or {}).get("name"))
+    def _place_of(self, piece: JSON, function: JSON) -> int:
+        """Which call a piece belongs to; the next place where it begins one.
+
+        With a new id and a name it begins one, whatever index it claims (some count none, some call all of them 0); so
+        does a name, where there are neither ids nor indexes. A known id belongs to its call, unless a name comes with
+        an index that is new, or with other arguments than those that are complete: some give all calls one id.
+        """
+        states, following = self._states, len(self._states)
+        given, call_id, named = piece.get("index"), piece.get("id"), bool(function.get("name"))
         known = None if given is None else self._places.get(given)
-        if call_id:
-            same = next((place for place, begun in enumerate(self._begun) if begun.id == call_id), None)
-            place = same if same is not None else len(self._begun) if named or known is None else known
-        elif given is not None:
-            place = len(self._begun) if known is None else known
+        if not call_id:
+            if given is None:
+                place = following if named or not states else following - 1
+            else:
+                place = following if known is None else known
         else:
-            place = len(self._begun) if named or not self._begun else len(self._begun) - 1
-        if given is not None:
-            self._places[given] = place
+            same = [place for place, state in enumerate(states) if state.id == call_id]
+            if not same:
+                place = following if named or known is None else known
+            elif known in same:
+                place = known
+            else:
+                is_new = named and given is not None and states[same[-1]].given is not None
+                place = following if is_new else same[-1]
+        if place < following and named and (arguments := function.get("arguments")):
+            complete = states[place].text()
+            if complete is not None and complete != arguments:
+                return following
         return place
 
-    def _begin(self, piece: JSON, answer: JSON) -> bool:
+    def _begin(self, piece: JSON, given: int | None, answer: JSON) -> bool:
         changed = False
-        if not piece.get("id"):
-            piece["id"], changed = made_id(answer, len(self._begun)), True
+        given_id = piece.get("id")
+        if not given_id or any(state.id == given_id for state in self._states):
+            piece["id"], changed = made_id(answer, len(self._states)), True
         if not piece.get("type"):
             piece["type"], changed = "function", True
-        self._begun.append(Begun(piece["id"]))
+        self._states.append(ToolCallState(given_id or piece["id"], given))
         return changed
 
-    def _mend_function(self, function: JSON, begun: Begun) -> bool:
+    def _mend_function(self, function: JSON, state: ToolCallState) -> bool:
         changed = False
         name, arguments = function.get("name"), function.get("arguments")
-        if name and begun.name:
+        if name and state.name:
             del function["name"]
             changed = True
+            if arguments and arguments == state.text():  # the whole call once more
+                function["arguments"] = ""
+                return True
         elif name:
-            begun.name = name
+            state.name = name
             if name in self._chat.tool_names:
                 function["name"], changed = self._chat.tool_names[name], True
-        if isinstance(arguments, dict):
-            function["arguments"], begun.argued = dump(arguments).decode(), True
-            return True
         if not arguments:
             return changed
-        if begun.held is None and (begun.argued or arguments[0] != '"'):
-            begun.argued = True
+        if state.held is None and (state.argued or arguments[0] != '"'):
+            state.add(arguments)
             return changed
-        held = (begun.held or "") + arguments
-        begun.held, function["arguments"] = (held, "") if len(held) <= CALL_CHARS_MAX else (None, held)
-        begun.argued = True
+        held = (state.held or "") + arguments
+        state.held, function["arguments"] = (held, "") if len(held) <= CALL_CHARS_MAX else (None, held)
+        state.argued = True
         return True

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from wire.chat import Chat, Need
+from wire.chat import Chat, ModelKind, Need
 
 ENTRY_BYTES = 600  # of an entry beside its answer, measured: key, dataclass, names, places in the map
 NOT_REPEATABLE = ("logprobs", "top_logprobs", "audio")  # say more than an answer kept as text could give back
@@ -82,7 +82,9 @@ def repeatable(chat: Chat) -> bool:
     """Whether an equal request may get the same answer: nothing was left to chance, and nothing but the answer itself
     was asked for."""
     body = chat.body
-    return chat.answered is None and not body.get("temperature") and not any(map(body.get, NOT_REPEATABLE))
+    if chat.answered is not None or chat.need.kind is not ModelKind.CHAT:
+        return False
+    return not body.get("temperature") and not any(map(body.get, NOT_REPEATABLE))
 
 
 def key_of(chat: Chat, client: int | None) -> bytes:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
-from transport.client import Send
+from transport.client import ClientGone, CutShort, Send, Stopping
 from wire.chat import Encoder, Tally
 
 Headers = list[tuple[bytes, bytes]]
@@ -124,3 +124,19 @@ def response_start(status: int, headers: Headers) -> dict[str, Any]:
 def header_value(text: str) -> bytes:
     """Printable ASCII; everything else percent-encoded."""
     return quote(text, safe=HEADER_SAFE).encode()
+
+
+def stopped(delivery: Delivery) -> bytes | None:
+    """The last bytes of an exchange that has been cancelled from outside: even then no stream just stops."""
+    if delivery.blocked_since is not None:  # because its client takes nothing: then nothing can be said either
+        raise ClientGone
+    if not delivery.started:
+        raise Stopping
+    return delivery.fail(Stopping.words, "stream_error", 503) if delivery.streams else None
+
+
+async def finish(send: Send, last: bytes | None) -> None:
+    """End the response. Raises CutShort where the client is told best by a connection that breaks off."""
+    if last is None:
+        raise CutShort
+    await send({"type": "http.response.body", "body": last})

@@ -48,8 +48,8 @@ class Door:
         self._api_key, self._admin_key = api_key.encode(), admin_key.encode()
         self._loopback_only = engine.settings.host in LOOPBACK_HOSTS
         self._body_bytes_max = engine.settings.max_body_bytes
-        self._private = engine.settings.privacy is not None
         self._origins = engine.settings.origins
+        self._private = engine.settings.privacy is not None
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
         exchange = self._engine.exchange()
@@ -122,9 +122,11 @@ class Door:
 
     def _admit_drill(self, headers: Given) -> None:
         """Only the operator breaks anything on purpose."""
-        if not hmac.compare_digest(headers.get(b"x-admin-key", b""), self._admin_key):
+        try:
+            self._admit(ADMIN_PREFIXES[0], {b"x-api-key": headers.get(b"x-admin-key", b"")})
+        except Unauthorized:
             message = "X-Drill needs the admin key in X-Admin-Key."
-            raise InvalidRequest(message, param="X-Admin-Key", code="drill_forbidden", status=403)
+            raise InvalidRequest(message, param="X-Admin-Key", code="drill_forbidden", status=403) from None
 
     async def _serve(
         self,
@@ -155,6 +157,12 @@ class Door:
             raise
 
 
+def refuse_websocket(path: str, headers: Given) -> None:
+    """Some clients try a WebSocket first, and only this answer makes them go on at once without."""
+    if b"websocket" in headers[b"upgrade"].lower() and (path + "/").startswith("/v1/"):
+        raise InvalidRequest("There are no WebSockets here: POST to this address.", code="upgrade_required", status=426)
+
+
 def understood(chat: Chat, headers: Given, catalog: Catalog, *, private: bool) -> tuple[Chat, str]:
     """A chat with all that it asks of routing, by its model's name and its headers; and its session's key.
 
@@ -162,12 +170,6 @@ def understood(chat: Chat, headers: Given, catalog: Catalog, *, private: bool) -
     need = wished(catalog.meant(chat.need), headers, private=private)
     chat = chat if need is chat.need else replace(chat, need=need)
     return chat, session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
-
-
-def refuse_websocket(path: str, headers: Given) -> None:
-    """Some clients try a WebSocket first, and only this answer makes them go on at once without."""
-    if b"websocket" in headers[b"upgrade"].lower() and (path + "/").startswith("/v1/"):
-        raise InvalidRequest("There are no WebSockets here: POST to this address.", code="upgrade_required", status=426)
 
 
 def session_key(chat: Chat, session_id: str) -> str:

@@ -18,8 +18,6 @@ from providers import Attempt, Providers
 from routing.route import Route
 from wire.chat import Chat, Event, Tally
 from wire.errors import InvalidRequest
-from wire.jsontext import load_lenient
-from wire.sse import SSEDecoder
 
 WORDS = "This is a drill: the gateway broke this attempt itself."
 CALLS_MAX = 2  # of one case of a whole drill (SPEC 21.5)
@@ -98,7 +96,7 @@ class DrilledAttempt(Attempt):
         events = await super().next_batch(quiet_s)
         if events is None:
             return None
-        passed = self._up_to_the_break([single for event in events for single in singles(event)])
+        passed = self._up_to_the_break(events)
         if self._over >= self._drill.events:
             self._forget_the_rest()
         return passed
@@ -133,11 +131,3 @@ def failure(how: Break) -> UpstreamError:
             return UpstreamError(Failure.SERVER_ERROR, WORDS, status=500)
         case Break.CUT:
             return UpstreamError(Failure.CONNECTION, WORDS)
-
-
-def singles(event: Event) -> list[Event]:
-    """An event that stands for several that came together, one by one."""
-    frames = SSEDecoder().feed(event.raw)
-    if len(frames) < 2:
-        return [event]
-    return [Event(raw, load_lenient(payload)) for raw, payload in frames]

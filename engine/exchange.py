@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import replace
 from math import inf
 from random import Random
 
 from adapters.stream import cut_short
 from config.settings import Settings
-from engine.delivery import Delivery
+from engine.delivery import Delivery, finish, stopped
 from engine.drill import DrilledAttempt
 from engine.explain import Explanations
-from engine.hedging import Hedging
+from engine.hedging import Hedging, let_go
 from engine.recall import Recall
 from engine.record import Exchange, Running, route_headers, trail
 from engine.refusals import exhausted, refusal, request_is_bad
-from engine.rescue import Continuation, continuation, refused_prefill
-from engine.seam import HELD_S, Seam
-from engine.settle import Books, refused_row
-from engine.story import Continuable, Story
+from engine.resuming import Resuming, Resumption
+from engine.settle import Books, judged, refused_row
 from engine.waiting import WaitingRoom
-from protection import Answered, Cancelled, Failed, Failure, LostRace, Phase, Scope, UpstreamError, retry_s
+from protection import Answered, Cancelled, Failed, Failure, LostRace, Outcome, Phase, Scope, UpstreamError, retry_s
 from providers import Attempt, Providers
 from records.database import Store
 from records.eventlog import EventLog
@@ -36,11 +33,9 @@ from router import Router
 from routing.plan import Plan
 from routing.route import Route
 from routing.standing import Protection
-from transport.client import Client, ClientGone, CutShort, Send, Stopping, unless_gone
-from wire.chat import Chat, Dialect, Event
+from transport.client import Client, ClientGone, Send, unless_gone
+from wire.chat import Chat, Dialect
 from wire.errors import GatewayError, NoProviders
-
-CONTINUATIONS_MAX = 2  # that have brought something (SPEC 14.3); each costs the whole prompt once more
 
 
 class Engine:
@@ -74,7 +69,7 @@ class Engine:
         self._books = Books(settings, protection, router, store, log, self.metrics, rng, self.waiting.wake)
         self._attempts_max = settings.max_fallback_attempts
         self._first_token_s = settings.first_token_timeout_ms / 1000
-        self._rescue_after_s = min(settings.rescue_after_ms / 1000, self._first_token_s)
+        self._rescue_after_s = settings.rescue_after_ms / 1000
         self._hedging = Hedging(router, settings.hedge_percent)
         self._no_prefill: set[int] = set()  # models that have refused a prefill; bounded by the catalogue
 
@@ -104,7 +99,7 @@ class Engine:
         if chat.stream:
             delivery.keep_alive()
             if self.settings.rescue and exchange.rescue:
-                exchange.story = Story()
+                exchange.resuming = Resuming(chat, self._rescue_after_s)
         try:
             try:
                 last = await unless_gone(client, self._serve(exchange, chat, delivery))
@@ -144,17 +139,18 @@ class Engine:
         try:
             plan = self._plan(exchange, chat)
             while (route := await self._next_route(exchange, plan)) is not None:
-                self._begin(exchange, plan, route, chat)
+                exchange.current = self._start(exchange, plan, route, chat)
                 try:
-                    attempt = await self._open(exchange, plan, chat)
-                    last = await self._relay(exchange, attempt, delivery)
-                    attempt.outcome = Answered(cut_short(attempt.tally, chat, attempt.route.model))
+                    running = await self._open(exchange, plan, chat)
+                    last = await self._relay(exchange, running, delivery)
+                    attempt = running.attempt
+                    attempt.outcome = Answered(cut_short(attempt.tally, attempt.chat, attempt.route.model))
                     return last
                 except UpstreamError as error:
-                    failed = self._judged(exchange, error)
+                    failed = judged(exchange.current, error)
                 finally:
-                    running = self._settled(exchange)
-                assert running is not None
+                    if exchange.current is not None:
+                        running = self._settled(exchange)
                 if not self._goes_on(exchange, plan, running, failed):
                     return self._lost(exchange, delivery)
             if exchange.broken is not None:
@@ -165,125 +161,84 @@ class Engine:
                 raise
             return delivery.fail(error.message, error.type, error.status)
 
-    async def _open(self, exchange: Exchange, plan: Plan, chat: Chat) -> Attempt:
+    async def _open(self, exchange: Exchange, plan: Plan, chat: Chat) -> Running:
         """Wait for the answer to begin; where that takes too long, a second route joins (SPEC 15). Raises
         UpstreamError."""
         running = exchange.current
         assert running is not None
-        attempt = running.attempt
-        late_at = self._hedging.late_at(attempt, chat.need) if exchange.may_ask(2) else inf
-        if not await attempt.open(late_at):
-            second = self._hedging.second_route(plan, attempt.route)
+        if not await running.attempt.open(self._hedging.late_at(running.attempt, chat.need)):
+            second = self._second_route(exchange, plan, running)
             if second is None:
-                await attempt.open()
+                await running.attempt.open()
             else:
-                exchange.current = None
-                exchange.current = running = await self._race(
-                    exchange, running, self._start(exchange, plan, second, chat)
-                )
-                attempt = running.attempt
-        self._committed(exchange, attempt)
-        return attempt
+                running = await self._race(exchange, plan, self._start(exchange, plan, second, chat, hedge=True))
+        self._committed(exchange, plan, running)
+        return running
 
-    async def _relay(self, exchange: Exchange, attempt: Attempt, delivery: Delivery) -> bytes:
+    async def _relay(self, exchange: Exchange, running: Running, delivery: Delivery) -> bytes:
         """Send the answer as it arrives; gives its last bytes, with which the events go out that came last."""
-        encoder, story = delivery.encoder, exchange.story
+        attempt, encoder, resuming = running.attempt, delivery.encoder, exchange.resuming
         if attempt.completion is not None:
             body = encoder.whole(attempt.completion)
             await delivery.begin_whole(len(body))
             return body
         await delivery.begin_stream()
-        body = b""
-        while (events := await attempt.next_batch(self._quiet_s(exchange))) is not None:
-            if exchange.seam is not None:
-                body += self._pass_seam(exchange, attempt, delivery, events)
-            else:
-                if story is not None:
-                    story.feed(events)
-                body += encoder.feed(events)
-            del events  # a slow client would keep them: parsed, they are several times the size
-            if body and not attempt.ended:
-                await delivery.write(body)
-                body = b""
-        if exchange.seam is not None:
-            body += self._pass_seam(exchange, attempt, delivery, None)
-        tally = (
-            attempt.tally
-            if story is None or exchange.chat is None
-            else story.told(attempt.tally, exchange.chat.prompt_tokens)
-        )
-        return body + encoder.end(tally)
-
-    def _quiet_s(self, exchange: Exchange) -> float:
-        """The longest time without a meaningful event that is waited for now."""
-        if exchange.seam is not None and not exchange.seam.joined:
-            return HELD_S
-        if exchange.story is None or exchange.story.calls or exchange.story.refusal:
-            return self._first_token_s
-        return self._rescue_after_s
-
-    def _pass_seam(self, exchange: Exchange, attempt: Attempt, delivery: Delivery, events: list[Event] | None) -> bytes:
-        """What of a continuation's events goes to the client; None stands for its end. Raises UpstreamError where the
-        two texts do not fit together."""
-        seam, story, body = exchange.seam, exchange.story, b""
-        assert seam is not None and story is not None
-        was_joined = exchange.continued
-        step = seam.end() if events is None else seam.feed(events, time.monotonic())
-        if step.events:
-            if not was_joined:
-                exchange.continued = True
-                body = delivery.encoder.resumed(attempt.route.model.label)
-            story.feed(step.events)
-            body += delivery.encoder.feed(step.events)
-        if step.misfit is not None:
-            raise UpstreamError(
-                Failure.MALFORMED, f"The answer could not be continued here: {step.misfit}.", status=200, ours=True
-            )
-        return body
-
-    async def _race(self, exchange: Exchange, first: Running, second: Running) -> Running:
-        """Both go on until one has begun to answer; the other is let go of. Raises UpstreamError when both fail."""
-        tasks = {asyncio.create_task(running.attempt.open()): running for running in (first, second)}
-        won = False
+        body, longest_s = b"", self._first_token_s
         try:
             while True:
-                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-                task = done.pop()
-                running, error = tasks.pop(task), task.exception()
-                if error is None:
-                    won = True
+                quiet_s = longest_s if resuming is None else resuming.quiet_s(running.resumption, longest_s)
+                if (events := await attempt.next_batch(quiet_s)) is None:
+                    break
+                if resuming is None:
+                    body += encoder.feed(events)
+                else:
+                    body += resuming.feed(running.resumption, events, encoder, attempt.route.model.label)
+                del events  # a slow client would keep them: parsed, they are several times the size
+                if body and not attempt.ended:
+                    await delivery.write(body)
+                    body = b""
+            if resuming is None:
+                return body + encoder.end(attempt.tally)
+            body += resuming.feed(running.resumption, None, encoder, attempt.route.model.label)
+            return body + encoder.end(resuming.told(attempt.tally))
+        except UpstreamError:
+            if body:  # whoever goes on takes it for delivered
+                await delivery.write(body)
+            raise
+
+    async def _race(self, exchange: Exchange, plan: Plan, second: Running) -> Running:
+        """Both go on until one has begun to answer; the other is let go of. Raises UpstreamError when both fail."""
+        first, exchange.current = exchange.current, None
+        assert first is not None
+        tasks = {asyncio.create_task(running.attempt.open()): running for running in (first, second)}
+        outcome: Outcome = Cancelled()
+        try:
+            while True:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                task = next(task for task in tasks if task.done())
+                running = exchange.current = tasks.pop(task)
+                try:
+                    task.result()
+                except UpstreamError as error:
+                    if not tasks:
+                        self.metrics.hedged("failed")
+                        raise
+                    failed = judged(running, error)
+                    self._goes_on(exchange, plan, self._settled(exchange), failed)
+                else:
+                    outcome = LostRace()
                     self.metrics.hedged("won" if running is second else "lost")
                     return running
-                if not tasks or not isinstance(error, UpstreamError):
-                    exchange.current = running
-                    self.metrics.hedged("failed")
-                    raise error
-                running.attempt.outcome = Failed(error, Phase.BEFORE_STREAM)
-                self._books.settle(exchange, running)
         finally:
             for task, running in tasks.items():
-                task.cancel()
-                await asyncio.wait([task])
-                running.attempt.outcome = LostRace() if won else Cancelled()
+                let_go(task, running.attempt)
+                running.attempt.outcome = outcome
                 self._books.settle(exchange, running)
 
-    def _judged(self, exchange: Exchange, error: UpstreamError) -> Failed:
-        """The outcome of the attempt that has just failed."""
-        running = exchange.current
-        assert running is not None
-        attempt = running.attempt
-        phase = Phase.BEFORE_STREAM if attempt.ttfb_ms is None else Phase.MID_STREAM
-        if exchange.seam is not None and not exchange.seam.joined and error.failure is Failure.STALL:
-            error.ours = True  # too long without a seam: it is given up, not blamed
-        refused = running.asked is not None and refused_prefill(error, running.asked)
-        attempt.outcome = failed = Failed(error, phase, blameless=refused)
-        return failed
-
-    def _settled(self, exchange: Exchange) -> Running | None:
-        """Close the books on the attempt that has ended, however it did; None where a race has done so already."""
+    def _settled(self, exchange: Exchange) -> Running:
+        """Close the books on the attempt that has ended, however it did."""
         running, exchange.current = exchange.current, None
-        if running is None:
-            return None
+        assert running is not None
         running.attempt.outcome = running.attempt.outcome or Cancelled()
         self._books.settle(exchange, running)
         return running
@@ -293,51 +248,39 @@ class Engine:
         attempt, error = running.attempt, failed.error
         if failed.blameless:
             self._no_prefill.add(attempt.route.model.id)
-            exchange.retry = attempt.route, time.monotonic()
-            return True
-        if failed.phase is Phase.MID_STREAM:
+            exchange.reask = attempt.route
+        elif failed.phase is Phase.MID_STREAM:
             return self._resumes(exchange, plan, running, error)
-        if (
+        elif (
             error.rule.scope is Scope.REQUEST
             and self.settings.content_filter == "propagate"
             and exchange.broken is None
         ):
             raise refusal(exchange.failures)
-        self._note_retry(exchange, plan, attempt, error)
+        else:
+            self._note_retry(exchange, plan, attempt, error)
         return True
 
     def _resumes(self, exchange: Exchange, plan: Plan, running: Running, error: UpstreamError) -> bool:
         """Whether another route may go on with the answer that this one broke off (SPEC 14.1, 14.3)."""
-        story, chat, route = exchange.story, exchange.chat, running.attempt.route
-        if exchange.broken is None:
-            exchange.broken, exchange.broken_by = error, route.model.platform.name
-        if story is None or chat is None:
+        resuming, resumption, attempt = exchange.resuming, running.resumption, running.attempt
+        exchange.broken = exchange.broken or exchange.failures[-1]
+        if resuming is None or not resuming.goes_on_after(resumption, attempt.tally, error):
             return False
-        if running.resumed_at is not None and story.chars > running.resumed_at:
-            exchange.continuations += 1
-        story.attempt_ended(running.attempt.tally)
-        filtered = error.failure is Failure.CONTENT_FILTER
-        if filtered or exchange.continuations >= CONTINUATIONS_MAX or story.continuable(chat) is Continuable.NO:
-            return False
-        pause_s, now = exchange.pause_s(time.monotonic()), time.monotonic()
-        if exchange.seam is None or exchange.seam.joined:  # it has been at work on the answer
+        if resumption is None or resumption.seam.joined:  # it has been at work on the answer
+            now = time.monotonic()
+            pause_s = exchange.pause_s(now)
             again = inf if pause_s is None else now + pause_s
-            plan.continue_like(route, again, self.router.has_other_keys(plan, route))
-        plan.need = replace(chat.need, tokens=chat.need.tokens + story.tokens)
+            plan.continue_like(attempt.route, again, self.router.has_other_keys(plan, attempt.route))
+        plan.need = resuming.need
         return True
 
     def _lost(self, exchange: Exchange, delivery: Delivery) -> bytes | None:
         """The last bytes of a stream that broke and was not mended: the client is told in the stream (SPEC 8.5)."""
-        error = exchange.broken
-        assert error is not None
-        if exchange.story is not None and exchange.drill is None:
+        assert exchange.broken is not None
+        if exchange.resuming is not None and exchange.drill is None:
             self.metrics.rescued("lost")
-        stalled = error.failure is Failure.STALL
-        name = "stream_timeout" if stalled else "stream_error"
-        words = "stopped sending" if stalled else "failed in the middle of its answer"
-        message = f"{exchange.broken_by} {words}. The answer is incomplete; send the request again."
-        status = error.status if error.status is not None and error.status >= 400 else 502
-        return delivery.fail(message, name, 504 if stalled else status)
+        return delivery.fail(*exchange.broken.in_mid_stream())
 
     def _plan(self, exchange: Exchange, chat: Chat) -> Plan:
         now, auto = time.monotonic(), chat.need.pinned is None
@@ -346,15 +289,14 @@ class Engine:
         standing = self.protection.standing(exchange.session, now, auto=auto)
         try:
             self._hedging.arrived()
-            exchange.plan = plan = self.router.plan(
-                chat.need, standing, now, self._rng, rehearsal=exchange.drill is not None
-            )
+            drilled = exchange.drill is not None
+            exchange.plan = plan = self.router.plan(chat.need, standing, now, self._rng, rehearsal=drilled)
         except GatewayError as error:
             exchange.moment = self.router.moment(Plan(chat.need), now)
             if not isinstance(error, NoProviders):
                 raise
             raise self._exhausted(exchange, Plan(chat.need), chat) from None
-        if exchange.drill is not None:
+        if drilled:
             plan.trial = None  # of which no gate would hear
         exchange.moment = self.router.moment(plan, now)
         plan.attempts_left = self._attempts_max
@@ -372,6 +314,10 @@ class Engine:
                 or request_is_bad(exchange.failures)
             ):
                 return None
+            if exchange.reask is not None:
+                refused, exchange.reask = exchange.reask, None
+                if (route := self.router.again(refused, plan.need.tokens, now)) is not None:
+                    return route
             if exchange.retry is not None and not self.router.asked_for_left(plan, now):
                 return await self._retry(exchange, plan)
             if (route := self.router.next_route(plan, now)) is not None:
@@ -413,34 +359,38 @@ class Engine:
             return
         exchange.retry = attempt.route, now + pause_s
 
-    def _begin(self, exchange: Exchange, plan: Plan, route: Route, chat: Chat) -> None:
-        exchange.current = self._start(exchange, plan, route, chat)
-
     def _start(self, exchange: Exchange, plan: Plan, route: Route, chat: Chat, *, hedge: bool = False) -> Running:
         """One more attempt, on its way to its provider once it is opened."""
         exchange.attempts += 1
         exchange.route = route
-        asked: Continuation | None = None
-        resumed_at: int | None = None
-        if exchange.broken is not None and exchange.story is not None:
-            prefill = route.model.id not in self._no_prefill
-            asked = continuation(chat, exchange.story, route.model, prefill=prefill)
-            exchange.seam, exchange.continued = Seam(exchange.story, asked), False
-            resumed_at = exchange.story.chars
-        asking = chat if asked is None else asked.chat
+        resumption: Resumption | None = None
+        if exchange.broken is not None and exchange.resuming is not None:
+            resumption = exchange.resuming.resumption(route.model, prefill=route.model.id not in self._no_prefill)
+            chat = resumption.asked.chat
+        attempt: Attempt
         if exchange.drill is not None and exchange.attempts == 1:
-            attempt: Attempt = DrilledAttempt(self.providers, route, asking, exchange.attempts, exchange.drill)
+            attempt = DrilledAttempt(self.providers, route, chat, exchange.attempts, exchange.drill)
         else:
-            attempt = self.providers.attempt(route, asking, exchange.attempts)
+            attempt = self.providers.attempt(route, chat, exchange.attempts)
         active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, attempt.started)
-        return Running(attempt, active, self._skipped(plan), resumed_at, asked, hedge)
+        return Running(attempt, active, self._skipped(plan), resumption, hedge)
 
-    def _committed(self, exchange: Exchange, attempt: Attempt) -> None:
-        now, model = time.monotonic(), attempt.route.model
+    def _second_route(self, exchange: Exchange, plan: Plan, first: Running) -> Route | None:
+        """The route that joins one that is late, within the limits of attempts and time."""
+        if exchange.attempts >= self._attempts_max or time.monotonic() >= exchange.deadline or not exchange.may_ask(2):
+            return None
+        return self._hedging.second_route(plan, first.attempt.route)
+
+    def _committed(self, exchange: Exchange, plan: Plan, running: Running) -> None:
+        attempt, now = running.attempt, time.monotonic()
+        model = attempt.route.model
         attempt.ttfb_ms = round((now - attempt.started) * 1000)
         exchange.route = attempt.route
         self.protection.used(exchange.session, model.platform.id, model.id, now)
+        if exchange.resuming is not None:
+            exchange.resuming.elsewhere = self.router.has_others(plan, attempt.route)
         if exchange.broken is not None:
+            exchange.reask = None  # it refused a prefill, and the other in the race did not
             return
         self._hedging.began(model.id, now - attempt.started, stream=attempt.chat.stream)
         exchange.first_event_ms = round((now - exchange.started) * 1000)
@@ -513,19 +463,3 @@ class Engine:
             waited_ms=round(exchange.waited_s * 1000) or None,
             total_ms=round((time.monotonic() - exchange.started) * 1000),
         )
-
-
-def stopped(delivery: Delivery) -> bytes | None:
-    """The last bytes of an exchange that has been cancelled from outside: even then no stream just stops."""
-    if delivery.blocked_since is not None:  # because its client takes nothing: then nothing can be said either
-        raise ClientGone
-    if not delivery.started:
-        raise Stopping
-    return delivery.fail(Stopping.words, "stream_error", 503) if delivery.streams else None
-
-
-async def finish(send: Send, last: bytes | None) -> None:
-    """End the response. Raises CutShort where the client is told best by a connection that breaks off."""
-    if last is None:
-        raise CutShort
-    await send({"type": "http.response.body", "body": last})

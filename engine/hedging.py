@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from math import inf
 
@@ -48,3 +49,17 @@ class Hedging:
             return route
         self._router.ledger.take_back(route.reservation)
         return None
+
+
+def let_go(task: asyncio.Task[bool], attempt: Attempt) -> None:
+    """Stop an attempt's waiting and close its connection now, and once more behind a connection that is just being
+    made."""
+
+    def ended(task: asyncio.Task[bool]) -> None:
+        attempt.close()
+        if not task.cancelled():
+            task.exception()  # it failed in the same moment, which is nobody's affair any more
+
+    task.cancel()
+    attempt.close()
+    task.add_done_callback(ended)

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from adapters.base import as_chunks
+from adapters.chunks import as_chunks
 from adapters.plain import note_completion
 from engine.cache import Answer, Cache, key_of, repeatable
 from engine.delivery import Delivery

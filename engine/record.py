@@ -9,10 +9,7 @@ from typing import Any
 from engine.delivery import Delivery, header_value
 from engine.drill import Drill
 from engine.refusals import FailedAttempt
-from engine.rescue import Continuation
-from engine.seam import Seam
-from engine.story import Story
-from protection import UpstreamError
+from engine.resuming import Resuming, Resumption
 from providers import Attempt
 from records.rows import Row
 from routing.cooldowns import TRIAL_SPACING_S
@@ -30,8 +27,7 @@ class Running:
     attempt: Attempt
     active: Active
     skipped: list[str]  # what had been ruled out when it began
-    resumed_at: int | None = None  # characters that the client had before it
-    asked: Continuation | None = None  # how it was asked to go on
+    resumption: Resumption | None = None  # it is to go on with an answer that has broken off
     hedge: bool = False  # it joined another that was late
 
 
@@ -59,18 +55,15 @@ class Exchange:
     plan: Plan | None = None
     delivery: Delivery | None = None
     current: Running | None = None  # the attempt that has not been settled yet
-    story: Story | None = None  # what the client has been given, where a broken answer may be continued
-    broken: UpstreamError | None = None  # what broke the answer first
-    broken_by: str = ""  # the platform's name
-    seam: Seam | None = None  # between the client's text and the attempt that is to go on with it
-    continued: bool = False  # the attempt that is running has gone on with it
     rescue: bool = True  # the client wants a broken answer to be continued
-    continuations: int = 0  # that have brought something
+    resuming: Resuming | None = None  # the answer, where that may be
+    broken: FailedAttempt | None = None  # what broke it first
     attempts: int = 0  # begun so far
     failures: list[FailedAttempt] = field(default_factory=list)
     ended: list[Ended] = field(default_factory=list)
     moment: Moment | None = None  # what it was routed by
     route: Route | None = None  # of the attempt that is running or has answered
+    reask: Route | None = None  # to ask at once, in another way: it takes no prefill
     retry: tuple[Route, float] | None = None  # a pinned route to ask once more, and when
     retried: bool = False
     waited_s: float = 0.0

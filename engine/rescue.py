@@ -97,7 +97,8 @@ def asked(chat: Chat, story: Story, quirks: Mapping[str, Any], given: list[JSON]
         body["max_tokens"] = max_tokens = answer_tokens = max(1, max_tokens - story.tokens) + tokens(cue)
     prompt_tokens = chat.prompt_tokens + sum(tokens(message["content"]) for message in given)
     need = replace(chat.need, tokens=prompt_tokens + answer_tokens)
-    return replace(chat, need=need, body=body, max_tokens=max_tokens, prompt_tokens=prompt_tokens)
+    # In chat, whatever it came as: an endpoint for prompts would begin anew.
+    return replace(chat, need=need, body=body, max_tokens=max_tokens, prompt_tokens=prompt_tokens, legacy=None)
 
 
 def tokens(text: str) -> int:

@@ -49,6 +49,11 @@ class Seam:
         self._skips_blank = self.joined and bool(text)  # the client has the white space before the first word
         self._json: list[str] | None = [text] if asked.is_json else None  # the answer so far, where it must be JSON
 
+    @property
+    def holding(self) -> bool:
+        """Whether words are held back whose place is not known yet, for no longer than HELD_S."""
+        return not self.joined and self._since is not None and self._restart is None
+
     def feed(self, events: list[Event], now: float) -> Step:
         """Take the stream's next events, or none where only time has passed."""
         out: list[Event] = []

@@ -30,12 +30,14 @@ from protection import (
     LostRace,
     MarkKey,
     Penalise,
+    Phase,
     Pin,
     RestKey,
     RestModel,
     Rests,
     Reward,
     Skip,
+    UpstreamError,
     costs,
 )
 from providers import Attempt
@@ -199,7 +201,8 @@ class Books:
             streamed=chat.stream,
             skipped_models=orjson.dumps(running.skipped).decode() if running.skipped else None,
         )
-        row.resumed_at, row.drill = running.resumed_at, exchange.drill is not None
+        row.resumed_at = running.resumption.at if running.resumption is not None else None
+        row.drill = exchange.drill is not None
         if exchange.waited_s:
             row.waited_ms = round(exchange.waited_s * 1000)
         if attempt.ttfb_ms is not None:  # it was committed: somebody counted tokens for it
@@ -208,6 +211,15 @@ class Books:
             if tally.malformed:
                 self._metrics.malformed(tally.malformed)
         return row
+
+
+def judged(running: Running | None, error: UpstreamError) -> Failed:
+    """The outcome of the attempt that has just failed."""
+    assert running is not None
+    phase = Phase.BEFORE_STREAM if running.attempt.ttfb_ms is None else Phase.MID_STREAM
+    blameless = running.resumption is not None and running.resumption.judge(error)
+    running.attempt.outcome = failed = Failed(error, phase, blameless=blameless)
+    return failed
 
 
 def refused_row(exchange: Exchange, chat: Chat, status: int, message: str, skipped: list[str]) -> Row:

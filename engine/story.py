@@ -90,6 +90,11 @@ class Story:
         self._write = len
 
     @property
+    def open(self) -> bool:
+        """Whether more text may follow what there is, whoever writes it."""
+        return not (self.finish or self.calls or self.refusal or self.spoilt)
+
+    @property
     def delivered(self) -> str:
         """The text that the client has."""
         return whole_letters(self._kept.getvalue())
@@ -101,7 +106,7 @@ class Story:
 
     def continuable(self, chat: Chat) -> Continuable:
         """What can be done if the stream has broken here (SPEC 14.1, 14.6)."""
-        if self.finish or self.calls or self.refusal or self.spoilt or any(chat.body.get(name) for name in UNCONTINUED):
+        if not self.open or any(chat.body.get(name) for name in UNCONTINUED):
             return Continuable.NO
         return Continuable.CONTINUE if self.chars and self.delivered.strip() else Continuable.RESTART
 

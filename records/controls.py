@@ -132,11 +132,12 @@ class Link:
 
 
 def change_chain(db: sqlite3.Connection, links: Sequence[Link]) -> None:
-    """Apply all changes. Where two models would share a priority, the one given now comes first, the other moves on."""
-    old: Mapping[int, tuple[int, int]] = {
-        id: (priority, enabled)
-        for id, priority, enabled in db.execute("SELECT model_db_id, priority, enabled FROM fallback_config")
-    }
+    """Apply all changes. Where two models of a kind would share a priority, the one given now comes first, the other
+    moves on."""
+    query = "SELECT model_db_id, priority, f.enabled, kind FROM fallback_config f JOIN models m ON m.id = model_db_id"
+    rows = db.execute(query).fetchall()
+    old: Mapping[int, tuple[int, int]] = {id: (priority, enabled) for id, priority, enabled, _ in rows}
+    kinds = {id: kind for id, _, _, kind in rows}
     wanted = dict(old)
     given: dict[int, int] = {}  # model: its place among those given a priority
     for link in links:
@@ -146,10 +147,10 @@ def change_chain(db: sqlite3.Connection, links: Sequence[Link]) -> None:
             given[link.model_db_id] = len(given)
         wanted[link.model_db_id] = (priority, enabled if link.enabled is None else int(link.enabled))
     order = sorted(wanted, key=lambda id: (wanted[id][0], given.get(id, len(given)), old[id][0], id))
-    last = -1
+    last = dict.fromkeys(kinds.values(), -1)
     for id in order:
-        last = max(last + 1, wanted[id][0]) if given else wanted[id][0]
-        if (last, wanted[id][1]) != tuple(old[id]):
+        place = last[kinds[id]] = max(last[kinds[id]] + 1, wanted[id][0]) if given else wanted[id][0]
+        if (place, wanted[id][1]) != tuple(old[id]):
             db.execute(
-                "UPDATE fallback_config SET priority = ?, enabled = ? WHERE model_db_id = ?", (last, wanted[id][1], id)
+                "UPDATE fallback_config SET priority = ?, enabled = ? WHERE model_db_id = ?", (place, wanted[id][1], id)
             )

@@ -16,6 +16,7 @@ from protection import LEVELS as LEVELS
 from protection import KeyStatus as KeyStatus
 from protection import Level as Level  # what a platform's `protection` says
 from wire.chat import ANSWER_TOKENS_ASSUMED, VENDOR_PREFIX, Need, parse_model, plain_name
+from wire.chat import ModelKind as ModelKind
 from wire.errors import ModelNotFound
 
 DEMO_ADAPTER = "demo"  # the built-in platform that serves only when there is nothing else (SPEC 1.5)
@@ -29,13 +30,6 @@ class Prefill(StrEnum):
     PREFIX = "prefix"  # with `"prefix": true` in it
     PARTIAL = "partial"  # with `"partial": true` in it
     CONTINUE_FINAL_MESSAGE = "continue_final_message"  # with this in the body, and no generation prompt
-
-
-class ModelKind(StrEnum):
-    """What a model is asked for. Chat is never routed to embedding models, nor embeddings to chat models."""
-
-    CHAT = "chat"
-    EMBEDDING = "embedding"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,6 +196,7 @@ class Catalog:
         self._median_rank = median(m.intelligence_rank for m in self.chain) or 0.0
         demo_only = not any(self.keys.get(p.id) or p.keyless for p in self.platforms.values() if not is_demo(p))
         self.auto_chain = [m for m in self.chain if demo_only or not is_demo(m.platform)]
+        self.auto_embeddings = [m for m in self.embeddings if demo_only or not is_demo(m.platform)]
 
     def intelligence(self, model: Model) -> float:
         """The rank that a model counts as where a limit is set on ranks: the chain's median for an unranked one."""
@@ -247,10 +242,9 @@ class Catalog:
             others = [m for m in same_id if m.platform.id != platform]
         if not named:
             raise ModelNotFound(f"The model '{name}' does not exist. GET /v1/models lists what there is.", status=400)
-        if kind is not None:
-            if all(m.kind is not kind for m in named):
-                raise ModelNotFound(f"The model '{name}' is for {named[0].kind}, not for {kind}.", status=400)
-            named, others = ([m for m in models if m.kind is kind] for models in (named, others))
+        if kind is not None and all(m.kind is not kind for m in named):
+            raise ModelNotFound(f"The model '{name}' is of another kind: it serves {named[0].kind} only.", status=400)
+        named, others = ([m for m in models if kind in (m.kind, None)] for models in (named, others))
         if not (usable := [m for m in named if m.enabled]):
             raise ModelNotFound(f"The model '{name}' is disabled.", status=400)
         return usable + [m for m in others if m.enabled]

@@ -172,7 +172,7 @@ def over_limit(limit: str, retry_after_s: float) -> GatewayError:
 
 
 def allowed_models(
-    client: Client, need: Need, catalog: Catalog, kind: ModelKind = ModelKind.CHAT
+    client: Client, need: Need, catalog: Catalog, kind: ModelKind | None = None
 ) -> frozenset[str] | None:
     """The names of all models that may serve this request; None: any. Raises GatewayError: 403, or 400 for an unknown
     model.
@@ -186,7 +186,7 @@ def allowed_models(
         if not names.isdisjoint(spellings(need.mode)):
             return None
         raise not_allowed(f"auto-{need.mode}")
-    asked = [m for m in catalog.resolve(need.pinned, kind) if need.pinned in (m.model_id, m.label)]
+    asked = [m for m in catalog.resolve(need.pinned, kind or need.kind) if need.pinned in (m.model_id, m.label)]
     if any(is_among(names, model) for model in asked):
         return names
     raise not_allowed(need.pinned)

@@ -23,6 +23,7 @@ QUIRKS: Mapping[str, type] = {
     "json_object_as_schema": bool,  # JSON mode only with a schema
     "single_tool_call": bool,
     "strip_tool_schema_keys": list,
+    "no_suffix": bool,  # its endpoint for prompts knows only what comes before
     "no_stream": bool,
     "no_stream_usage": bool,
     # The messages
@@ -32,21 +33,23 @@ QUIRKS: Mapping[str, type] = {
     "null_content_rejected": bool,
     "tool_call_id_pattern": str,
     "replay_reasoning_content": bool,  # wants its thoughts back
+    "replay_fields": list,  # of messages and calls that it gave out and wants back: reasoning_details, extra_content
     "system_first": bool,  # one system message, at the head
     "strict_turns": bool,  # an assistant turn between result and user
     # Embeddings
     "embeddings_path": str,  # in place of /embeddings, after the base URL; in OpenAI's form, with the key as bearer
-    "embeddings_default": dict,  # fields that it wants besides
-    "embeddings_drop": list,
     # Gemini's wire
     "system_as_user": bool,
+    "schema_subset": bool,  # takes no JSON Schema for parameters and answers, only its own subset
     "thinking": str,  # how effort is told: "level" or "budget"
     "call_signatures": bool,  # wants a thought signature on the first call of a step
     # Answers and errors
-    "error_codes": dict,  # its own codes, in faults.STATUS_BY_NAME's words
+    "error_codes": dict,  # its own codes, in adapters/errors.py's STATUS_BY_NAME's words
     "error_texts": dict,  # likewise, where it has words only
     "credit_resets_daily": bool,
     "daily_headers": list,  # counters of the day; at "0" its quota is used up
+    # Embeddings
+    "unit_vectors": bool,  # are to be brought to length 1
     # Keys and addresses
     "headers": dict,
     "env_account": list,

@@ -135,6 +135,17 @@ class Stream(Answer):
         return "".join(delta.get("content") or "" for delta in self.deltas)
 
     @property
+    def calls(self) -> list[dict]:
+        """The tool calls, their pieces put together."""
+        calls: list[dict] = []
+        for piece in (piece for delta in self.deltas for piece in delta.get("tool_calls") or []):
+            if piece["index"] == len(calls):
+                calls.append({name: value for name, value in piece.items() if name != "index"})
+            else:
+                calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
+        return calls
+
+    @property
     def finishes(self) -> list[str]:
         choices = [choice for chunk in self.chunks for choice in chunk.get("choices") or []]
         return [choice["finish_reason"] for choice in choices if choice.get("finish_reason")]

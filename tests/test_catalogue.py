@@ -53,6 +53,8 @@ def test_every_model_belongs_to_a_platform_and_every_number_is_sane():
         assert model["platform"] in ids, name
         assert model["model_id"] == model["model_id"].strip(), name
         if model.get("kind") == "embedding":
+            assert model["family"], name
+            assert model["platform"] == "demo" or 64 <= model["dimensions"] <= 16_384, name
             continue
         assert 1 <= model["intelligence_rank"] <= 100, name
         assert 1 <= model["speed_rank"] <= 100, name
@@ -68,7 +70,7 @@ def test_embedding_models_of_one_family_have_vectors_of_one_length_and_no_chat_m
     embeddings = [model for model in MODELS if model.get("kind") == "embedding"]
     lengths: dict[str, set[int]] = {}
     for model in embeddings:
-        lengths.setdefault(model["family"], set()).add(model["dimensions"])
+        lengths.setdefault(model["family"], set()).add(model.get("dimensions"))
         assert not {"tools", "vision", "intelligence_rank", "speed_rank", "max_output"} & model.keys(), model
     assert {len(sizes) for sizes in lengths.values()} == {1}
     assert not lengths.keys() & {model.get("family") for model in MODELS if model not in embeddings}

@@ -122,7 +122,7 @@ async def test_an_answer_after_a_json_schema_is_passed_on_as_it_is(serve, fake, 
 
     assert json.loads(got["text"]) == json.loads(text)
     sent = fake.requests[0].json
-    assert "city" in json.dumps(sent.get("response_format") or sent["generationConfig"]["responseSchema"])
+    assert "city" in json.dumps(sent.get("response_format") or sent["generationConfig"]["responseJsonSchema"])
 
 
 @every_wire
@@ -238,8 +238,7 @@ ARRIVES = {
                     {
                         "name": "weather",
                         "description": "Tells the weather",
-                        "parameters": LOOSE
-                        | {"properties": {"city": {"type": "string"}, "unit": {"type": "string", "enum": ["C", "F"]}}},
+                        "parametersJsonSchema": TOOL["function"]["parameters"],
                     }
                 ]
             }

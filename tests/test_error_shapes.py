@@ -513,69 +513,6 @@ async def test_a_stream_that_begins_well_after_an_error_elsewhere_is_whole(start
     (await gateway.stream()).assert_whole("all well")
 
 
-# --- Times ---------------------------------------------------------------------------------------------------------
-
-NOON = 1_795_521_600.0  # 2026-11-24T12:00:00Z
-WAITS = {
-    "a bare number": ({"Retry-After": "17"}, {}, "", 17),
-    "a date without a zone": ({"Retry-After": "Tue, 24 Nov 2026 12:01:00 -0000"}, {}, "", 60),
-    "below zero": ({"Retry-After": "-5"}, {}, "", None),
-    "no number": ({"Retry-After": "NaN"}, {}, "", None),
-    "a fraction": ({"Retry-After": "1.5"}, {}, "", 1.5),
-    "a date": ({"Retry-After": "Tue, 24 Nov 2026 12:01:00 GMT"}, {}, "", 60),
-    "too long": ({"Retry-After": "999999"}, {}, "", 86_400),
-    "in the body": ({}, {"error": {"details": [{"retryDelay": "17s"}]}}, "", 17),
-    "in the body as a number": ({}, {"error": {"metadata": {"retry_after_seconds": 2.5}}}, "", 2.5),
-    "a moment in the body": ({}, {"error": {"metadata": {"headers": {"X-RateLimit-Reset": "1795521630000"}}}}, "", 30),
-    "seconds": ({}, {}, "try again in 7.66s", 7.66),
-    "minutes": ({}, {}, "Please try again in 2m3.4s.", 123.4),
-    "hours": ({}, {}, "try again in 1h2m3s", 3723),
-    "milliseconds": ({}, {}, "try again in 680ms", 0.68),
-    "retry after": ({}, {}, "retry after 30 seconds", 30),
-    "please wait": ({}, {}, "Please wait 52220 seconds before retrying.", 52_220),
-    "days": ({}, {}, "Resets in 3 days", 86_400),
-    "a moment in words": ({}, {}, "limit reached, reset at 2026-11-24 21:00:00", 3600),
-    "a day": ({}, {}, "Rate limit of 50 per day exceeded", 4 * 3600),
-    "today": ({}, {}, "You have used all requests of today", 4 * 3600),
-    "a month": ({}, {}, "limited to 1000 calls per month", 86_400),
-    "none": ({}, {}, "slow down", None),
-    "nonsense": ({"Retry-After": "soon"}, {"retry_after": True}, "wait a moment", None),
-}
-
-
-@pytest.mark.parametrize(("headers", "content", "message", "seconds"), WAITS.values(), ids=WAITS)
-def test_a_wait_is_read_wherever_it_stands(headers, content, message, seconds):
-    fault = faults.Fault(429, None, message)
-    found = faults.retry_after_s(fault, headers, content, NOON, reset="Asia/Shanghai")
-    assert found == (None if seconds is None else pytest.approx(seconds))
-
-
-def test_a_moment_that_a_daily_quota_tells_is_believed():
-    words = "Usage limit reached for 5 hour. Your limit will reset at 2026-11-24 21:00:00. Retry in 1s."
-    fault = faults.Fault(429, faults.DAILY_QUOTA, words, sure=True, daily=True)
-    assert faults.retry_after_s(fault, {"Retry-After": "1"}, {}, NOON, reset="Asia/Shanghai") == 3600
-
-
-RESETS = {
-    "UTC": ("UTC", 12 * 3600),
-    "west of it": ("America/Los_Angeles", 20 * 3600),
-    "east of it": ("Asia/Shanghai", 4 * 3600),
-    "at another hour": ("07:00 Asia/Jakarta", 12 * 3600),
-    "nowhere": ("Mars/Olympus", 12 * 3600),
-    "no hour at all": ("soon UTC", 12 * 3600),
-}
-
-
-@pytest.mark.parametrize(("reset", "seconds"), RESETS.values(), ids=RESETS)
-def test_a_day_ends_by_the_platforms_clock(reset, seconds):
-    assert until_reset_s(reset, NOON) == seconds
-
-
-def test_a_day_of_25_hours_ends_after_25_hours():
-    first_of_november = 1_793_516_400.0  # 2026-11-01T07:00:00Z, midnight in California, where the clocks go back
-    assert until_reset_s("America/Los_Angeles", first_of_november) == 25 * 3600
-
-
 def test_every_name_in_the_catalogue_is_one_that_means_something():
     for platform in PLATFORMS.values():
         quirks = platform.get("quirks", {})

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from worlds import World
 
 from adapters import errors as faults
-from adapters.base import as_chunks
+from adapters import waits
+from adapters.chunks import as_chunks
 from adapters.openai import OpenAIAdapter
 from adapters.plain import note_completion
 from adapters.stream import Incoming
@@ -60,8 +61,8 @@ def test_a_stream_cut_anywhere_gives_the_same_events(chunks, cuts, crlf):
 
     got = [event for piece in pieces(stream, cuts) for event in decoder.feed(piece)] + decoder.flush()
 
-    assert [orjson.loads(data) for _, data in got] == chunks
-    assert b"".join(raw for raw, _ in got) == stream[len(b": hello" + end) :]
+    assert [orjson.loads(data) for _, data, _ in got] == chunks
+    assert b"".join(raw for raw, _, _ in got) == stream[len(b": hello" + end) :]
 
 
 BITS = [
@@ -107,7 +108,7 @@ def test_what_stands_between_events_and_how_lines_end_changes_nothing(events, cu
 
     got = [event for piece in pieces(stream, cuts) for event in decoder.feed(piece)] + decoder.flush()
 
-    assert [orjson.loads(data) for _, data in got] == [chunk for _, chunk, _ in events]
+    assert [orjson.loads(data) for _, data, _ in got] == [chunk for _, chunk, _ in events]
 
 
 @given(st.lists(OBJECTS, max_size=6))
@@ -143,29 +144,8 @@ LEADS = st.sampled_from([b"data: ", b"data:", b": ping\ndata: ", b"id: 7\nevent:
 NO_TOOLS = chat_from({"messages": [{"role": "user", "content": "hi"}]})
 
 
-@given(st.lists(TEXTS.map(text_chunk) | ODD_CHUNKS, max_size=15))
-def test_a_chunk_read_by_its_surroundings_means_what_it_means_read_whole(payloads):
-    def read(stream: list[bytes]) -> tuple[list[bytes], list[object], Tally]:
-        tally, events = Tally(), []
-        incoming = Incoming(OpenAIAdapter().translator(tally, NO_TOOLS), tally, ROUTE, 0.0, is_sse=True)
-        for payload in stream:
-            events += incoming.feed(b"data: " + payload + b"\n\n")[0]
-        tally.head = {}
-        deltas = [event.chunk["choices"][0]["delta"] for event in events if event.chunk.get("choices")]
-        return [event.raw for event in events], deltas, tally
-
-    spaced = [payload.replace(b'"created":1', b'"created":%d' % number) for number, payload in enumerate(payloads)]
-    raws, deltas, tally = read(payloads)
-    raws_whole, deltas_whole, tally_whole = read(spaced)  # none of which stands in the surroundings of another
-
-    assert deltas == deltas_whole
-    assert tally == tally_whole
-    assert len(raws) == len(raws_whole)
-
-
 @given(st.lists(TEXTS.map(text_chunk) | ODD_CHUNKS, max_size=15), st.lists(st.integers(0, 15)), ENDS, LEADS)
 def test_events_that_are_read_together_mean_what_each_means_alone(payloads, cuts, end, lead):
-    lessons = [lead + text_chunk(text) + end for text in ("Some", "thing", " to")]
     frames = [lead + payload + end for payload in payloads]
     bounds = sorted({0, len(frames), *(min(cut, len(frames)) for cut in cuts)})
     together = [b"".join(frames[start:stop]) for start, stop in pairwise(bounds)]
@@ -178,7 +158,7 @@ def test_events_that_are_read_together_mean_what_each_means_alone(payloads, cuts
         deltas = [event.chunk["choices"][0]["delta"] for event in events if event.chunk.get("choices")]
         return b"".join(event.raw for event in events), "".join(d.get("content") or "" for d in deltas), tally
 
-    assert read(lessons + together) == read(lessons + frames)
+    assert read(together) == read(frames)
 
 
 @given(OBJECTS)
@@ -200,8 +180,8 @@ def test_any_error_body_has_a_finite_status_and_words(body):
     assert fault.status is None or (isinstance(fault.status, int) and 100 <= fault.status <= 599)
     assert isinstance(fault.message, str)
     assert classify(fault.status or 200, fault.code, fault.message) in Failure
-    retry = faults.retry_after_s(fault, {}, body, 1e9)
-    assert retry is None or 0 <= retry <= faults.RETRY_AFTER_MAX_S
+    retry = waits.retry_after_s(fault, {}, body, 1e9)
+    assert retry is None or 0 <= retry <= waits.RETRY_AFTER_MAX_S
 
 
 @given(OBJECTS)

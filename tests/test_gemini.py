@@ -120,7 +120,7 @@ SENT = {
         {
             "generationConfig": {
                 "responseMimeType": "application/json",
-                "responseSchema": {"type": "object", "properties": {"a": {"type": "string", "enum": ["b"]}}},
+                "responseJsonSchema": {"type": "object", "properties": {"a": {"const": "b"}}},
             }
         },
     ),
@@ -161,6 +161,33 @@ async def test_a_request_is_translated_field_by_field(google, fake, streaming):
             else:
                 assert {field: got.get(field) for field in sent} == sent
                 assert set(got) <= set(sent) | {"contents", "tools"}
+
+
+async def test_where_only_a_subset_of_schemas_is_known_they_are_translated(google, fake):
+    gateway = await google(WIRE.says(Said("[]")), schema_subset=True)
+    schema = {"type": "object", "properties": {"a": {"const": "b"}}, "additionalProperties": False}
+    known = {"type": "object", "properties": {"a": {"type": "string", "enum": ["b"]}}}
+
+    await gateway.chat(tools=[tool(parameters=schema)])
+    await gateway.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+
+    declared = fake.requests[0].json["tools"][0]["functionDeclarations"][0]
+    assert (declared["parameters"], "parametersJsonSchema" in declared) == (known, False)
+    config = fake.requests[1].json["generationConfig"]
+    assert (config["responseSchema"], "responseJsonSchema" in config) == (known, False)
+
+
+async def test_a_schema_goes_out_as_the_client_wrote_it(google, fake):
+    gateway = await google(WIRE.says(Said("[]")))
+    schema = {
+        "$schema": "http://json-schema.org/draft-07/schema#", "type": "object", "required": ["a"],
+        "properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"type": ["string", "null"], "pattern": "^x"}},
+    }  # fmt: skip
+
+    await gateway.chat(tools=[tool(parameters=schema)])
+
+    declared = fake.requests[0].json["tools"][0]["functionDeclarations"][0]
+    assert (declared["parametersJsonSchema"], "parameters" in declared) == (schema, False)
 
 
 async def test_models_without_a_system_role_hear_it_from_the_user(google, fake):
@@ -345,7 +372,7 @@ async def test_thoughts_and_calls_written_as_text_are_what_they_are(google, stre
 
     told = got.deltas if streaming else [got.json["choices"][0]["message"]]
     assert "".join(delta.get("reasoning_content", "") for delta in told) == "hm"
-    (call,) = [call for delta in told for call in delta.get("tool_calls", [])]
+    (call,) = got.calls if streaming else told[0]["tool_calls"]
     assert json.loads(call["function"]["arguments"]) == {"city": "Rom"}
     assert not any(delta.get("content") for delta in told)
     assert (got.finishes if streaming else [got.json["choices"][0]["finish_reason"]]) == ["tool_calls"]
@@ -464,7 +491,7 @@ async def test_a_stream_that_ends_without_an_ending_is_cut(google, fake):
 
 async def signed_call(gateway, streaming: bool) -> dict:
     got = await gateway.ask(streaming=streaming, tools=[tool()])
-    (call,) = got.deltas[0]["tool_calls"] if streaming else got.json["choices"][0]["message"]["tool_calls"]
+    (call,) = got.calls if streaming else got.json["choices"][0]["message"]["tool_calls"]
     return call
 
 

@@ -258,7 +258,7 @@ async def test_a_failure_before_the_first_word_is_invisible(start_gateway, fake)
 
 @pytest.mark.parametrize("breaking", [entry[0] for entry in BREAKS.values()], ids=BREAKS)
 async def test_an_answer_that_breaks_before_a_block_is_complete_ends_with_the_connection(start_gateway, fake, breaking):
-    gateway = await start_gateway(["a"], SHORT_STALL | {"RESCUE": "off"})
+    gateway = await start_gateway(["a"], SHORT_STALL)
     fake.script("a", sse(ROLE, chunk("half an ans"), breaking, done=False))
 
     got = await raw_stream(gateway)
@@ -273,7 +273,7 @@ async def test_an_answer_that_breaks_before_a_block_is_complete_ends_with_the_co
 
 @pytest.mark.parametrize("breaking", [entry[0] for entry in BREAKS.values()], ids=BREAKS)
 async def test_an_answer_that_breaks_behind_a_complete_block_ends_with_an_error(start_gateway, fake, breaking):
-    gateway = await start_gateway(["a"], SHORT_STALL | {"RESCUE": "off"})
+    gateway = await start_gateway(["a"], SHORT_STALL)
     fake.script("a", sse(ROLE, chunk(reasoning_content="Hm."), chunk("half an ans"), breaking, done=False))
 
     got = await raw_stream(gateway)
@@ -286,7 +286,7 @@ async def test_an_answer_that_breaks_behind_a_complete_block_ends_with_an_error(
 
 
 async def test_the_anthropic_client_raises_for_an_answer_that_breaks(start_gateway, fake):
-    gateway = await start_gateway(["a"], {"RESCUE": "off"})
+    gateway = await start_gateway(["a"])
     fake.script("a", sse(ROLE, chunk("half an ans"), RESET))
     with pytest.raises(Exception, match=r"(?i)incomplete|closed|peer"):
         await final_of(gateway)
@@ -296,8 +296,24 @@ async def test_the_anthropic_client_raises_for_an_answer_that_breaks(start_gatew
         await final_of(gateway)
 
 
+async def test_an_answer_that_breaks_goes_on_in_the_open_block(start_gateway, fake):
+    gateway = await start_gateway({"a": {}, "b": {"prefill": "plain"}}, {"RESCUE": "on"})
+    words = "The quick brown fox jumps over the lazy dog and runs into the forest."
+    fake.script("a", sse(ROLE, chunk(reasoning_content="Hm."), chunk(words[:40]), CUT))
+    fake.script("b", lambda asked: sse(ROLE, chunk(words[len(asked.prompt) :]), STOP, usage_chunk()))
+
+    got = await raw_stream(gateway)
+
+    assert assert_in_order(events_of(got), IN_ORDER) == [
+        {"type": "thinking", "thinking": "Hm.", "signature": ""},
+        {"type": "text", "text": words},
+    ]
+    assert b": resumed on b/b-model\n\n" in got.body
+    assert fake.called == ["a", "b"]
+
+
 async def test_a_connection_that_was_cut_costs_the_next_request_nothing(start_gateway, fake):
-    gateway = await start_gateway(["a", "b"], {"RESCUE": "off"})
+    gateway = await start_gateway(["a", "b"])
     fake.script("a", sse(ROLE, chunk("half"), event({"error": {"message": "down", "code": 503}}), done=False))
     assert (await raw_stream(gateway)).headers["cut"]
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from adapters import errors as faults
-from adapters.base import as_chunks
+from adapters import waits
+from adapters.chunks import as_chunks
 from adapters.gemini import GeminiAdapter
 from adapters.openai import OpenAIAdapter
 from adapters.stream import Incoming, named_failure, whole_reply
@@ -324,5 +325,5 @@ def test_a_refusal_with_something_odd_is_a_named_failure(variants):
 )  # fmt: skip
 def test_words_about_time_are_never_more_than_a_day_or_less_than_none(words):
     for headers in ({}, {"Retry-After": words}, {"x-ratelimit-remaining": "0", "x-ratelimit-reset": words}):
-        rest_s = faults.retry_after_s(faults.read({"error": {"message": words}}), headers, {}, NOW)
-        assert rest_s is None or 0 <= rest_s <= faults.RETRY_AFTER_MAX_S
+        rest_s = waits.retry_after_s(faults.read({"error": {"message": words}}), headers, {}, NOW)
+        assert rest_s is None or 0 <= rest_s <= waits.RETRY_AFTER_MAX_S

@@ -8,6 +8,8 @@ from conftest import both_ways, case
 from fake_provider import body, chunk, completion, sse
 
 from adapters import text_rescue as rescue
+from adapters.text_gate import TextGate
+from adapters.thoughts import split_thoughts
 
 
 def tool(name: str, **properties: dict) -> dict:
@@ -75,17 +77,6 @@ def read(calls: list[dict]) -> list[tuple[str, dict]]:
     return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in calls]
 
 
-def joined(got) -> list[dict]:
-    """The calls of a stream, its pieces put together."""
-    calls: list[dict] = []
-    for piece in (piece for delta in got.deltas for piece in delta.get("tool_calls", [])):
-        if piece["index"] == len(calls):
-            calls.append(piece)
-        else:
-            calls[piece["index"]]["function"]["arguments"] += piece["function"]["arguments"]
-    return calls
-
-
 async def test_a_call_written_as_text_is_a_call(start_gateway, fake):
     gateway = await start_gateway()
     for name, (text, calls) in DIALECTS.items():
@@ -110,7 +101,7 @@ async def test_a_call_streamed_as_text_is_a_call_in_any_pieces(start_gateway, fa
 
             got = await gateway.stream(tools=TOOLS)
 
-            assert read(joined(got)) == calls
+            assert read(got.calls) == calls
             assert got.text == ""
             assert got.finishes == ["tool_calls"]
             got.assert_done_once()
@@ -196,7 +187,7 @@ async def test_a_call_that_the_server_could_not_read_is_read_here(start_gateway,
 
     got = await gateway.ask(streaming=streaming, tools=TOOLS)
 
-    assert read(joined(got) if streaming else got.json["choices"][0]["message"]["tool_calls"]) == ROME
+    assert read(got.calls if streaming else got.json["choices"][0]["message"]["tool_calls"]) == ROME
     assert fake.called == ["a"]
 
 
@@ -260,7 +251,7 @@ async def test_a_call_behind_thoughts_is_a_call(start_gateway, fake):
     streamed = await gateway.stream(tools=TOOLS)
     whole = (await gateway.chat(tools=TOOLS)).json["choices"][0]["message"]
 
-    assert read(joined(streamed)) == read(whole["tool_calls"]) == ROME
+    assert read(streamed.calls) == read(whole["tool_calls"]) == ROME
     assert streamed.text == ""
     assert whole["reasoning_content"] == "I need it"
 
@@ -376,7 +367,7 @@ async def test_arguments_cut_off_by_length_are_the_clients_to_see(start_gateway,
 
 
 def test_the_gate_opens_at_the_first_ordinary_word():
-    gate = rescue.TextGate(DECLARED)
+    gate = TextGate(DECLARED)
     assert gate.feed("Hello") == [("content", "Hello")]
     assert (gate.open, gate.untouched) == (True, True)
 
@@ -394,9 +385,9 @@ def test_a_hostile_text_is_read_in_no_time():
     ):
         for filler in ("<tool_call>", "{", "<arg_key>", "<|tool_call_begin|>", " ", "</think", "<parameter=a>", "`"):
             text = opening + filler * (100_000 // len(filler))
-            rescue.split_thoughts(text)
+            split_thoughts(text)
             try:
-                rescue.whole(text, DECLARED)
+                rescue.text_and_calls(text, DECLARED)
             except rescue.Unreadable:
                 continue
     assert time.process_time() - began < 3

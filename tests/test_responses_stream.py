@@ -351,7 +351,7 @@ async def test_a_break_in_mid_stream_ends_as_failed(start_gateway, fake, breakin
 
 @pytest.mark.parametrize("breaking", [CUT, PAUSE], ids=["cut", "stall"])
 async def test_the_openai_client_ends_with_a_failed_response(start_gateway, fake, breaking):
-    gateway = await start_gateway(["a"], SHORT_STALL)
+    gateway = await start_gateway(["a"], SHORT_STALL | {"TOOL_CALLS": "stream"})
     fake.script("a", sse(ROLE, chunk("half"), piece(0, '{"x"', id="call_x", name="f"), breaking, done=False))
 
     final, events = await final_of(gateway, tools=[TOOL])

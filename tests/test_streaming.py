@@ -43,7 +43,7 @@ MEANINGFUL = {
 
 @pytest.mark.parametrize("meaningful", MEANINGFUL.values(), ids=MEANINGFUL)
 async def test_headers_go_out_with_the_first_meaningful_event(start_gateway, fake, meaningful):
-    gateway = await start_gateway(["a", "b"])
+    gateway = await start_gateway(["a", "b"], {"TOOL_CALLS": "stream"})
     go_on = asyncio.Event()
     fake.script("a", sse(ROLE, Wait(go_on), meaningful, PAUSE))
     opening = asyncio.create_task(gateway.post(gateway.request(stream=True)).__aenter__())
@@ -242,7 +242,7 @@ async def test_tool_calls_without_an_index_get_one(start_gateway, fake):
     got = await gateway.stream(tools=[{"type": "function", "function": {"name": "f"}}])
 
     calls = [call for delta in got.deltas for call in delta.get("tool_calls") or []]
-    assert [call["index"] for call in calls] == [0, 0, 1]
+    assert [call["index"] for call in calls] == [0, 0, 1, 1]
     assert got.finishes == ["tool_calls"]
     got.assert_done_once()
 

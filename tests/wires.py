@@ -245,6 +245,7 @@ class Gemini(Wire):
         for tool in asked.get("tools", []):
             for declared in tool["functionDeclarations"]:
                 check_schema(declared.get("parameters"))
+                insist(not {"parameters", "parametersJsonSchema"} <= set(declared), "two schemas")
                 insist(declared.get("parameters", {"properties": 1})["properties"], "should be non-empty for OBJECT")
         check_schema(asked.get("generationConfig", {}).get("responseSchema"))
         check_turns(asked["contents"])

@@ -29,6 +29,13 @@ class Mode(StrEnum):
     PRIORITY = "priority"
 
 
+class ModelKind(StrEnum):
+    """What a model is asked for. Chat is never routed to embedding models, nor embeddings to chat models."""
+
+    CHAT = "chat"
+    EMBEDDING = "embedding"
+
+
 MODELS_PREFIX = "freellmapi/"  # clients configured for that gateway send it
 VENDOR_PREFIX = "openai/"  # so some clients say which API they speak
 LATEST = ":latest"  # a tag that some put behind every name
@@ -64,6 +71,7 @@ class Need:
     vision: bool = False
     tools: bool = False
     strict: bool = False  # only the pinned model may answer (`X-Fallback: none`)
+    kind: ModelKind = ModelKind.CHAT
     unknown_means: Mode | None = None  # what the pinned name asks for where no model has it
     min_rank: int | None = None  # models ranked worse by intelligence may not answer (SPEC 21.3)
     no_train: bool = False  # only routes may answer that are known not to train on prompts (SPEC 21.4)
@@ -85,6 +93,7 @@ class Chat:
     conversation: str = field(default="", repr=False)  # the client's own name for it, where the body has one
     tool_names: Mapping[str, str] = field(default_factory=dict)  # renamed for strict servers: new name to the client's
     origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
+    legacy: dict[str, Any] | None = field(default=None, repr=False)  # the same as a prompt, for endpoints that take one
     answered: bytes | None = field(default=None, repr=False)  # the whole response, where no provider is needed
 
     def asking_for(self, model: str) -> Chat:

@@ -1,12 +1,24 @@
-"""Server-sent events as bytes: bytes in, complete events out."""
+"""Server-sent events as bytes: bytes in, complete events out.
+
+Providers do not always keep to the format. A byte-order mark may stand before the first event, and a server that fails
+in the middle of a stream often writes its error as a bare JSON object, between events or behind the last one. Such an
+object is an event with these data.
+"""
 
 from __future__ import annotations
 
 import re
 
+import orjson
+
 EVENT_BYTES_MAX = 1024 * 1024  # one SSE event from a provider (SPEC 13.3)
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+BOM = b"\xef\xbb\xbf"
+FIELDS = frozenset({b"data", b"event", b"id", b"retry"})
+JSON_STARTS = (b"{", b"[")
+
+Frame = tuple[bytes, bytes, bool]  # an event as it goes out, its data, and whether it is named `error`
 
 
 class EventTooLarge(Exception):
@@ -14,31 +26,38 @@ class EventTooLarge(Exception):
 
 
 BLANK_LINE = re.compile(rb"(\r?\n\r?\n)")
-DATA_LINE = re.compile(rb"^data:[ ]?([^\r\n]*)", re.MULTILINE)
 
 
 class SSEDecoder:
-    """Bytes in, events out: (the event as it came, its data). Comments and events without data are dropped.
+    """Bytes in, frames out. Comments and events without data are dropped, except for an `error` event.
 
     An event, or one UTF-8 letter, may span reads, and CRLF and LF both occur. Only LF and CRLF end a line here, never
     U+2028 as in `splitlines`; a lone CR as line end is not supported, as no provider is known to send it.
     """
 
     def __init__(self) -> None:
-        self.held: list[bytes] = []  # of the event that is not complete yet
+        self._held: list[bytes] = []  # of the event that is not complete yet
         self._held_bytes = 0
         self._tail = b""  # its last bytes, where the blank line may have begun
 
-    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        if self.held or data[-2:] != b"\n\n" or data[-3:-2] == b"\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
-            return [(block, payload) for block in self._blocks(data) if (payload := event_data(block)) is not None]
-        frames = []
+    def feed(self, data: bytes) -> list[Frame]:
+        frames: list[Frame] = []
+        if self._held or data[-2:] != b"\n\n" or data[-3:-2] == b"\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
+            for block in self._blocks(data):
+                frames += frames_of(block)
+            return frames
         for block in data[:-2].split(b"\n\n"):  # whole events, as most reads are
             if block[:5] == b"data:" and b"\n" not in block:
-                frames.append((block + b"\n\n", block[5:].strip()))
-            elif (payload := event_data(block + b"\n\n")) is not None:
-                frames.append((block + b"\n\n", payload))
+                frames.append((block + b"\n\n", block[5:].strip(), False))
+            else:
+                frames += frames_of(block + b"\n\n")
         return frames
+
+    def flush(self) -> list[Frame]:
+        """At the end of the stream: a last event may come without its blank line."""
+        block = b"".join(self._held).rstrip(b"\r\n") + b"\n\n"
+        self._forget()
+        return frames_of(block)
 
     def _blocks(self, data: bytes) -> list[bytes]:
         """The events that these bytes complete; the rest is held."""
@@ -47,9 +66,8 @@ class SSEDecoder:
             self._hold(data)
             self._tail = window[-3:]
             return []
-        buffer = b"".join((*self.held, data)) if self.held else data
-        self.held.clear()
-        self._held_bytes = 0
+        buffer = b"".join((*self._held, data)) if self._held else data
+        self._forget()
         if b"\r" in buffer:
             pieces = BLANK_LINE.split(buffer)
             blocks = [block + end for block, end in zip(pieces[0:-1:2], pieces[1::2], strict=True)]
@@ -62,25 +80,61 @@ class SSEDecoder:
             self._hold(rest)
         return blocks
 
-    def flush(self) -> list[tuple[bytes, bytes]]:
-        """At the end of the stream: a last event may come without its blank line."""
-        block = b"".join(self.held).rstrip(b"\r\n") + b"\n\n"
-        self.held.clear()
-        payload = event_data(block)
-        return [] if payload is None else [(block, payload)]
-
     def _hold(self, data: bytes) -> None:
-        self.held.append(data)
+        self._held.append(data)
         self._held_bytes += len(data)
         if self._held_bytes > EVENT_BYTES_MAX:
             raise EventTooLarge
 
+    def _forget(self) -> None:
+        self._held.clear()
+        self._held_bytes = 0
+        self._tail = b""
 
-def event_data(block: bytes) -> bytes | None:
-    """The data of one event block, its lines joined; None when it has none."""
+
+def frames_of(block: bytes) -> list[Frame]:
+    """The event that a block of lines is; more than one where bare JSON stands beside it."""
     if len(block) > EVENT_BYTES_MAX:
         raise EventTooLarge
     if block.startswith(b"data:") and block.count(b"\n", 0, -2) == 0:
-        return block[5:].strip()
-    lines = DATA_LINE.findall(block)
-    return b"\n".join(lines).strip() if lines else None
+        return [(block, block[5:].strip(), False)]
+    block = block.removeprefix(BOM)
+    frames: list[Frame] = []
+    data: list[bytes] = []
+    bare: list[bytes] = []
+    is_error = mixed = False
+    for line in (line.rstrip(b"\r") for line in block.split(b"\n")):
+        name, _, value = line.partition(b":")
+        if name in FIELDS:
+            if bare:
+                frames, bare, mixed = frames + bare_frames(bare, is_error), [], True
+            if name == b"data":
+                data.append(value.removeprefix(b" "))
+            elif name == b"event":
+                is_error = value.strip().lower() == b"error"
+        elif bare or line.lstrip()[:1] in JSON_STARTS:
+            if data:
+                frames, data, mixed = [*frames, event_of(data, is_error)], [], True
+            bare.append(line)
+    if data or (is_error and not bare):
+        frames.append(event_of(data, is_error) if mixed else (block, b"\n".join(data).strip(), is_error))
+    return frames + bare_frames(bare, is_error)
+
+
+def event_of(data: list[bytes], is_error: bool) -> Frame:
+    return b"".join(b"data: %b\n" % line for line in data) + b"\n", b"\n".join(data).strip(), is_error
+
+
+def bare_frames(lines: list[bytes], is_error: bool) -> list[Frame]:
+    """Lines outside any field: one JSON value over all of them, or one on each line."""
+    whole = b" ".join(lines).strip()  # a line end in JSON is white space
+    values = [whole] if is_json(whole) else [line.strip() for line in lines]
+    return [event_of([value], is_error) for value in values if value[:1] in JSON_STARTS]
+
+
+def is_json(text: bytes) -> bool:
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True

@@ -1,0 +1,57 @@
+"""Legacy completions at platforms that have an endpoint for them: the request out, the answers back in chat's form.
+
+A text that comes back is told as an assistant's words, so that nothing behind the adapter knows the difference. No I/O.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from adapters.base import Request, base_url, bearer_headers
+from adapters.quirks import apply_quirks
+from routing.catalog import Key, Model
+from wire.chat import Chat
+from wire.http import ENDPOINTS_MAX, Endpoint
+from wire.jsontext import JSON, dump
+
+
+@lru_cache(maxsize=ENDPOINTS_MAX)
+def endpoint(model: Model, key: Key) -> Endpoint:
+    url, secret = base_url(model.platform, key)
+    return Endpoint(f"{url}/completions", bearer_headers(secret, model.quirks))
+
+
+def takes_prompts(model: Model, chat: Chat) -> bool:
+    """Whether this request is a prompt and goes to an endpoint for prompts."""
+    if chat.legacy is None or not model.completions:
+        return False
+    return "suffix" not in chat.legacy or not model.quirks.get("no_suffix")
+
+
+def legacy_request(model: Model, key: Key, chat: Chat) -> Request:
+    assert chat.legacy is not None
+    body: JSON = {**chat.legacy, "model": model.model_id}
+    if chat.stream and not model.quirks.get("no_stream"):
+        body["stream"] = True
+        if not model.quirks.get("no_stream_usage"):
+            body["stream_options"] = {"include_usage": True}
+    text = {name: body.pop(name) for name in ("prompt", "suffix") if name in body}  # no rule about fields touches them
+    apply_quirks(body, model.quirks, model.answer_max(chat.prompt_tokens))
+    return Request(endpoint(model, key), dump({**text, **body}))
+
+
+def told_in_chat(choice: JSON, part: str) -> bool:
+    """Puts a choice's text where chat has it: into its `message` or its `delta`. False when it is there already."""
+    text = choice.get("text")
+    if part in choice or not isinstance(text, str):
+        return False
+    del choice["text"]
+    choice[part] = {"role": "assistant", "content": text} if part == "message" else {"content": text}
+    return True
+
+
+def told_in_chat_whole(body: JSON) -> bool:
+    """The same for a whole answer."""
+    choices = body.get("choices")
+    told = [told_in_chat(c, "message") for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
+    return any(told)
