@@ -23,7 +23,7 @@ from routing.cooldowns import Cooldowns, K
 from routing.explain import BLOCKED_WORDS, RUNG_WORDS, Candidate, Draws, Moment, blocked_words, left_out, scored
 from routing.fit import below_floor, fitting, no_private_route, reaches_floor, unfit
 from routing.gate import RATE_UNSEEN, Gates
-from routing.kinds import same_vectors
+from routing.kinds import named, same_vectors
 from routing.ledger import Ledger, Penalties
 from routing.plan import DEEP_FAILURES, LAST_ATTEMPTS, Blocked, Plan, Step
 from routing.reach import Reach, reach
@@ -130,13 +130,13 @@ class Router:
         return None
 
     def _plan_pinned(self, plan: Plan, pinned: str, now: float, rng: Random) -> None:
-        need, named = plan.need, self.catalog.resolve(pinned)
+        need, asked = plan.need, self.catalog.resolve(pinned)
 
         def asked_of(world: Reach) -> list[Model]:
-            return [m for m in named if world.has_key(m)]
+            return [m for m in asked if world.has_key(m)]
 
         def others_of(models: list[Model]) -> list[Model]:
-            return [] if need.strict else [m for m in models if m not in named and not is_demo(m.platform)]
+            return [] if need.strict else [m for m in models if m not in asked and not is_demo(m.platform)]
 
         world = self._reach(need)
         plan.order = self._fit(plan, asked_of(world))
@@ -338,11 +338,12 @@ class Router:
 
     def _left_out(self, plan: Plan) -> Iterator[Candidate]:
         need, ordered = plan.need, {model.id for model in plan.order}
-        named = {m.id for m in self.catalog.resolve(need.pinned)} if need.pinned is not None else set()
+        asked = named(self.catalog, need.pinned, need.kind) if need.pinned is not None else ()
+        ids = {model.id for model in asked}
         reaches = self._everything, self._private
         for model in self.catalog.models:
             if model.id not in ordered:
-                yield Candidate(model, excluded=left_out(model, need, named, self.catalog, reaches))
+                yield Candidate(model, excluded=left_out(model, need, ids, self.catalog, reaches))
 
     def moment(self, plan: Plan, now: float) -> Moment:
         """What this plan went by, to explain it later."""

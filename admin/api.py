@@ -11,6 +11,7 @@ from starlette.routing import Route
 from admin.chain import Chain
 from admin.clients import Clients
 from admin.control import Control
+from admin.drill import Drills
 from admin.explain import Explain
 from admin.keys import Keys
 from admin.live import Live
@@ -30,5 +31,6 @@ def admin_routes(engine: Engine, control: Control) -> list[Route]:
         LogReports(engine, chain),
         Quota(engine),
         Explain(engine),
+        Drills(engine),
     )
     return [route for part in parts for route in part.routes()]

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from config.settings import LOOPBACK_HOSTS, spelled
 from engine.address import Given, credentials, tidy_path
 from engine.delivery import JSON_HEADERS, response_start
+from engine.drill import parse_drill
 from engine.exchange import Engine
 from engine.origins import allowed, is_preflight, preflight_headers, shown_to
 from engine.record import Exchange, route_headers
@@ -119,6 +120,14 @@ class Door:
         if not any(right):
             raise Unauthorized
 
+    def _admit_drill(self, headers: Given) -> None:
+        """Only the operator breaks anything on purpose."""
+        try:
+            self._admit(ADMIN_PREFIXES[0], {b"x-api-key": headers.get(b"x-admin-key", b"")})
+        except Unauthorized:
+            message = "X-Drill needs the admin key in X-Admin-Key."
+            raise InvalidRequest(message, param="X-Admin-Key", code="drill_forbidden", status=403) from None
+
     async def _serve(
         self,
         exchange: Exchange,
@@ -135,6 +144,9 @@ class Door:
         chat = chat if model is None else chat.asking_for(model)
         exchange.chat, exchange.session = understood(chat, headers, self._engine.router.catalog, private=self._private)
         exchange.uncached = wants_no_memory(headers)
+        if (drill := headers.get(b"x-drill")) is not None:
+            self._admit_drill(headers)
+            exchange.begin_drill(parse_drill(drill.decode("latin-1")))
         exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)

@@ -15,6 +15,7 @@ from random import Random
 from adapters.stream import cut_short
 from config.settings import Settings
 from engine.delivery import Delivery, finish, stopped
+from engine.drill import DrilledAttempt
 from engine.explain import Explanations
 from engine.hedging import Hedging, let_go
 from engine.recall import Recall
@@ -119,7 +120,7 @@ class Engine:
         finally:
             self.running.discard(exchange)
             exchange.delivery, exchange.begun = None, delivery.started
-            if exchange.broken is not None and exchange.status == "success":
+            if exchange.broken is not None and exchange.status == "success" and exchange.drill is None:
                 self.metrics.rescued("whole")
             self._close(exchange)
 
@@ -279,7 +280,7 @@ class Engine:
     def _lost(self, exchange: Exchange, delivery: Delivery) -> bytes | None:
         """The last bytes of a stream that broke and was not mended: the client is told in the stream (SPEC 8.5)."""
         assert exchange.broken is not None
-        if exchange.resuming is not None:
+        if exchange.resuming is not None and exchange.drill is None:
             self.metrics.rescued("lost")
         return delivery.fail(*exchange.broken.in_mid_stream())
 
@@ -290,12 +291,15 @@ class Engine:
         standing = self.protection.standing(exchange.session, now, auto=auto)
         try:
             self._hedging.arrived()
-            exchange.plan = plan = self.router.plan(chat.need, standing, now, self._rng)
+            drilled = exchange.drill is not None
+            exchange.plan = plan = self.router.plan(chat.need, standing, now, self._rng, rehearsal=drilled)
         except GatewayError as error:
             exchange.moment = self.router.moment(Plan(chat.need), now)
             if not isinstance(error, NoProviders):
                 raise
             raise self._exhausted(exchange, Plan(chat.need), chat) from None
+        if drilled:
+            plan.trial = None  # of which no gate would hear
         exchange.moment = self.router.moment(plan, now)
         plan.attempts_left = self._attempts_max
         plan.reserve = min(LAST_ATTEMPTS, self._attempts_max // 5)
@@ -307,7 +311,10 @@ class Engine:
         while True:
             now = time.monotonic()
             if exchange.failures and (
-                plan.attempts_left <= 0 or now >= exchange.deadline or request_is_bad(exchange.failures)
+                plan.attempts_left <= 0
+                or not exchange.may_ask(1)
+                or now >= exchange.deadline
+                or request_is_bad(exchange.failures)
             ):
                 return None
             if exchange.reask is not None:
@@ -367,13 +374,17 @@ class Engine:
         if exchange.broken is not None and exchange.resuming is not None:
             resumption = exchange.resuming.resumption(route.model, prefill=route.model.id not in self._no_prefill)
             chat = resumption.asked.chat
-        attempt = self.providers.attempt(route, chat, exchange.attempts)
+        attempt: Attempt
+        if exchange.drill is not None and exchange.attempts == 1:
+            attempt = DrilledAttempt(self.providers, route, chat, exchange.attempts, exchange.drill)
+        else:
+            attempt = self.providers.attempt(route, chat, exchange.attempts)
         active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, attempt.started)
         return Running(attempt, active, self._skipped(plan), resumption, hedge)
 
     def _second_route(self, exchange: Exchange, plan: Plan, first: Running) -> Route | None:
         """The route that joins one that is late, within the limits of attempts and time."""
-        if exchange.attempts >= self._attempts_max or time.monotonic() >= exchange.deadline:
+        if exchange.attempts >= self._attempts_max or time.monotonic() >= exchange.deadline or not exchange.may_ask(2):
             return None
         return self._hedging.second_route(plan, first.attempt.route)
 
@@ -399,7 +410,8 @@ class Engine:
         now = time.monotonic()
         soonest_s = self.router.soonest_s(plan, now)
         error = exhausted(plan, exchange.failures, stream=chat.stream, retry_after_s=soonest_s)
-        self.metrics.exhausted()
+        if exchange.drill is None:
+            self.metrics.exhausted()
         labels = {model.id: model.label for model in plan.complete()}
         pool = {
             "candidates": len(labels),
@@ -438,7 +450,8 @@ class Engine:
 
     def _close(self, exchange: Exchange) -> None:
         failed = len(exchange.failures)
-        self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
+        if exchange.drill is None:
+            self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
         if exchange.waited_s:
             self.metrics.waited(exchange.status)
         self.explanations.keep(exchange)

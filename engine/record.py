@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.delivery import Delivery, header_value
+from engine.drill import Drill
 from engine.refusals import FailedAttempt
 from engine.resuming import Resuming, Resumption
 from providers import Attempt
@@ -66,6 +67,8 @@ class Exchange:
     retried: bool = False
     waited_s: float = 0.0
     waiting_since: float | None = None
+    drill: Drill | None = None  # its first attempt is broken on purpose; nothing it meets costs anybody else anything
+    attempts_max: int | None = None  # fewer than the setting allows
     client: int | None = None  # whose key it came with; None: the gateway's own
     uncached: bool = False  # its client wants no answer from memory
     cache: str | None = None  # `hit` or `miss`; None: nobody looked
@@ -75,9 +78,17 @@ class Exchange:
     status: str = "error"
     first_event_ms: int | None = None
 
+    def begin_drill(self, drill: Drill) -> None:
+        """From now on this is a drill: it belongs to no conversation, and neither gives nor takes from memory."""
+        self.drill, self.session, self.uncached = drill, "", True
+
     def wait_left_s(self, now: float) -> float:
         """How much longer it may wait for a route."""
         return min(self.wait_max_s - self.waited_s, self.deadline - now)
+
+    def may_ask(self, more: int) -> bool:
+        """Whether so many more attempts are allowed by this request's own limit."""
+        return self.attempts_max is None or self.attempts + more <= self.attempts_max
 
     def pause_s(self, now: float) -> float | None:
         """Before what has failed twice in this request is asked again: the attempts that are left are spread over the

@@ -103,7 +103,8 @@ class Books:
             self._metrics.trial(row.status)
         exchange.status = row.status
         exchange.ended.append(Ended(row, int(route.rung), running.hedge))
-        self._metrics.attempt(row)
+        if not row.drill:
+            self._metrics.attempt(row)
         self._store.log(row)
 
     def charge(self, exchange: Exchange, attempt: Attempt, now: float) -> None:
@@ -111,7 +112,8 @@ class Books:
         assert attempt.outcome is not None
         try:
             for effect in costs(attempt.outcome, self._facts(exchange, attempt, now), now):
-                self.apply(effect, exchange, attempt, now)
+                if exchange.drill is None or isinstance(effect, Skip):  # a drill costs its own request alone
+                    self.apply(effect, exchange, attempt, now)
         finally:
             if attempt.route.trial:
                 self._end_trial(attempt.route, failed=isinstance(attempt.outcome, Failed))
@@ -225,6 +227,7 @@ class Books:
             skipped_models=orjson.dumps(running.skipped).decode() if running.skipped else None,
         )
         row.resumed_at = running.resumption.at if running.resumption is not None else None
+        row.drill = exchange.drill is not None
         if exchange.waited_s:
             row.waited_ms = round(exchange.waited_s * 1000)
         if attempt.ttfb_ms is not None:  # it was committed: somebody counted tokens for it
@@ -248,7 +251,7 @@ def refused_row(exchange: Exchange, chat: Chat, status: int, message: str, skipp
     """The row of a request that was refused before any attempt."""
     row = Row(request_id=exchange.id, created_at=exchange.utc, requested_model=chat.model or "auto")
     row.routing_mode, row.streamed = str(chat.need.mode), chat.stream
-    row.http_status, row.error = status, message
+    row.http_status, row.error, row.drill = status, message, exchange.drill is not None
     row.latency_ms = round((time.monotonic() - exchange.started) * 1000)
     row.skipped_models = orjson.dumps(skipped).decode() if skipped else None
     return row

@@ -1,8 +1,8 @@
 """What the request log says of a window of time, for the operator's charts and tables.
 
 Rows are attempts; a request is what shares a `request_id`, and its outcome is that of its last attempt. Times are of
-successes only. Everything is worked out by SQLite on the store's reading thread, off the event loop; `since` bounds
-every query and is served by the index on `created_at`.
+successes only, and not of answers from memory. Drills count nowhere. Everything is worked out by SQLite on the store's
+reading thread, off the event loop; `since` bounds every query and is served by the index on `created_at`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ COUNTED = f"""
     {TOKENS}"""
 # In SQLite the other columns beside MAX() are those of its row.
 LAST_ATTEMPTS = """(
-    SELECT MAX(id), status, created_at FROM requests WHERE created_at >= :since GROUP BY request_id
+    SELECT MAX(id), status, created_at FROM requests WHERE created_at >= :since AND NOT drill GROUP BY request_id
 )"""
 NONE = (None, None)
 BUCKET = "CAST((julianday(created_at) - julianday(:start)) * 86400 / :step AS INTEGER)"
@@ -80,7 +80,7 @@ def totals(db: sqlite3.Connection, bound: Mapping[str, Any]) -> dict[str, Any]:
         f"COALESCE(SUM(status = 'cancelled'), 0) FROM {LAST_ATTEMPTS}",
         bound,
     ).fetchone()
-    tokens = db.execute(f"SELECT {TOKENS} FROM requests WHERE created_at >= :since", bound).fetchone()
+    tokens = db.execute(f"SELECT {TOKENS} FROM requests WHERE created_at >= :since AND NOT drill", bound).fetchone()
     latency = percentiles(db, ALL, "latency_ms", bound).get((1,), NONE)
     ttfb = percentiles(db, ALL, "ttfb_ms", bound).get((1,), NONE)
     return {
@@ -102,7 +102,7 @@ def grouped(db: sqlite3.Connection, columns: tuple[str, ...], bound: Mapping[str
     by = ", ".join(columns)
     rows = db.execute(
         f"SELECT {by}, COUNT(*) AS attempts, {COUNTED} FROM requests "
-        f"WHERE created_at >= :since AND platform IS NOT NULL GROUP BY {by} ORDER BY attempts DESC, {by}",
+        f"WHERE created_at >= :since AND NOT drill AND platform IS NOT NULL GROUP BY {by} ORDER BY attempts DESC, {by}",
         bound,
     ).fetchall()
     latency, ttfb = (percentiles(db, columns, measure, bound) for measure in ("latency_ms", "ttfb_ms"))
@@ -132,7 +132,8 @@ def percentiles(
     query = f"""
         WITH counted AS (
             SELECT {named}, {measure} AS value, COUNT(*) AS occurred FROM requests
-            WHERE created_at >= :since AND status = 'success' AND {measure} IS NOT NULL GROUP BY {by}, value
+            WHERE created_at >= :since AND status = 'success' AND NOT cached AND NOT drill AND {measure} IS NOT NULL
+            GROUP BY {by}, value
         ), ranked AS (
             SELECT {by}, value, SUM(occurred) OVER (PARTITION BY {by} ORDER BY value) AS place,
                    SUM(occurred) OVER (PARTITION BY {by}) AS size
@@ -157,7 +158,7 @@ def series(
     tokens = dict(
         db.execute(
             f"SELECT {BUCKET} AS place, COALESCE(SUM(output_tokens), 0) FROM requests "
-            "WHERE created_at >= :since AND status <> 'cancelled' GROUP BY place",
+            "WHERE created_at >= :since AND status <> 'cancelled' AND NOT drill GROUP BY place",
             bound,
         ).fetchall()
     )

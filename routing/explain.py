@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from routing.catalog import Catalog, Model, ModelKind, is_demo
+from routing.catalog import Catalog, Model, is_demo
 from routing.cooldowns import Rest
 from routing.fit import reaches_floor
 from routing.reach import Reach
@@ -118,7 +118,7 @@ def left_out(model: Model, need: Need, named: Collection[int], catalog: Catalog,
     everything, private = reaches
     if not model.enabled:
         return "switched off"
-    if model.kind is not ModelKind.CHAT:
+    if model.kind is not need.kind:
         return f"serves {model.kind} only"
     if not everything.has_key(model):
         return "no key" if not catalog.keys.get(model.platform.id) else "its key is invalid"
@@ -135,8 +135,8 @@ def left_out(model: Model, need: Need, named: Collection[int], catalog: Catalog,
         return "cannot see images"
     if need.tools and not model.tools:
         return "cannot call tools"
-    if need.tokens > model.context_window:
-        return f"too small: it holds {model.context_window} tokens, and this needs {need.tokens}"
+    if not model.holds(need.tokens):
+        return f"too small: it holds {model.tokens_max} tokens, and this needs {need.tokens}"
     if not reaches_floor(need, model, catalog):
         return f"below the floor: it ranks {catalog.intelligence(model):g}, and {need.min_rank} was asked for"
     return "not needed"

@@ -18,16 +18,19 @@ def same_vectors(catalog: Catalog, need: Need, routable: Callable[[Model], bool]
     if need.pinned is None:
         first = next(filter(routable, catalog.auto_embeddings), None)
         return [], alike(first, catalog.auto_embeddings) if first is not None else []
-    asked = named(catalog, need.pinned)
+    asked = named(catalog, need.pinned, ModelKind.EMBEDDING)
     others = [] if need.strict else [m for m in alike(asked[0], catalog.auto_embeddings) if m not in asked]
     return alike(asked[0], asked), others
 
 
-def named(catalog: Catalog, name: str) -> list[Model]:
-    """The enabled models of this name; it may also be a family's, because one model has other ids elsewhere."""
+def named(catalog: Catalog, name: str, kind: ModelKind) -> list[Model]:
+    """The enabled models of this name. An embedding's may also be a family's, because one model has other ids
+    elsewhere. Raises ModelNotFound."""
+    if kind is not ModelKind.EMBEDDING:
+        return catalog.resolve(name, kind)
     if catalog.known_as(name) is None and (family := [m for m in catalog.embeddings if m.family == name]):
         return family
-    return catalog.resolve(name, ModelKind.EMBEDDING)
+    return catalog.resolve(name, kind)
 
 
 def alike(first: Model, models: Iterable[Model]) -> list[Model]:

@@ -155,22 +155,22 @@ class Plan:
             return True
         return self.key_failures.get(model.id, 0) >= DEEP_FAILURES
 
-    def as_of(self, moment: Moment) -> Plan:
-        """The plan as it was then, before anything had failed. What was worked out later is behind what was known."""
-        known = list(moment.order)
-        later = [model for model in self.order if model not in known]
-        return replace(
-            self, need=moment.need, order=known + later, more=None, banned=set(moment.banned), trial=moment.trial,
-            forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={}, times_failed={},
-            key_failures={}, patient=False,
-        )  # fmt: skip
-
     def failures(self, step: Step) -> int:
         """How often what this step would ask has failed already."""
         if not self.times_failed or step.key is None:
             return 0
         of_all_keys = self.times_failed.get((0, step.model.id), 0)
         return of_all_keys + (self.times_failed.get((step.key.id, step.model.id), 0) if step.key.id else 0)
+
+    def as_of(self, moment: Moment) -> Plan:
+        """The plan as it was then, before anything had failed. What was worked out later is behind what was known."""
+        known = list(moment.order)
+        later = [model for model in self.order if model not in known]
+        return replace(
+            self, need=moment.need, order=known + later, more=None, banned=set(moment.banned), trial=moment.trial,
+            forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={},
+            key_failures={}, times_failed={},
+        )  # fmt: skip
 
     def skipped_labels(self) -> list[str]:
         return sorted({*self.cooling, *(m.label for m in self.skipped.values())})

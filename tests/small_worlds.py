@@ -3,6 +3,7 @@
 A world is made of one seed, so that a failing example is one number.
 """
 
+import contextlib
 from dataclasses import dataclass
 from math import inf
 from random import Random
@@ -15,9 +16,11 @@ from routing.route import Route
 from routing.scores import Stats
 from routing.standing import NO_STANDING, Protection, Standing
 from wire.chat import Mode, Need
+from wire.errors import ModelNotFound
 
 NOW = 10_000.0
 RANKS = (1, 2, 3, 5, 8, 20, None)
+ALIASES = {"gpt": "small", "gpt-fast": "auto-fast", "gpt-large": "p0/large"}
 NAMES = ("small", "large", "vendor/large")  # of models: several platforms serve the same
 PAUSES_S = (0.0, 0.4, 1.5, 20.0)
 
@@ -33,19 +36,21 @@ class World:
     now: float = NOW
 
     def need(self, **own: object) -> Need:
+        """What some request may ask for, in the catalogue's own words; its name may be an alias."""
         rng = self.rng
-        names = [None, None, *NAMES, *(f"{p}/{name}" for p in self.catalog.platforms for name in NAMES)]
-        known = [n for n in names if n is None or (self.catalog.known_as(n) is not None and self._usable(n))]
+        names = [*NAMES, *ALIASES, *(f"{p}/{name}" for p in self.catalog.platforms for name in NAMES)]
         wishes = {
-            "mode": rng.choice(list(Mode)), "pinned": rng.choice(known), "tokens": rng.choice((100, 9_000)),
-            "vision": rng.random() < 0.1, "tools": rng.random() < 0.2, "strict": rng.random() < 0.2,
+            "mode": rng.choice(list(Mode)), "pinned": rng.choice([None, None, *filter(self._usable, names)]),
+            "tokens": rng.choice((100, 9_000)), "vision": rng.random() < 0.1, "tools": rng.random() < 0.2,
+            "strict": rng.random() < 0.2,
         }  # fmt: skip
-        return Need(**(wishes | own))
+        return self.catalog.meant(Need(**(wishes | own)))
 
     def _usable(self, name: str) -> bool:
-        platform, _, model_id = name.partition("/")
-        found = self.catalog.by_name.get(name) or self.catalog.by_name.get(model_id, [])
-        return any(m.enabled and (name in self.catalog.by_name or m.platform.id == platform) for m in found)
+        pinned = self.catalog.meant(Need(Mode.BALANCED, name, 1)).pinned
+        with contextlib.suppress(ModelNotFound):
+            return pinned is None or bool(self.catalog.resolve(pinned))
+        return False
 
     def standing(self) -> Standing:
         rng, models = self.rng, [m.id for m in self.catalog.models]
@@ -107,7 +112,7 @@ def a_world(seed: int) -> World:
     for platform in platforms:
         for name in rng.sample(NAMES, rng.randint(1, len(NAMES))):
             models.append(a_model(rng, len(models) + 1, platform, name))
-    catalog = Catalog(platforms, models, keys)
+    catalog = Catalog(platforms, models, keys, ALIASES)
     protection = Protection(levels={}, sticky_ttl_s=1800, thread_cooldown_s=180)
     router = Router(protection)
     router.load(catalog, {key.id: rng.choice((*KeyStatus, KeyStatus.HEALTHY)) for key in keys})

@@ -35,7 +35,8 @@ async def two_keys(start_gateway):
 
 
 async def status_of(gateway, method: str, path: str, headers: dict[str, str]) -> tuple[int, dict | None]:
-    async with gateway.http.request(method, gateway.base_url + path, headers=headers, data=b"{}") as response:
+    data = b'{"cases": []}' if path == "/api/drill" else b"{}"  # none: a whole drill takes its time
+    async with gateway.http.request(method, gateway.base_url + path, headers=headers, data=data) as response:
         content = await response.read()
         is_error = response.status >= 400 and method != "HEAD"
         return response.status, (await response.json())["error"] if is_error and content else None

@@ -402,3 +402,36 @@ async def test_the_demo_never_stands_in_for_a_real_model(start_gateway, fake):
 
     assert (await post(gateway, model="auto")).status == 503
     assert "demo" in (await post(gateway, model="demo-embedding")).json["model"]
+
+
+# --- What is asked of every request -----------------------------------------------------------------------------------
+
+
+async def test_texts_that_nobody_may_train_on_go_to_nobody_who_might(start_gateway, fake):
+    trains, safe = (
+        {"trains_on_prompts": known, **platforms(name)[name]} for known, name in ((True, "a"), (False, "b"))
+    )
+    gateway = await start_gateway({"a": trains, "b": safe})
+    fake.script("a", vectors(1.0))
+    fake.script("b", vectors(2.0))
+    private = {"X-Privacy": "no-train"}
+
+    assert told(await post(gateway, private)) == [vector(2.0)]
+    assert told(await post(gateway, private, model="auto")) == [vector(2.0)]
+    assert_error(await post(gateway, private | {"X-Fallback": "none"}), 403, "routing_error", "no_private_route")
+    assert fake.called == ["b", "b"]
+
+
+async def test_a_request_for_vectors_is_explained_and_never_kept_in_memory(start_gateway, fake):
+    gateway = await start_gateway(platforms("a", "b"), {"CACHE_MB": "1"})
+    fake.script("a", vectors())
+    await post(gateway)
+    got = await post(gateway)
+    assert (len(fake.requests), "X-Cache" in got.headers) == (2, False)
+
+    explained = (await gateway.get(f"/api/requests/{got.headers['X-Request-Id']}/explain")).json
+
+    asked = [c["model_id"] for c in explained["candidates"] if c["excluded"] is None]
+    reasons = {c["model_id"]: c["excluded"] for c in explained["candidates"]}
+    assert asked == ["a-e", "b-e"]
+    assert reasons["a-chat"] == "serves chat only"

@@ -1,0 +1,133 @@
+"""Drills: the first attempt of a request is broken on purpose, inside the gateway (SPEC 14.10).
+
+A drilled attempt is an attempt like any other whose provider seems to fail, so everything around it does what it would
+do on a bad day: failover, rescue, waiting, the client's stream. What a drill costs ends with its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from enum import StrEnum
+from math import inf
+
+from adapters.plain import note
+from config.settings import spelled
+from protection import Failure, UpstreamError
+from providers import Attempt, Providers
+from routing.route import Route
+from wire.chat import Chat, Event, Tally
+from wire.errors import InvalidRequest
+
+WORDS = "This is a drill: the gateway broke this attempt itself."
+CALLS_MAX = 2  # of one case of a whole drill (SPEC 21.5)
+
+
+class Break(StrEnum):
+    """How the provider seems to fail."""
+
+    CUT = "cut"  # the connection ends after so many meaningful events
+    STALL = "stall"  # nothing more comes after them
+    ERROR = "error"  # an error event comes after them
+    RATE_LIMITED = "429"  # these three instead of an answer
+    UNAVAILABLE = "503"
+    EMPTY = "empty"
+
+
+COUNTED = (Break.CUT, Break.STALL, Break.ERROR)
+CASES = ("cut=2", "stall=2", "error=2", "429", "503", "empty")  # a whole drill
+
+
+@dataclass(frozen=True, slots=True)
+class Drill:
+    """One way of failing, and after how many meaningful events."""
+
+    how: Break
+    events: int = 0
+
+    @property
+    def asks(self) -> bool:
+        """Whether a broken stream calls its provider first."""
+        return self.events > 0
+
+    def __str__(self) -> str:
+        return f"{self.how}={self.events}" if self.how in COUNTED else str(self.how)
+
+
+def parse_drill(text: str) -> Drill:
+    """Reads `X-Drill`. Raises InvalidRequest."""
+    name, equals, number = (part.strip().lower() for part in text.partition("="))
+    events = spelled(number) if equals else 0
+    if name in COUNTED and equals and events is not None:
+        return Drill(Break(name), events)
+    if name in frozenset(Break) and name not in COUNTED and not equals:
+        return Drill(Break(name))
+    message = "A drill is written cut=N, stall=N, error=N, 429, 503 or empty."
+    raise InvalidRequest(message, param="X-Drill", code="invalid_value")
+
+
+class DrilledAttempt(Attempt):
+    """An attempt that fails as the drill says. It asks its provider only where something is to be said before that."""
+
+    __slots__ = ("_drill", "_over", "_said")
+
+    def __init__(self, providers: Providers, route: Route, chat: Chat, number: int, drill: Drill) -> None:
+        super().__init__(providers, route, chat, number)
+        self._drill = drill
+        self._said = Tally()  # what was passed on
+        self._over = 0  # meaningful events passed on
+
+    async def open(self, late_at: float = inf) -> bool:
+        if self._drill.events and not self._whole:
+            return await super().open(late_at)
+        if self._drill.how is not Break.STALL:
+            raise failure(self._drill.how)
+        limit = self._limit()
+        await asyncio.sleep(max(0.0, min(limit, late_at) - self._clock()))
+        if late_at < limit:
+            return False
+        raise UpstreamError(Failure.TIMEOUT if self._whole else Failure.STALL, WORDS, status=504)
+
+    async def next_batch(self, quiet_s: float) -> list[Event] | None:
+        if self._over >= self._drill.events:
+            if self._drill.how is Break.STALL:
+                await asyncio.sleep(min(self._timeouts.stall_s, quiet_s))
+            raise failure(self._drill.how)
+        events = await super().next_batch(quiet_s)
+        if events is None:
+            return None
+        passed = self._up_to_the_break(events)
+        if self._over >= self._drill.events:
+            self._forget_the_rest()
+        return passed
+
+    def _up_to_the_break(self, events: list[Event]) -> list[Event]:
+        for index, event in enumerate(events):
+            self._over += note(event.chunk, self._said)
+            if self._over >= self._drill.events:
+                return events[: index + 1]
+        return events
+
+    def _forget_the_rest(self) -> None:
+        """What was read beyond the break has never come."""
+        tally, said = self.tally, self._said
+        tally.finish, tally.usage, tally.usage_object, tally.usage_raw = None, None, None, None
+        tally.text_chars, tally.has_text, tally.has_tool_calls = said.text_chars, said.has_text, said.has_tool_calls
+        self.ended = False
+
+
+def failure(how: Break) -> UpstreamError:
+    """What the engine is told of a broken attempt."""
+    match how:
+        case Break.RATE_LIMITED:
+            return UpstreamError(Failure.RATE_LIMITED, WORDS, status=429)
+        case Break.UNAVAILABLE:
+            return UpstreamError(Failure.SERVER_ERROR, WORDS, status=503)
+        case Break.EMPTY:
+            return UpstreamError(Failure.EMPTY, WORDS, status=200)
+        case Break.STALL:
+            return UpstreamError(Failure.STALL, WORDS, status=504)
+        case Break.ERROR:
+            return UpstreamError(Failure.SERVER_ERROR, WORDS, status=500)
+        case Break.CUT:
+            return UpstreamError(Failure.CONNECTION, WORDS)
