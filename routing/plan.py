@@ -169,7 +169,7 @@ class Plan:
         return replace(
             self, need=moment.need, order=known + later, more=None, banned=set(moment.banned), trial=moment.trial,
             forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={},
-            key_failures={}, times_failed={},
+            key_failures={}, times_failed={}, patient=False,
         )  # fmt: skip
 
     def skipped_labels(self) -> list[str]:
