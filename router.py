@@ -370,7 +370,7 @@ class Router:
         protection = Protection(levels={}, sticky_ttl_s=0.0, thread_cooldown_s=0.0)
         protection.transient.restore(moment.transient)
         protection.keys.restore(moment.keys)
-        protection.trials.restore(moment.trials, moment.at)
+        protection.trials.restore(moment.trials)
         router = cls(protection)
         router.catalog, router._everything, router._private = moment.catalog, moment.everything, moment.private
         router.scores.learn(moment.stats)

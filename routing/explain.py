@@ -16,6 +16,7 @@ from routing.fit import reaches_floor
 from routing.reach import Reach
 from routing.route import Rung
 from routing.scores import UNSEEN, WEIGHTS, Stats, Yardstick, value_parts
+from routing.trials import Snapshot as TrialsTaken
 from wire.chat import Mode, Need
 
 BLOCKED_WORDS = {
@@ -89,7 +90,7 @@ class Moment:
     stats: Mapping[int, Stats]
     transient: Mapping[int, Rest]
     keys: Mapping[tuple[int, int], Rest]
-    trials: Collection[int]
+    trials: TrialsTaken
     gates: Collection[int]  # that were open
     order: Sequence[Model]  # of the plan, as far as it had been worked out
     banned: Collection[str]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from routing.cooldowns import TRIAL_SPACING_S
 
 LEASE_S = 10.0  # a provider that has not said a word for so long hangs; it must not keep everybody else waiting
 UNPACED_MAX = 6  # resting things that are tried as soon as each is due; of more, so many in each spacing
+
+Snapshot = tuple[tuple[tuple[int, float], ...], float]  # models that are tried and since when; when the next may begin
+NO_TRIALS: Snapshot = ((), 0.0)
 
 
 class Trials:
@@ -45,13 +48,14 @@ class Trials:
         """Seconds until one of so many resting things may be tried."""
         return max(0.0, self._next_at - now) if resting > UNPACED_MAX else 0.0
 
-    def snapshot(self) -> tuple[int, ...]:
-        """The models that are being tried."""
-        return tuple(self._taken)
+    def snapshot(self) -> Snapshot:
+        """Copies, for a look at this moment later."""
+        return tuple(self._taken.items()), self._next_at
 
-    def restore(self, models: Iterable[int], now: float) -> None:
-        """These are being tried, since now, and no others."""
-        self._taken = dict.fromkeys(models, now)
+    def restore(self, snapshot: Snapshot) -> None:
+        """As it was when that was taken."""
+        taken, self._next_at = snapshot
+        self._taken = dict(taken)
 
     def running(self) -> Iterator[tuple[int, float]]:
         yield from self._taken.items()

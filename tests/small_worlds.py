@@ -15,6 +15,7 @@ from routing.plan import Plan
 from routing.route import Route
 from routing.scores import Stats
 from routing.standing import NO_STANDING, Protection, Standing
+from routing.trials import NO_TRIALS
 from wire.chat import Mode, Need
 from wire.errors import ModelNotFound
 
@@ -84,7 +85,7 @@ class World:
     def fail(self, plan: Plan, route: Route) -> None:
         rng, model = self.rng, route.model
         if route.trial:
-            self.protection.trials.restore((), NOW)
+            self.protection.trials.restore(NO_TRIALS)
         if rng.random() < 0.3:
             self.protection.transient.set(model.id, self.now + 15, self.now)
         if rng.random() < 0.2:

@@ -26,6 +26,7 @@ from routing.catalog import KEYLESS, Key, Model
 from routing.cooldowns import TRIAL_SPACING_S
 from routing.route import Route, Rung
 from routing.standing import Standing
+from routing.trials import LEASE_S, NO_TRIALS
 
 LATER = NOW + 2.0  # when what has rested since NOW may be tried
 GONE, PASSING = Skip(Scope.MODEL, again=False), Skip(Scope.MODEL, again=True)
@@ -44,7 +45,7 @@ def asked(world: World, plan: Plan, now: float = LATER, skip: Skip = GONE) -> li
         routes.append(route)
         plan.attempts_left = max(LAST_ATTEMPTS + 1, plan.attempts_left - 1)
         plan.note_failure(route, skip, now, None)
-        world.protection.trials.restore((), now)
+        world.protection.trials.restore(NO_TRIALS)
     return routes
 
 
@@ -166,9 +167,7 @@ def test_a_trial_is_given_back_however_it_ends(world_store, outcome):
     world.settle(trial, outcome, LATER)
 
     assert not dict(world.protection.trials.running())
-    again = (
-        LATER + TRIAL_SPACING_S if isinstance(outcome, Failed) else LATER
-    )  # one in vain keeps a distance
+    again = LATER + TRIAL_SPACING_S if isinstance(outcome, Failed) else LATER  # one in vain keeps a distance
     assert world.router.next_route(world.plan(now=again), again).model.id == 1
 
 
@@ -433,10 +432,15 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def every_trial_belongs_to_one_running_attempt(self):
-        on_trial = [flight.route.model.id for flight in getattr(self, "running", ()) if flight.route.trial]
+        on_trial = [
+            flight.route.model.id
+            for flight in getattr(self, "running", ())
+            if flight.route.trial and self.now - flight.route.tried_at < LEASE_S  # one that hangs keeps nobody waiting
+        ]
         assert sorted(on_trial) == sorted(set(on_trial))
         if hasattr(self, "world"):
-            assert set(on_trial) == set(self.world.protection.trials.snapshot())
+            taken = self.world.protection.trials.running()
+            assert set(on_trial) == {model for model, since in taken if self.now - since < LEASE_S}
 
     def end(self, flight: Flight, outcome) -> None:
         self.running.remove(flight)
@@ -453,7 +457,7 @@ class Life(RuleBasedStateMachine):
             rests = min(keys)[0]
             rung = self.rung(model, plan, rests=rests)
             trial = rung >= Rung.DOUBTED or model.id == plan.trial
-            if not (trial and model.id in self.world.protection.trials.snapshot()):
+            if not (trial and self.world.protection.trials.busy_s(model.id, self.now)):
                 found[model.id] = rung, {id for key_rests, id in keys if key_rests == rests}
         return found
 
