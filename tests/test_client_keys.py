@@ -137,6 +137,32 @@ async def test_a_listed_mode_may_choose_any_model(gateway, fake):
     assert set(fake.called) == {"a", "b", "c"}
 
 
+EMBEDDERS = {
+    "one by its id": (["a-e"], "a-e", 502, ["a"]),
+    "two of a family": (["a-e", "c/c-e"], "a-e", 502, ["a", "c"]),
+    "a family": (["f"], "f", 502, ["a", "b", "c"]),
+    "one of a family that is asked for": (["b-e"], "f", 502, ["b"]),
+    "one of a listed family": (["f"], "b-e", 502, ["a", "b", "c"]),
+    "another family": (["f"], "d-e", 403, []),
+    "what the gateway chooses": (["auto"], "auto", 502, ["a", "b", "c"]),
+    "what the gateway would choose": (["a-e"], "auto", 403, []),
+}
+
+
+@pytest.mark.parametrize(("listed", "asked", "status", "called"), EMBEDDERS.values(), ids=EMBEDDERS)
+async def test_embeddings_keep_to_the_list_too(start_gateway, fake, listed, asked, status, called):
+    models = {n: {"model_id": f"{n}-e", "kind": "embedding", "family": "g" if n == "d" else "f"} for n in "abcd"}
+    gateway = await start_gateway({n: {"model": model} for n, model in models.items()})
+    client = await holder(gateway, models=listed)
+    for name in models:
+        fake.script(name, error(500))
+
+    got = await client.send({"model": asked, "input": "hi"}, path="/v1/embeddings")
+
+    assert got.status == status
+    assert sorted(set(fake.called)) == called
+
+
 async def test_the_stricter_of_two_floors_holds(gateway, fake):
     client = await holder(gateway, min_rank=2)
     for rank in (None, "3", "1"):
