@@ -129,11 +129,12 @@ class Door:
         if path in self._open_paths:
             return None
         operators = path.startswith(ADMIN_PREFIXES)
-        key, given = self._admin_key if operators else self._api_key, credentials(headers)
-        right = [hmac.compare_digest(one, key) for one in given]  # all of them, whichever is right
+        key = self._admin_key if operators else self._api_key
+        sent = credentials(headers)
+        right = [hmac.compare_digest(given, key) for given in sent]  # all of them, whichever is right
         if any(right):
             return None
-        found = () if operators else (self._clients.find(one, utc) for one in given)
+        found = () if operators else (self._clients.find(given, utc) for given in sent)
         if (client := next(filter(None, found), None)) is None:
             raise Unauthorized
         return client
