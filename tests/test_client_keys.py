@@ -124,6 +124,8 @@ async def test_only_listed_models_take_over(gateway, fake, streaming):
 
     assert got.status >= 500 or b"error" in got.body
     assert set(fake.called) == {"a", "c"}
+    told = await gateway.seen(f"/api/requests/{got.headers['X-Request-Id']}/explain")
+    assert {c["platform"]: c["excluded"] for c in told["candidates"]}["b"] == "not allowed by the client's key"
 
 
 async def test_a_listed_mode_may_choose_any_model(gateway, fake):
