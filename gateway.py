@@ -116,7 +116,10 @@ class Gateway:
             redirect_slashes=False,
             default=self._not_found,
         )
-        self._door = Door(self.engine, dialects, self.endpoints, api_key=self.api_key, admin_key=self.admin_key)
+        clients = self.control.clients
+        self._door = Door(
+            self.engine, dialects, self.endpoints, clients, api_key=self.api_key, admin_key=self.admin_key
+        )
 
     def _restore_ledger(self) -> None:
         """Quotas go on where the last process stopped."""
@@ -244,7 +247,8 @@ class Gateway:
             if route.method == "POST":
                 headers = dict(request.scope["headers"])
                 raw = await read_body(headers, request.receive, self.settings.max_body_bytes)
-            return Response(route.answer(request.path_params, raw, time.time()), media_type="application/json")
+            body = route.answer(request.path_params, raw, time.time(), request.scope.get("freeway.holder"))
+            return Response(body, media_type="application/json")
 
         return Route(route.path, endpoint, methods=[route.method])
 

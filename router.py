@@ -21,7 +21,7 @@ from protection import KeyStatus
 from routing.catalog import Catalog, Key, Model, Pool, is_demo
 from routing.cooldowns import Cooldowns, K
 from routing.explain import BLOCKED_WORDS, RUNG_WORDS, Candidate, Draws, Moment, blocked_words, left_out, scored
-from routing.fit import below_floor, fitting, no_private_route, reaches_floor, unfit
+from routing.fit import below_floor, fitting, no_private_route, permitted, reaches_floor, unfit
 from routing.gate import RATE_UNSEEN, Gates
 from routing.kinds import named, same_vectors
 from routing.ledger import Ledger, Penalties
@@ -176,7 +176,7 @@ class Router:
             return below_floor(need)
         if need.no_train and fitting(need, models := models_of(self._everything)):
             return no_private_route()
-        return unfit(need, models)
+        return unfit(need, list(permitted(need, models)))
 
     def _plan_vectors(self, plan: Plan, now: float, rng: Random) -> None:
         """Embeddings: one family, and the model asked for before the others. A window holds for each of the texts, of
@@ -184,7 +184,7 @@ class Router:
         world = self._reach(plan.need)
         asked, others = same_vectors(self.catalog, plan.need, world.has_key)
         plan.asked_for = frozenset(m.id for m in asked)
-        first, rest = ([m for m in models if world.has_key(m)] for models in (asked, others))
+        first, rest = ([m for m in permitted(plan.need, ms) if world.has_key(m)] for ms in (asked, others))
         plan.order = first + self._ordered(rest, Mode.BALANCED, NO_STANDING, plan, now, rng)
         if plan.order:
             return
@@ -304,7 +304,7 @@ class Router:
         others = world.others if plan.more is not None and not plan.need.strict else ()
         return any(
             model is not route.model and plan.failed.get(model.id) != inf and world.has_key(model)
-            for model in itertools.chain(plan.order, others)
+            for model in itertools.chain(plan.order, permitted(plan.need, others))
         )
 
     def has_other_keys(self, plan: Plan, route: Route) -> bool:

@@ -288,7 +288,7 @@ class ChatDialect:
     def extra_routes(self) -> tuple[LocalRoute, ...]:
         return ()
 
-    def parse(self, raw: bytes, now: float) -> Chat:
+    def parse(self, raw: bytes, now: float, client: int | None = None) -> Chat:
         return read_chat(raw)
 
     def encoder(self, chat: Chat, now: float) -> ChatEncoder:

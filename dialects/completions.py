@@ -55,7 +55,7 @@ class CompletionsDialect:
     def extra_routes(self) -> tuple[LocalRoute, ...]:
         return ()
 
-    def parse(self, raw: bytes, now: float) -> Chat:
+    def parse(self, raw: bytes, now: float, client: int | None = None) -> Chat:
         request = {name: value for name, value in load_object(raw).items() if value is not None}
         prompt, suffix = prompt_of(request), suffix_of(request)
         if not prompt and not suffix:

@@ -48,7 +48,7 @@ class EmbeddingsDialect:
     def extra_routes(self) -> tuple[LocalRoute, ...]:
         return ()
 
-    def parse(self, raw: bytes, now: float) -> Chat:
+    def parse(self, raw: bytes, now: float, client: int | None = None) -> Chat:
         body = {name: value for name, value in load_object(raw).items() if value is not None}
         model = body.pop("model", "")
         if not isinstance(model, str) or len(model) > MODEL_CHARS_MAX:

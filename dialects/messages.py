@@ -79,11 +79,11 @@ class MessagesDialect:
 
     def extra_routes(self) -> tuple[LocalRoute, ...]:
         return (
-            LocalRoute("POST", "/v1/messages/count_tokens", lambda found, raw, now: self.count_tokens(raw)),
-            LocalRoute("GET", "/api/hello", lambda found, raw, now: b'{"message":"hello"}', keyless=True),
+            LocalRoute("POST", "/v1/messages/count_tokens", lambda found, raw, now, client: self.count_tokens(raw)),
+            LocalRoute("GET", "/api/hello", lambda found, raw, now, client: b'{"message":"hello"}', keyless=True),
         )
 
-    def parse(self, raw: bytes, now: float) -> Chat:
+    def parse(self, raw: bytes, now: float, client: int | None = None) -> Chat:
         request = {name: value for name, value in load_object(raw).items() if value is not None}
         chat = chat_of(request)
         if (words := probe_words(request)) is None:

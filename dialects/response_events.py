@@ -47,6 +47,7 @@ class Asked:
     items: list[JSON]  # the conversation so far, this request's input included
     size: int  # bytes of it all
     offers: Mapping[str, Offer]  # by the name that providers know; only those that need turning back
+    client: int | None = None  # whose it is, and nobody else's to see (SPEC 19.1)
 
 
 @dataclass(slots=True)

@@ -19,6 +19,8 @@ from wire.chat import Chat, LocalRoute
 from wire.errors import GatewayError, InvalidRequest
 from wire.jsontext import JSON, dump, load_object
 
+Name = tuple[int | None, str]  # whose it is (None: of the gateway's own key), and its id
+
 KEPT_S = 30 * 60.0  # SPEC 9.4
 KEPT_MAX = 500
 KEPT_BYTES_MAX = 64 * 1024 * 1024  # of JSON, each response with its whole conversation: twice the largest body
@@ -48,48 +50,51 @@ class Kept:
     items: list[JSON]
     size: int
     expires_at: float
+    client: int | None = None  # whose it is
 
 
 class ResponseStore:
     """Finished responses, oldest first out: after a time, beyond a number, beyond a size.
 
-    A conversation's items are shared by its responses but counted in each, which errs on the safe side.
+    A conversation's items are shared by its responses but counted in each, which errs on the safe side. Ids are
+    looked up together with the client, so that nobody comes by another's (SPEC 19.1).
     """
 
     def __init__(self, bytes_max: int) -> None:
         self._bytes_max = bytes_max
-        self._kept: dict[str, Kept] = {}  # in order of age
-        self._items: dict[str, tuple[str, JSON]] = {}  # by item id: the youngest response that holds it, and the item
+        self._kept: dict[Name, Kept] = {}  # in order of age
+        self._items: dict[Name, tuple[str, JSON]] = {}  # the youngest response that holds the item, and the item
         self._size = 0
 
-    def get(self, id: str, now: float) -> Kept | None:
-        kept = self._kept.get(id)
+    def get(self, id: str, now: float, client: int | None) -> Kept | None:
+        kept = self._kept.get((client, id))
         return kept if kept is not None and kept.expires_at > now else None
 
-    def item(self, id: str, now: float) -> JSON | None:
-        owner, item = self._items.get(id, ("", None))
-        return item if self.get(owner, now) else None
+    def item(self, id: str, now: float, client: int | None) -> JSON | None:
+        owner, item = self._items.get((client, id), ("", None))
+        return item if self.get(owner, now, client) else None
 
     def add(self, kept: Kept, now: float) -> None:
         if kept.size > self._bytes_max:
             return
         id = kept.response["id"]
-        self._kept[id] = kept
+        self._kept[kept.client, id] = kept
         self._size += kept.size
         for item in kept.items:
             if isinstance(item_id := item.get("id"), str):
-                self._items[item_id] = (id, item)
+                self._items[kept.client, item_id] = (id, item)
         while self._crowded(now):
-            self.remove(next(iter(self._kept)))
+            client, id = next(iter(self._kept))
+            self.remove(id, client)
 
-    def remove(self, id: str) -> None:
-        kept = self._kept.pop(id, None)
+    def remove(self, id: str, client: int | None) -> None:
+        kept = self._kept.pop((client, id), None)
         if kept is None:
             return
         self._size -= kept.size
         for item in kept.items:
-            if isinstance(item_id := item.get("id"), str) and self._items.get(item_id, ("",))[0] == id:
-                del self._items[item_id]
+            if isinstance(item_id := item.get("id"), str) and self._items.get((client, item_id), ("",))[0] == id:
+                del self._items[client, item_id]
 
     def _crowded(self, now: float) -> bool:
         if len(self._kept) > KEPT_MAX or self._size > self._bytes_max:
@@ -120,18 +125,20 @@ class ResponsesDialect:
         # With its prefix, so that /v1/responses/compact and the like are a 404, which clients survive.
         path = "/v1/responses/resp_{token}"
         return (
-            LocalRoute("GET", path, lambda found, raw, now: self.show(f"resp_{found['token']}", now)),
-            LocalRoute("DELETE", path, lambda found, raw, now: dump(self.delete(f"resp_{found['token']}", now))),
+            LocalRoute("GET", path, lambda found, raw, now, client: self.show(f"resp_{found['token']}", now, client)),
+            LocalRoute(
+                "DELETE", path, lambda found, raw, now, client: dump(self.delete(f"resp_{found['token']}", now, client))
+            ),
         )
 
-    def parse(self, raw: bytes, now: float) -> Chat:
+    def parse(self, raw: bytes, now: float, client: int | None = None) -> Chat:
         request = {name: value for name, value in load_object(raw).items() if value is not None}
         for name, words in UNSERVED.items():
             if request.get(name):
                 raise InvalidRequest(words, param=name, code="unsupported_parameter")
         check_types(request)
-        previous = self._previous(request, now)
-        given = [self._resolved(item, f"input[{n}]", now) for n, item in enumerate(input_items(request))]
+        previous = self._previous(request, now, client)
+        given = [self._resolved(item, f"input[{n}]", now, client) for n, item in enumerate(input_items(request))]
         history = previous.items if previous else []
         if not given and not history:
             raise InvalidRequest("'input' must not be empty.", param="input")
@@ -146,48 +153,49 @@ class ResponsesDialect:
         except InvalidRequest as error:
             raise in_own_terms(error, turns.sources, tools.paths) from None
         size = len(raw) + (previous.size if previous else 0)
-        return replace(chat, origin=Asked(repeated(request, chat.body), [*history, *given], size, tools.offers))
+        asked = Asked(repeated(request, chat.body), [*history, *given], size, tools.offers, client)
+        return replace(chat, origin=asked)
 
     def encoder(self, chat: Chat, now: float) -> ResponsesEncoder:
         asked: Asked = chat.origin
 
         def keep(response: JSON, size: int) -> None:
             items = [*asked.items, *response["output"]]
-            self._store.add(Kept(response, items, asked.size + size, now + KEPT_S), now)
+            self._store.add(Kept(response, items, asked.size + size, now + KEPT_S, asked.client), now)
 
         wanted = asked.repeated["store"]
         return ResponsesEncoder(chat, asked, self._new_token(), int(now), keep if wanted else forget)
 
-    def show(self, id: str, now: float) -> bytes:
+    def show(self, id: str, now: float, client: int | None) -> bytes:
         """The body of a kept response. Raises InvalidRequest with status 404."""
-        kept = self._store.get(id, now)
+        kept = self._store.get(id, now, client)
         if kept is None:
             raise InvalidRequest(not_kept(id), code="response_not_found", status=404)
         return dump(kept.response)
 
-    def delete(self, id: str, now: float) -> JSON:
-        if self._store.get(id, now) is None:
+    def delete(self, id: str, now: float, client: int | None) -> JSON:
+        if self._store.get(id, now, client) is None:
             raise InvalidRequest(not_kept(id), code="response_not_found", status=404)
-        self._store.remove(id)
+        self._store.remove(id, client)
         return {"id": id, "object": "response", "deleted": True}
 
-    def _previous(self, request: JSON, now: float) -> Kept | None:
+    def _previous(self, request: JSON, now: float, client: int | None) -> Kept | None:
         id = request.get("previous_response_id")
         if id is None:
             return None
-        kept = self._store.get(id, now) if isinstance(id, str) else None
+        kept = self._store.get(id, now, client) if isinstance(id, str) else None
         if kept is None:
             raise InvalidRequest(not_kept(id), param="previous_response_id", code="previous_response_not_found")
         return kept
 
-    def _resolved(self, item: object, path: str, now: float) -> JSON:
+    def _resolved(self, item: object, path: str, now: float, client: int | None) -> JSON:
         """The item itself, or the one that it refers to."""
         if not isinstance(item, dict):
             raise wrong_type(path, "an object")
         if item.get("type") != "item_reference" and item.keys() != {"id"}:  # the type may be left out
             return item
         id = item.get("id")
-        found = self._store.item(id, now) if isinstance(id, str) else None
+        found = self._store.item(id, now, client) if isinstance(id, str) else None
         if found is None:
             words = (
                 f"Item with id '{id}' not found: items are kept for {KEPT_S / 60:.0f} minutes. Send the item itself."

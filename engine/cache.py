@@ -90,7 +90,8 @@ def repeatable(chat: Chat) -> bool:
 def key_of(chat: Chat, client: int | None) -> bytes:
     """The same for equal requests of one client, whatever dialect they come in and whether they stream."""
     need: Need = chat.need
-    asked = (client, need.mode, need.pinned, need.strict, need.min_rank, need.no_train, chat.legacy)
+    allowed = None if need.allowed is None else sorted(need.allowed)
+    asked = (client, need.mode, need.pinned, need.strict, need.min_rank, need.no_train, allowed, chat.legacy)
     body: Mapping[str, Any] = dict(chat.body)
     try:
         told = orjson.dumps((asked, body), option=orjson.OPT_SORT_KEYS)

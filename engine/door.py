@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import math
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -22,6 +23,7 @@ from engine.exchange import Engine
 from engine.origins import allowed, is_preflight, preflight_headers, shown_to
 from engine.record import Exchange, route_headers
 from routing.catalog import Catalog
+from routing.clients import Admission, Client, ClientKeys, allowed_models
 from transport.client import ClientGone, CutShort, Receive, Send, read_body
 from wire.chat import Chat, Dialect, Mode, Need
 from wire.errors import GatewayError, InvalidRequest, Unauthorized
@@ -37,8 +39,18 @@ NO_TRAIN = b"no-train"  # the one value of X-Privacy
 class Door:
     """Takes in every HTTP request. `endpoints` is the ASGI app for all that is not a dialect's own path."""
 
-    def __init__(self, engine: Engine, dialects: Sequence[Dialect], endpoints: Any, *, api_key: str, admin_key: str):
+    def __init__(
+        self,
+        engine: Engine,
+        dialects: Sequence[Dialect],
+        endpoints: Any,
+        clients: ClientKeys,
+        *,
+        api_key: str,
+        admin_key: str,
+    ) -> None:
         self._engine = engine
+        self._clients = clients
         self._log = engine.log
         self._endpoints = endpoints
         self._dialects = {path: dialect for dialect in dialects for path in dialect.paths}
@@ -69,13 +81,13 @@ class Door:
                 await send(response_start(204, preflight_headers(headers)))
                 await send({"type": "http.response.body"})
                 return
-            self._admit(path, headers)
+            client = self._admit(path, headers, exchange.utc)
+            exchange.client = client.id if client is not None else None
             if dialect is not None and scope["method"] == "POST":
-                await self._serve(exchange, dialect, scope, headers, receive, send, model)
+                await self._serve(exchange, dialect, scope, headers, receive, send, model, client)
             else:
-                await self._endpoints(
-                    {**scope, "app": self}, receive, with_request_id(send, exchange.id, spoken.id_headers)
-                )
+                asked = {**scope, "app": self, "freeway.holder": exchange.client}
+                await self._endpoints(asked, receive, with_request_id(send, exchange.id, spoken.id_headers))
         except GatewayError as error:
             if exchange.chat is None:  # what got further has a line of its own
                 told = {"path": path[:PATH_CHARS_MAX], "status": error.status, "code": error.code}
@@ -111,19 +123,26 @@ class Door:
         if self._loopback_only and host_name(headers.get(b"host", b"")) not in LOOPBACK_HOSTS:
             raise InvalidRequest("Unknown host: use 127.0.0.1, localhost or [::1].", code="invalid_host", status=403)
 
-    def _admit(self, path: str, headers: Given) -> None:
-        """Refuse everyone without the path's key."""
+    def _admit(self, path: str, headers: Given, utc: float) -> Client | None:
+        """Refuse everyone without the path's key; gives the client whose own key it is (SPEC 19), None for the
+        gateway's. A client's key never opens what is the operator's."""
         if path in self._open_paths:
-            return
-        key = self._admin_key if path.startswith(ADMIN_PREFIXES) else self._api_key
-        right = [hmac.compare_digest(given, key) for given in credentials(headers)]  # all of them, whichever is right
-        if not any(right):
+            return None
+        operators = path.startswith(ADMIN_PREFIXES)
+        key = self._admin_key if operators else self._api_key
+        sent = credentials(headers)
+        right = [hmac.compare_digest(given, key) for given in sent]  # all of them, whichever is right
+        if any(right):
+            return None
+        found = () if operators else (self._clients.find(given, utc) for given in sent)
+        if (client := next(filter(None, found), None)) is None:
             raise Unauthorized
+        return client
 
     def _admit_drill(self, headers: Given) -> None:
         """Only the operator breaks anything on purpose."""
         try:
-            self._admit(ADMIN_PREFIXES[0], {b"x-api-key": headers.get(b"x-admin-key", b"")})
+            self._admit(ADMIN_PREFIXES[0], {b"x-api-key": headers.get(b"x-admin-key", b"")}, 0.0)
         except Unauthorized:
             message = "X-Drill needs the admin key in X-Admin-Key."
             raise InvalidRequest(message, param="X-Admin-Key", code="drill_forbidden", status=403) from None
@@ -137,12 +156,14 @@ class Door:
         receive: Receive,
         send: Send,
         model: str | None,
+        client: Client | None,
     ) -> None:
         """One request of any dialect; `model` is the one that its address names."""
         # The body has no name here: it would live as long as its answer.
-        chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc)
+        chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc, exchange.client)
         chat = chat if model is None else chat.asking_for(model)
-        exchange.chat, exchange.session = understood(chat, headers, self._engine.router.catalog, private=self._private)
+        private, catalog = self._private or (client is not None and client.private), self._engine.router.catalog
+        exchange.chat, exchange.session = understood(chat, headers, catalog, private=private, client=exchange.client)
         exchange.uncached = wants_no_memory(headers)
         if (drill := headers.get(b"x-drill")) is not None:
             self._admit_drill(headers)
@@ -150,11 +171,37 @@ class Door:
         exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)
+        admission: Admission | None = None
         try:
+            if client is not None:
+                admission = self._admit_client(exchange, client)
             await self._engine.answer(exchange, dialect, scope["freeway.client"], send)
         except GatewayError as error:
             self._engine.refuse(exchange, error)
             raise
+        finally:
+            if admission is not None:
+                self._settle(exchange, admission)
+
+    def _admit_client(self, exchange: Exchange, client: Client) -> Admission:
+        """Hold the request to what its client's key allows, and take its place within the limits. Raises
+        GatewayError."""
+        chat = exchange.chat
+        assert chat is not None
+        need = chat.need
+        ranks = [rank for rank in (need.min_rank, client.min_rank) if rank is not None]
+        allowed = allowed_models(client, need, self._engine.router.catalog)
+        exchange.chat = replace(chat, need=replace(need, min_rank=min(ranks, default=None), allowed=allowed))
+        return self._clients.admit(client, need.tokens, time.monotonic(), time.time())
+
+    def _settle(self, exchange: Exchange, admission: Admission) -> None:
+        """What the request has used counts from now on in place of the estimate. An answer from memory counts as a
+        request without tokens, as it does in the log."""
+        if exchange.attempts == 0 and exchange.cache != "hit":
+            self._clients.give_back(admission)
+            return
+        rows = [ended.row for ended in exchange.ended]
+        self._clients.settle(admission, sum((row.input_tokens or 0) + (row.output_tokens or 0) for row in rows))
 
 
 def refuse_websocket(path: str, headers: Given) -> None:
@@ -163,22 +210,25 @@ def refuse_websocket(path: str, headers: Given) -> None:
         raise InvalidRequest("There are no WebSockets here: POST to this address.", code="upgrade_required", status=426)
 
 
-def understood(chat: Chat, headers: Given, catalog: Catalog, *, private: bool) -> tuple[Chat, str]:
+def understood(
+    chat: Chat, headers: Given, catalog: Catalog, *, private: bool, client: int | None = None
+) -> tuple[Chat, str]:
     """A chat with all that it asks of routing, by its model's name and its headers; and its session's key.
 
     Raises InvalidRequest."""
     need = wished(catalog.meant(chat.need), headers, private=private)
     chat = chat if need is chat.need else replace(chat, need=need)
-    return chat, session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"))
+    return chat, session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"), client)
 
 
-def session_key(chat: Chat, session_id: str) -> str:
-    """A conversation's key: its mode and the client's own id, else its first user message. Empty: no session."""
+def session_key(chat: Chat, session_id: str, client: int | None) -> str:
+    """A conversation's key: whose it is, its mode and its own id, else its first user message. Empty: no session."""
     text = session_id or chat.first_user_text
     if chat.need.pinned is not None or chat.need.mode not in SESSION_MODES or not text:
         return ""
     source = "id" if session_id else "text"
-    return blake2b(f"{chat.need.mode}\0{source}\0{text}".encode(errors="replace"), digest_size=16).hexdigest()
+    owner = "" if client is None else f"{client}\0"
+    return blake2b(f"{owner}{chat.need.mode}\0{source}\0{text}".encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def wished(need: Need, headers: Given, *, private: bool) -> Need:

@@ -227,7 +227,7 @@ class Books:
             skipped_models=orjson.dumps(running.skipped).decode() if running.skipped else None,
         )
         row.resumed_at = running.resumption.at if running.resumption is not None else None
-        row.drill = exchange.drill is not None
+        row.drill, row.client = exchange.drill is not None, exchange.client
         if exchange.waited_s:
             row.waited_ms = round(exchange.waited_s * 1000)
         if attempt.ttfb_ms is not None:  # it was committed: somebody counted tokens for it
@@ -250,7 +250,7 @@ def judged(running: Running | None, error: UpstreamError) -> Failed:
 def refused_row(exchange: Exchange, chat: Chat, status: int, message: str, skipped: list[str]) -> Row:
     """The row of a request that was refused before any attempt."""
     row = Row(request_id=exchange.id, created_at=exchange.utc, requested_model=chat.model or "auto")
-    row.routing_mode, row.streamed = str(chat.need.mode), chat.stream
+    row.routing_mode, row.streamed, row.client = str(chat.need.mode), chat.stream, exchange.client
     row.http_status, row.error, row.drill = status, message, exchange.drill is not None
     row.latency_ms = round((time.monotonic() - exchange.started) * 1000)
     row.skipped_models = orjson.dumps(skipped).decode() if skipped else None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 
 from routing.catalog import Catalog, Model, ModelKind
+from routing.kinds import named
 from routing.ledger import DAY_S, MINUTE_S, WAIT_S_MIN, exceeds
 from wire.chat import Mode, Need, plain_name
 from wire.errors import GatewayError
@@ -186,15 +187,18 @@ def allowed_models(
         if not names.isdisjoint(spellings(need.mode)):
             return None
         raise not_allowed(f"auto-{need.mode}")
-    asked = [m for m in catalog.resolve(need.pinned, kind or need.kind) if need.pinned in (m.model_id, m.label)]
+    asked = named(catalog, need.pinned, kind or need.kind)
+    asked = [m for m in asked if need.pinned in (m.model_id, m.label, m.family)]
     if any(is_among(names, model) for model in asked):
         return names
     raise not_allowed(need.pinned)
 
 
 def is_among(names: frozenset[str] | None, model: Model) -> bool:
-    """Whether a model may serve a request that is allowed these."""
-    return names is None or model.model_id in names or model.label in names
+    """Whether a model may serve a request that is allowed these. An embedding model also goes by its family."""
+    if names is None or model.model_id in names or model.label in names:
+        return True
+    return model.kind is ModelKind.EMBEDDING and model.family in names
 
 
 def spellings(mode: Mode) -> set[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from routing.catalog import Catalog, Model, is_demo
+from routing.clients import is_among
 from routing.cooldowns import Rest
 from routing.fit import reaches_floor
 from routing.reach import Reach
@@ -130,6 +131,8 @@ def left_out(model: Model, need: Need, named: Collection[int], catalog: Catalog,
             return "switched off in the fallback chain"
         if is_demo(model.platform):
             return "answers only while there is nothing else, or by its name"
+    if not is_among(need.allowed, model):
+        return "not allowed by the client's key"
     if need.no_train and not private.has_key(model):
         return "not known to keep prompts out of training"
     if need.vision and not model.vision:

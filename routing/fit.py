@@ -6,13 +6,20 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from routing.catalog import Catalog, Model
+from routing.clients import is_among
 from wire.chat import Need
 from wire.errors import GatewayError, InvalidRequest, NoProviders, PromptTooLong
 
 
 def fitting(need: Need, models: Iterable[Model]) -> list[Model]:
-    """The models that hold this request and can do what it asks for, whatever their rank."""
+    """The models that hold this request, can do what it asks for and may, whatever their rank."""
+    models = permitted(need, models)
     return [m for m in models if m.holds(need.tokens) and (m.vision or not need.vision) and (m.tools or not need.tools)]
+
+
+def permitted(need: Need, models: Iterable[Model]) -> Iterable[Model]:
+    """The models that the client's key allows."""
+    return models if need.allowed is None else [m for m in models if is_among(need.allowed, m)]
 
 
 def reaches_floor(need: Need, model: Model, catalog: Catalog) -> bool:

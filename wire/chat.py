@@ -75,6 +75,7 @@ class Need:
     unknown_means: Mode | None = None  # what the pinned name asks for where no model has it
     min_rank: int | None = None  # models ranked worse by intelligence may not answer (SPEC 21.3)
     no_train: bool = False  # only routes may answer that are known not to train on prompts (SPEC 21.4)
+    allowed: frozenset[str] | None = None  # names of the only models that may answer (SPEC 19.1); None: any
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,8 @@ class LocalRoute:
 
     method: str
     path: str  # with {parameters} as in Starlette's routes
-    answer: Callable[[Mapping[str, str], bytes, float], bytes]  # path parameters, body, UTC seconds: JSON
+    # Path parameters, body, UTC seconds, and whose key it came with (None: the gateway's own): JSON.
+    answer: Callable[[Mapping[str, str], bytes, float, int | None], bytes]
     keyless: bool = False  # open to everyone
 
 
@@ -222,8 +224,8 @@ class Dialect(Protocol):
     def extra_routes(self) -> Sequence[LocalRoute]:
         """Endpoints beside `paths`."""
 
-    def parse(self, raw: bytes, now: float) -> Chat:
-        """Raises InvalidRequest naming the field."""
+    def parse(self, raw: bytes, now: float, client: int | None = None) -> Chat:
+        """`client`: whose key it came with; None is the gateway's own. Raises InvalidRequest naming the field."""
 
     def encoder(self, chat: Chat, now: float) -> Encoder: ...
 
