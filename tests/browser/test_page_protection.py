@@ -27,7 +27,7 @@ def test_a_ban_is_shown_with_its_reason_and_time_and_lifted_by_a_button(open_bro
     own_world.call("POST", "/v1/chat/completions", {"model": "auto-smart", "messages": CONVERSATION})
     browser.log_in()
     browser.sees("quick", ".ban")
-    browser.sees("failed call before the answer", ".ban")
+    browser.sees("server error before the answer", ".ban")
     first = browser.one(".ban .num").text
     browser.until(lambda: browser.one(".ban .num").text != first, "it counts down")
     browser.one("#lift").click()
