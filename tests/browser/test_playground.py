@@ -103,7 +103,7 @@ def test_everything_can_be_done_by_keyboard(browser, world):
     browser.until(lambda: not world.entry("rapid-model")["enabled"])
 
 
-@pytest.mark.parametrize("view", ["overview", "routing", "keys", "requests", "playground"])
+@pytest.mark.parametrize("view", ["overview", "routing", "keys", "quota", "clients", "requests", "playground"])
 def test_every_view_can_be_read_wide_or_on_a_phone_in_light_and_dark(browser, world, view):
     world.fake.script("quick", error(503, "overloaded"))
     browser.log_in("playground")
