@@ -12,6 +12,7 @@ import pytest
 from conftest import IN_ORDER, both_ways
 from fake_provider import (
     PAUSE,
+    RESET,
     ROLE,
     STOP,
     Every,
@@ -183,6 +184,24 @@ def test_models_whose_gates_are_held_come_last_among_their_like():
     assert world.router.next_route(world.plan("auto-priority"), NOW).model.id == 3  # the operator's own order
 
 
+async def test_an_open_gate_is_shown_and_closed_by_the_operator(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"])
+    fake.script("a", completion(""))
+    for _ in range(4):
+        assert (await gateway.chat()).text == "hello from b"
+
+    assert fake.called.count("a") < 5
+    (gate,) = (await gateway.protection())["gates"]
+    assert gate.keys() == {"model_db_id", "platform", "model_id", "since_ms", "next_trial_ms", "trials_failed"}
+    assert (gate["platform"], gate["trials_failed"]) == ("a", 0)
+    assert 10_000 < gate["next_trial_ms"] <= 18_000
+    assert b"freeway_gates_open 1" in (await gateway.get("/metrics")).body
+
+    await gateway.recovered()
+
+    assert (await gateway.protection())["gates"] == []
+
+
 @pytest.mark.parametrize(("trial", "left"), [(True, 1), (False, 0)], ids=["a trial", "a client who insists"])
 def test_only_trials_that_fail_push_the_next_one_back(trial, left):
     gates = World({}, {}).router.gates
@@ -207,6 +226,10 @@ async def test_fifty_at_once_at_a_resting_model_are_one_trial_at_a_time(start_ga
 
     assert {answer.text for answer in got} == {"well again"}
     assert len(fake.requests) == 50 + 3
+    metrics = (await gateway.get("/metrics")).body
+    assert b'freeway_trials_total{result="error"} 3' in metrics
+    assert b'freeway_trials_total{result="success"} 1' in metrics
+    assert b'freeway_waits_total{result="served"} 50' in metrics
     trials = [request.arrived_at for request in fake.requests[:4]]
     assert all(b - a >= 0.045 for a, b in pairwise(trials))
 
@@ -357,6 +380,47 @@ async def test_who_waits_goes_on_when_the_operator_brings_something_new(start_ga
     got = await asking
     assert got.text == "hello from b"
     assert 0 < int(got.headers["X-Waited-Ms"]) < 3000
+
+
+PINNED_AGAIN = {
+    "429 that names a time": (error(429, headers={"retry-after": "0.3"}), 0.3),
+    "500": (error(500), 0.4),
+    "a broken connection": (raw(RESET), 0.4),
+}
+
+
+@both_ways
+@pytest.mark.parametrize(("failing", "pause_s"), PINNED_AGAIN.values(), ids=PINNED_AGAIN)
+async def test_a_pinned_route_is_asked_once_more_when_its_time_has_come(
+    start_gateway, fake, failing, pause_s, streaming
+):
+    gateway = await start_gateway(["a", "b"], QUICK)
+    fake.script("a", failing, answer("second thoughts"))
+
+    got = await gateway.ask(model="a-model", streaming=streaming)
+
+    assert got.text == "second thoughts"
+    assert fake.called == ["a", "a"]
+    assert pause_s <= fake.requests[1].arrived_at - fake.requests[0].arrived_at < pause_s + 1
+    assert int(got.headers["X-Waited-Ms"]) >= pause_s * 1000 - 10
+
+
+NOT_AGAIN = {
+    "silence": ([raw(PAUSE)], {}, ["a", "b"]),
+    "503": ([error(503)], {}, ["a", "b"]),
+    "a 429 that names no time": ([error(429)], {}, ["a", "b"]),
+    "a second 500": ([error(500), error(500)], {}, ["a", "a", "b"]),
+    "a client that does not wait": ([error(429, headers={"retry-after": "0.3"})], {"X-Max-Wait": "0"}, ["a", "b"]),
+}
+
+
+@pytest.mark.parametrize(("failing", "headers", "called"), NOT_AGAIN.values(), ids=NOT_AGAIN)
+async def test_a_pinned_route_is_not_asked_again_after(start_gateway, fake, failing, headers, called):
+    gateway = await start_gateway(["a", "b"], QUICK | IMPATIENT)
+    fake.script("a", *failing, answer("too late"))
+
+    assert (await gateway.chat(model="a-model", headers=headers)).text == "hello from b"
+    assert fake.called == called
 
 
 def test_a_pinned_route_is_not_asked_again_before_the_time_that_another_was_told():
