@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := .
 SECONDS ?= 300
 
-.PHONY: all run test test-browser browser check fmt clean bench soak hostile
+.PHONY: all run test test-browser browser check fmt clean bench soak hostile chaos
 
 all: check test
 
@@ -56,6 +56,9 @@ soak: $(DEV)
 
 hostile: $(DEV)
 	$(BIN)/python bench/hostile.py
+
+chaos: $(DEV)
+	$(BIN)/python bench/chaos.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/out

@@ -115,7 +115,7 @@ async def a_day(
             connector = aiohttp.TCPConnector(limit=0)
             async with aiohttp.ClientSession(connector=connector) as http:
                 try:
-                    yield Day(gateway, fake, Crowd(gateway.base_url, http))
+                    yield Day(gateway, fake, Crowd(gateway.base_url, http, AUTHORIZED))
                 finally:
                     gateway.process.terminate()
                     await gateway.ended()
@@ -134,11 +134,18 @@ def no_losses(results: Sequence[Result]) -> list[Bound]:
 
 # --- Scenarios ------------------------------------------------------------------------------------------------------
 
-SCENARIOS: list[Callable[[], Awaitable[Row]]] = []
+Scenario = Callable[[], Awaitable[Row]]
+SCENARIOS: list[Scenario] = []
+ALONE: list[Scenario] = []  # they take all that the machine has
 
 
-def scenario(function: Callable[[], Awaitable[Row]]) -> Callable[[], Awaitable[Row]]:
+def scenario(function: Scenario) -> Scenario:
     SCENARIOS.append(function)
+    return function
+
+
+def alone(function: Scenario) -> Scenario:
+    ALONE.append(function)
     return function
 
 
@@ -243,13 +250,16 @@ async def deep(name: str, platforms: Mapping[str, Mapping[str, Any]], script: Ca
         other = {"X-Session-Id": "another conversation"}
         for question in range(2):  # a session of two requests is a conversation, which holds its model back
             assert (await day.crowd.ask(question, model="auto-smart", **other)).end is End.WHOLE
-        results = []
+        results, calls = [], 0
         for question in range(10, 14):
             await day.clear_cooldowns()
             await day.crowd.ask(2, model="auto-smart", **other)
             session = {"X-Session-Id": f"conversation {question}"}
+            day.fake.clear()
             results.append(await day.crowd.ask(question, model="auto-smart", streaming=question % 2 == 1, **session))
-        return day.row(name, results, Bound("whole", share(results, lambda r: r.end is End.WHOLE), at_least=1.0))
+            calls += len(day.fake.requests)
+        whole = share(results, lambda result: result.end is End.WHOLE)
+        return day.row(name, results, Bound("whole", whole, at_least=1.0), calls=calls)
 
 
 @scenario
@@ -321,7 +331,7 @@ async def fifty_at_once_at_a_limit_that_names_a_time() -> Row:
     return await few_at_a_time("the same, with Retry-After: 1", {"retry-after": "1"})
 
 
-@scenario
+@alone
 async def a_crowd_waits() -> Row:
     """A thousand requests wait for twelve models; the gateway must not drown in its own waking."""
     names = [f"p{number}" for number in range(12)]
@@ -346,7 +356,7 @@ async def a_crowd_waits() -> Row:
         )
 
 
-@scenario
+@alone
 async def a_model_that_breaks_without_cooling() -> Row:
     began, seeds = time.monotonic(), range(20)
     runs = [replay(seed) for seed in seeds]
@@ -385,17 +395,20 @@ calls per whole answer, and the bounds with what was seen.
 async def run(words: Sequence[str], at_once: int) -> list[Row]:
     room = asyncio.Semaphore(at_once)
 
-    async def one(function: Callable[[], Awaitable[Row]]) -> Row:
+    async def one(function: Scenario) -> Row:
         async with room:
             row = await function()
             print("ok    " if row.kept else "MISSED", " | ".join(row.cells()), flush=True)
             return row
 
-    chosen = [function for function in SCENARIOS if all(word in name_of(function) for word in words)]
-    return list(await asyncio.gather(*map(one, chosen)))
+    def chosen(functions: Sequence[Scenario]) -> list[Scenario]:
+        return [function for function in functions if all(word in name_of(function) for word in words)]
+
+    rows = list(await asyncio.gather(*map(one, chosen(SCENARIOS))))
+    return rows + [await one(function) for function in chosen(ALONE)]
 
 
-def name_of(function: Callable[[], Awaitable[Row]]) -> str:
+def name_of(function: Scenario) -> str:
     if isinstance(function, partial):
         return f"{function.func.__name__} {function.args} {function.keywords}"
     return function.__name__

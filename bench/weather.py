@@ -17,9 +17,6 @@ from enum import StrEnum
 from random import Random
 
 import aiohttp
-
-from running import AUTHORIZED  # isort: skip  # it finds the next one's folder
-
 from fake_provider import (
     CUT,
     PAUSE,
@@ -186,8 +183,8 @@ class Crowd:
 
     base_url: str
     http: aiohttp.ClientSession
+    headers: Mapping[str, str]
     patience_s: float = 30.0  # longer than any wait that the gateway may take: who is not served then hangs
-    headers: Mapping[str, str] = field(default_factory=lambda: AUTHORIZED)
 
     async def ask(self, question: int, *, streaming: bool = False, model: str = "auto", **more: str) -> Result:
         sent = {"model": model, "stream": streaming, "messages": [{"role": "user", "content": f"question {question}"}]}
