@@ -26,7 +26,7 @@ from routing.catalog import KEYLESS, Key, Model
 from routing.cooldowns import TRIAL_SPACING_S
 from routing.route import Route, Rung
 from routing.standing import Standing
-from routing.trials import LEASE_S, NO_TRIALS
+from routing.trials import LEASE_S
 
 LATER = NOW + 2.0  # when what has rested since NOW may be tried
 GONE, PASSING = Skip(Scope.MODEL, again=False), Skip(Scope.MODEL, again=True)
@@ -45,7 +45,7 @@ def asked(world: World, plan: Plan, now: float = LATER, skip: Skip = GONE) -> li
         routes.append(route)
         plan.attempts_left = max(LAST_ATTEMPTS + 1, plan.attempts_left - 1)
         plan.note_failure(route, skip, now, None)
-        world.protection.trials.restore(NO_TRIALS)
+        world.protection.trials.restore((), now)
     return routes
 
 
@@ -167,7 +167,9 @@ def test_a_trial_is_given_back_however_it_ends(world_store, outcome):
     world.settle(trial, outcome, LATER)
 
     assert not dict(world.protection.trials.running())
-    again = LATER + TRIAL_SPACING_S if isinstance(outcome, Failed) else LATER  # one in vain keeps a distance
+    again = (
+        LATER + TRIAL_SPACING_S if isinstance(outcome, Failed) else LATER
+    )  # one in vain keeps the next at a distance
     assert world.router.next_route(world.plan(now=again), again).model.id == 1
 
 
@@ -376,7 +378,7 @@ class Life(RuleBasedStateMachine):
         except Exception as error:  # nothing could ever serve it
             assert type(error).__name__ in ("NoProviders", "ModelNotFound", "PromptTooLong", "InvalidRequest")
             return multiple()
-        plan.attempts_left = data.draw(st.integers(1, 30))
+        plan.attempts_left, plan.patient = data.draw(st.integers(1, 30)), waits
         self.pauses = getattr(self, "pauses", {}) | {id(plan): PAUSE_S if waits else None}
         return plan
 
@@ -431,16 +433,12 @@ class Life(RuleBasedStateMachine):
         self.world.router.gates.close_all()
 
     @invariant()
-    def every_trial_belongs_to_one_running_attempt(self):
-        on_trial = [
-            flight.route.model.id
-            for flight in getattr(self, "running", ())
-            if flight.route.trial and self.now - flight.route.tried_at < LEASE_S  # one that hangs keeps nobody waiting
-        ]
-        assert sorted(on_trial) == sorted(set(on_trial))
-        if hasattr(self, "world"):
-            taken = self.world.protection.trials.running()
-            assert set(on_trial) == {model for model, since in taken if self.now - since < LEASE_S}
+    def every_model_is_on_trial_once(self):
+        held = dict(self.world.protection.trials.running()) if hasattr(self, "world") else {}
+        on_trial = [flight for flight in getattr(self, "running", ()) if flight.route.trial]
+        lasting = [flight.route.model.id for flight in on_trial if flight.began + LEASE_S > self.now]
+        assert sorted(lasting) == sorted(set(lasting))
+        assert set(lasting) <= set(held) <= {flight.route.model.id for flight in on_trial}
 
     def end(self, flight: Flight, outcome) -> None:
         self.running.remove(flight)
@@ -449,6 +447,8 @@ class Life(RuleBasedStateMachine):
 
     def usable(self, plan: Plan) -> dict[int, tuple[Rung, set[int]]]:
         """Each model that could be asked now: its rung, and with which keys."""
+        protection = self.world.protection
+        resting = sum(1 for things in (protection.transient, protection.keys) for _ in things.active(self.now))
         found = {}
         for model in plan.complete():
             keys = [(self.key_rests(key, model), key.id) for key in self.keys(model) if self.key_fits(key, model, plan)]
@@ -456,8 +456,9 @@ class Life(RuleBasedStateMachine):
                 continue
             rests = min(keys)[0]
             rung = self.rung(model, plan, rests=rests)
-            trial = rung >= Rung.DOUBTED or model.id == plan.trial
-            if not (trial and self.world.protection.trials.busy_s(model.id, self.now)):
+            on_trial = protection.trials.busy_s(model.id, self.now) > 0
+            too_many = rung >= Rung.RESTING and protection.trials.pause_s(resting, self.now) > 0
+            if not ((rung >= Rung.DOUBTED or model.id == plan.trial) and (on_trial or too_many)):
                 found[model.id] = rung, {id for key_rests, id in keys if key_rests == rests}
         return found
 
@@ -483,23 +484,34 @@ class Life(RuleBasedStateMachine):
         return Rung.HELD_BACK if model.id in plan.held_back else Rung.FREE
 
     def model_fits(self, model: Model, plan: Plan) -> bool:
-        """Neither failed in this request, unless it is due again, nor tried less than a second ago."""
-        again = plan.failed.get(model.id)
-        if again is not None and (again == inf or max(again, plan.again_at) > self.now):
-            return False
-        rest = self.world.protection.transient.get(model.id, self.now)
-        return rest is None or self.now >= min(rest.until, rest.failed_at + TRIAL_SPACING_S)
+        rests = self.world.protection.transient
+        failed_at = plan.failed.get(model.id)
+        met = failed_at is not None or plan.spares(model)
+        return (not met or self.is_due(rests, model.id, failed_at, plan)) and self.has_rested(rests, model.id, plan)
 
     def key_fits(self, key: Key, model: Model, plan: Plan) -> bool:
-        again = plan.failed_keys.get((key.id, model.id))
-        if again is not None and (again == inf or max(again, plan.again_at) > self.now):
+        rests, pair = self.world.protection.keys, (key.id, model.id)
+        failed_at = plan.failed_keys.get(pair)
+        if failed_at is not None and (failed_at == inf or not self.is_due(rests, pair, failed_at, plan)):
             return False
-        rest = self.world.protection.keys.get((key.id, model.id), self.now)
-        if rest is not None and self.now < max(rest.firm_until, min(rest.until, rest.failed_at + TRIAL_SPACING_S)):
-            return False
-        used = [at for used_model, used_key, at in self.used if (used_model, used_key) == (model.id, key.id)]
+        used = [at for used_model, used_key, at in self.used if (used_key, used_model) == pair]
         minute = [at for at in used if at > self.now - 60]
-        return (model.rpd is None or len(used) < model.rpd) and (model.rpm is None or len(minute) < model.rpm)
+        fits = (model.rpd is None or len(used) < model.rpd) and (model.rpm is None or len(minute) < model.rpm)
+        return fits and self.has_rested(rests, pair, plan)
+
+    def is_due(self, rests, thing, failed_at: float | None, plan: Plan) -> bool:
+        """Whether what has failed in this request may be asked again: after a second and the request's own pause, or
+        when it has answered others since."""
+        if rests.proved_since(thing, plan.failed_at if failed_at is None else failed_at):
+            return True
+        return plan.again_at <= self.now and (failed_at is None or failed_at + TRIAL_SPACING_S <= self.now)
+
+    def has_rested(self, rests, thing, plan: Plan) -> bool:
+        """Whether it is not resting, or may be tried although it is; after a rest not all may come at once."""
+        rest = rests.get(thing, self.now)
+        if rest is None:
+            return not plan.patient or rests.room_s(thing, self.now) == 0
+        return self.now >= max(rest.firm_until, min(rest.until, rest.failed_at + TRIAL_SPACING_S))
 
     def key_rests(self, key: Key, model: Model) -> bool:
         return self.world.protection.keys.left((key.id, model.id), self.now) > 0
@@ -507,8 +519,8 @@ class Life(RuleBasedStateMachine):
 
 def test_a_request_is_refused_only_when_nothing_could_answer_it(world_store):
     """Random lives of a router: `next_route` gives None only when every model is failed for good, resting for a time
-    that was named or for less than a second, out of capacity, on trial with another request, or not due yet; and what
-    it gives is of the best rung there is."""
+    that was named or for less than a second, out of capacity, on trial with another request, not due yet, or so lately
+    back that a request which may wait lets others go first; and what it gives is of the best rung there is."""
 
     class Lived(Life):
         store = world_store

@@ -6,11 +6,12 @@ from itertools import pairwise
 
 import pytest
 from conftest import assert_error, both_ways
-from fake_provider import CUT, Wait, answer, completion, error, raw, until
+from fake_provider import CUT, ROLE, Wait, answer, chunk, completion, error, raw, sse, until
 
 from engine.waiting import WAITING_MAX, WaitingRoom
 
 WAITS = {"WAIT_FOR_CAPACITY_MS": "10000"}
+STOP = chunk(finish="stop")
 SOON = error(429, headers={"retry-after": "0.3"})
 
 
@@ -281,6 +282,21 @@ async def test_a_crowd_that_waits_for_a_sick_model_does_not_stampede_it(start_ga
     assert {got.text for got in await asyncio.gather(*crowd)} == {"well again"}
     assert len(fake.requests) == 31
     assert (await gateway.protection())["trials"] == []
+
+
+async def test_a_long_answer_to_a_trial_keeps_nobody_waiting(start_gateway, fake):
+    gateway = await start_gateway(["a"], WAITS)
+    end = asyncio.Event()
+    fake.script("a", error(503), sse(ROLE, chunk("long"), Wait(end), STOP), answer("next"))
+    assert (await gateway.chat(headers={"X-Max-Wait": "0"})).status != 200
+    first = asyncio.create_task(gateway.stream("first"))
+    await fake.arrived(2)
+
+    async with asyncio.timeout(3):
+        assert (await gateway.chat("second")).text == "next"
+
+    end.set()
+    (await first).assert_whole("long")
 
 
 async def test_a_crowd_that_waits_for_a_model_that_stays_sick_tries_it_once_a_second(start_gateway, fake):
