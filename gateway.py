@@ -91,6 +91,7 @@ class Gateway:
             levels=levels,
             sticky_ttl_s=settings.sticky_ttl_ms / 1000,
             thread_cooldown_s=settings.thread_cooldown_ms / 1000,
+            trial_spacing_s=settings.trial_spacing_ms / 1000,
         )
         router = ModelRouter(protection)
         self.engine = Engine(settings, protection, router, self.store, self.log, Random())

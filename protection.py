@@ -342,6 +342,11 @@ class EndRests:
 
 
 @dataclass(frozen=True, slots=True)
+class SpaceTrials:
+    """A trial has failed in a way that rests nobody: the next one of what rests still keeps its distance."""
+
+
+@dataclass(frozen=True, slots=True)
 class MarkKey:
     status: KeyStatus
     error: str | None = None
@@ -403,6 +408,7 @@ Effect = (
     RestModel
     | RestKey
     | EndRests
+    | SpaceTrials
     | MarkKey
     | Skip
     | Ban
@@ -432,6 +438,7 @@ class Facts:
     keys_left: bool  # this request may still ask the model with another key
     strikes: int  # earlier 429s in a row, of this key for this model, that named no time
     rests: Rests
+    trial: bool = False  # the attempt was a trial of something that is better left alone
 
 
 SUCCESS = (EndRests(), MarkKey(KeyStatus.HEALTHY), Reward(), Pin(), FeedGate(ok=True))
@@ -455,6 +462,8 @@ def costs(outcome: Outcome, facts: Facts, now: float) -> tuple[Effect, ...]:
         return ()
     error, rule = outcome.error, outcome.error.rule
     effects = [*rests(error, facts, now), Skip(rule.scope, again=rule.cooling in (Cooling.TRANSIENT, Cooling.KEY))]
+    if facts.trial:
+        effects.append(SpaceTrials())
     if rule.scope is Scope.KEY and not facts.keys_left and error.failure is Failure.RATE_LIMITED:
         effects.append(Penalise())
     if error.kind is not None and not (rule.scope is Scope.KEY and facts.keys_left):

@@ -19,13 +19,13 @@ from random import Random
 
 from protection import KeyStatus
 from routing.catalog import Catalog, Key, Model, Pool, is_demo
-from routing.cooldowns import TRIAL_SPACING_S
+from routing.cooldowns import Cooldowns, K
 from routing.explain import BLOCKED_WORDS, RUNG_WORDS, Candidate, Draws, Moment, blocked_words, left_out, scored
 from routing.fit import below_floor, fitting, no_private_route, reaches_floor, unfit
 from routing.gate import RATE_UNSEEN, Gates
 from routing.kinds import named, same_vectors
 from routing.ledger import Ledger, Penalties
-from routing.plan import DEEP_FAILURES, Blocked, Plan, Step
+from routing.plan import DEEP_FAILURES, LAST_ATTEMPTS, Blocked, Plan, Step
 from routing.reach import Reach, reach
 from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
@@ -34,7 +34,6 @@ from wire.chat import Mode, ModelKind, Need
 from wire.errors import GatewayError, NoProviders
 
 PENALTY_WEIGHT = 0.05
-LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
 
 
 class Router:
@@ -123,9 +122,10 @@ class Router:
     def _due_trial(self, plan: Plan, now: float, arriving: int) -> Model | None:
         """The first gated model that this request should try before all others: one that nothing else keeps back."""
         for model in plan.order:
-            if self.gates.trial_due(model.id, now, arriving=arriving) and model.id not in self._protection.trials:
+            if self.gates.trial_due(model.id, now, arriving=arriving):
                 step = self._step(model, plan, now, gated=False)
-                if step.rung is Rung.FREE and step.key is not None:
+                busy = self._protection.trials.busy_s(model.id, now) > 0
+                if step.rung is Rung.FREE and step.key is not None and not busy:
                     return model
         return None
 
@@ -186,9 +186,22 @@ class Router:
         plan.asked_for = frozenset(m.id for m in asked)
         first, rest = ([m for m in models if world.has_key(m)] for models in (asked, others))
         plan.order = first + self._ordered(rest, Mode.BALANCED, NO_STANDING, plan, now, rng)
-        if not plan.order:
-            private = plan.need.no_train and any(map(self._everything.has_key, self.catalog.embeddings))
-            raise no_private_route() if private else NoProviders()
+        if plan.order:
+            return
+        if plan.need.no_train and any(map(self.has_key, asked + others or self.catalog.auto_embeddings)):
+            raise no_private_route()
+        raise NoProviders
+
+    def renew(self, plan: Plan, standing: Standing, now: float, rng: Random) -> None:
+        """Bring the plan of a request that has waited up to date with a new snapshot; what it has met with stays."""
+        try:
+            new = self.plan(plan.need, standing, now, rng, rehearsal=True)
+        except GatewayError:  # nothing is left that could serve it
+            plan.order, plan.more = [], None
+            return
+        plan.order, plan.more, plan.asked_for = new.order, new.more, new.asked_for
+        plan.held_back, plan.excluded, plan.trial = new.held_back, new.excluded, new.trial
+        plan.banned |= new.banned
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""
@@ -212,16 +225,18 @@ class Router:
         if steps:
             return self._taken(min(steps, key=lambda ranked: ranked[0])[1], plan, now)
         plan.wait_s = min((b.left_s for b in plan.blocked.values() if b.left_s is not None), default=None)
+        plan.on_trial = any(b.reason == "trial" for b in plan.blocked.values())
         return None
 
     def keys_left(self, route: Route, plan: Plan, now: float) -> bool:
         """Whether this request may still ask the model with another key than the route's."""
         failed = plan.failed_keys
-        before = failed.get((route.key.id, route.model.id))
-        failed[route.key.id, route.model.id] = inf
+        before, patient = failed.get((route.key.id, route.model.id)), plan.patient
+        failed[route.key.id, route.model.id], plan.patient = inf, False
         try:
             return self._available(route.model, plan, now)[0] is not None
         finally:
+            plan.patient = patient
             if before is None:
                 del failed[route.key.id, route.model.id]
             else:
@@ -342,7 +357,7 @@ class Router:
             self.scores.stats,
             protection.transient.snapshot(),
             protection.keys.snapshot(),
-            tuple(protection.trials),
+            protection.trials.snapshot(),
             self.gates.snapshot(),
             plan.order,
             tuple(plan.banned),
@@ -355,7 +370,7 @@ class Router:
         protection = Protection(levels={}, sticky_ttl_s=0.0, thread_cooldown_s=0.0)
         protection.transient.restore(moment.transient)
         protection.keys.restore(moment.keys)
-        protection.trials = dict.fromkeys(moment.trials, moment.at)
+        protection.trials.restore(moment.trials, moment.at)
         router = cls(protection)
         router.catalog, router._everything, router._private = moment.catalog, moment.everything, moment.private
         router.scores.learn(moment.stats)
@@ -363,7 +378,12 @@ class Router:
         return router
 
     def again(self, route: Route, tokens: int, now: float) -> Route | None:
-        """The same route once more, where its key has capacity for it."""
+        """The same route once more, where its key may still be used and has capacity for it."""
+        rest = self._protection.keys.get((route.key.id, route.model.id), now)
+        if rest is not None and rest.firm_until > now:
+            return None
+        if route.key not in self._everything.keys.get(route.model.platform.id, ()):
+            return None
         if self.ledger.wait_s(route.model, route.key.id, tokens, now) != 0:
             return None
         return Route(
@@ -400,13 +420,15 @@ class Router:
         model, key = step.model, step.key
         assert key is not None
         self._turn[model.id] = self._turn.get(model.id, 0) + 1
-        trial = step.rung >= FIRST_TRIAL or model.id == plan.trial
+        trial, tried_at = step.rung >= FIRST_TRIAL or model.id == plan.trial, 0.0
         if trial:
-            self._protection.trials[model.id] = now
+            tried_at = self._protection.trials.take(model.id, now)
             self.gates.trial_began(model.id, now)
             plan.trial = None if model.id == plan.trial else plan.trial
+        self._protection.transient.begun(model.id, now)
+        self._protection.keys.begun((key.id, model.id), now)
         reservation = self.ledger.reserve(model, key.id, plan.need.tokens, now)
-        return Route(model, key, reservation, step.rung, trial)
+        return Route(model, key, reservation, step.rung, trial, tried_at)
 
     def _step(self, model: Model, plan: Plan, now: float, *, gated: bool = True) -> Step:
         rung = plan.rung(model)
@@ -416,8 +438,10 @@ class Router:
         rest = self._protection.transient.get(model.id, now)
         if rest is not None and model.id not in plan.forgiven:
             rung, until, wait_s = Rung.RESTING, rest.until, rest.trial_at() - now
-        if (again := plan.failed.get(model.id)) is not None:
-            wait_s, reason = max(wait_s, again - now, plan.again_at - now), "failed" if rest is None else reason
+        if (again_s := self._again_s(model, plan, now)) > wait_s:
+            wait_s, reason = again_s, "failed" if rest is None else reason
+        if wait_s <= 0 and plan.patient and (room_s := self._protection.transient.room_s(model.id, now)):
+            wait_s, reason = room_s, "trial"
         if wait_s > 0:
             return Step(model, rung, blocked=Blocked(reason, wait_s))
         key, resting_until, key_wait_s = self._available(model, plan, now)
@@ -425,9 +449,31 @@ class Router:
             return Step(model, rung, blocked=Blocked("keys", key_wait_s))
         if resting_until:
             rung, until = Rung.KEY_RESTING, max(until, resting_until)
-        if (rung >= FIRST_TRIAL or model.id == plan.trial) and model.id in self._protection.trials:
-            return Step(model, rung, blocked=Blocked("trial", TRIAL_SPACING_S))
+        if (rung >= FIRST_TRIAL or model.id == plan.trial) and (trial_s := self._trial_s(model, rung, now)):
+            return Step(model, rung, blocked=Blocked("trial", trial_s))
         return Step(model, rung, key, until)
+
+    def _again_s(self, model: Model, plan: Plan, now: float) -> float:
+        """Seconds until this request may ask a model after what it has met with."""
+        failed_at = plan.failed.get(model.id)
+        if failed_at is None and not plan.spares(model):
+            return 0.0
+        return self._failed_s(self._protection.transient, model.id, failed_at, plan, now)
+
+    def _failed_s(self, rests: Cooldowns[K], thing: K, failed_at: float | None, plan: Plan, now: float) -> float:
+        """The same of a thing that failed then in this request; None: it is only spared."""
+        if rests.proved_since(thing, plan.failed_at if failed_at is None else failed_at):
+            return 0.0  # it has answered others since
+        again_at = 0.0 if failed_at is None else failed_at + self._protection.trial_spacing_s
+        return max(0.0, again_at - now, plan.again_at - now)
+
+    def _trial_s(self, model: Model, rung: Rung, now: float) -> float:
+        """Seconds after which a trial may be possible; 0: now."""
+        trials, spacing_s = self._protection.trials, self._protection.trial_spacing_s
+        if busy_s := trials.busy_s(model.id, now):
+            return min(busy_s, spacing_s)
+        resting = len(self._protection.transient) + len(self._protection.keys)
+        return trials.pause_s(resting, now) if rung >= Rung.RESTING else 0.0
 
     def _available(self, model: Model, plan: Plan, now: float) -> tuple[Key | None, float, float | None]:
         """A key that may be used now, and until when it rests after a 429 that named no time (0: it does not, and such
@@ -458,10 +504,12 @@ class Router:
         wait_s, until = 0.0, 0.0
         if (rest := self._protection.keys.get((key.id, model.id), now)) is not None:
             wait_s, until = rest.trial_at() - now, rest.until
-        if plan.failed_keys and (again := plan.failed_keys.get((key.id, model.id))) is not None:
-            if again == inf:
+        if plan.failed_keys and (failed_at := plan.failed_keys.get((key.id, model.id))) is not None:
+            if failed_at == inf:
                 return None, until
-            wait_s = max(wait_s, again - now, plan.again_at - now)
+            wait_s = max(wait_s, self._failed_s(self._protection.keys, (key.id, model.id), failed_at, plan, now))
+        if wait_s <= 0 and not until and plan.patient:
+            wait_s = self._protection.keys.room_s((key.id, model.id), now)
         if wait_s > 0:
             return wait_s, until
         return self.ledger.wait_s(model, key.id, plan.need.tokens, now), until
@@ -495,6 +543,8 @@ class Router:
             ]
         else:
             ranks = [(False, -score, n) for n, score in enumerate(scores)]
+        if doubted := self.gates.doubted(now):
+            ranks = [(late or models[n].id in doubted, score, n) for late, score, n in ranks]
         return [models[n] for _, _, n in sorted(ranks)]
 
     def _penalised(self, scores: list[float], models: Sequence[Model], now: float) -> list[float]:

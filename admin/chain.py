@@ -45,9 +45,9 @@ class Chain:
         return json_response(await self._engine.store.read(list_models))
 
     async def discover_models(self, request: Request) -> Response:
-        """Ask the servers that list their own models now, and not only from time to time."""
-        told = await discover(self._engine, self._control)
-        return json_response([{"platform": platform, "models": count} for platform, count in told.items()])
+        """Ask the servers that list their own models at once; otherwise they are asked every minute."""
+        counts = await discover(self._engine, self._control)
+        return json_response([{"platform": platform, "models": count} for platform, count in counts.items()])
 
     async def change_model(self, request: Request) -> Response:
         body = fields(await read_json(request), MODEL_CHANGE)

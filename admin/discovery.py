@@ -1,4 +1,4 @@
-"""The models of servers that know best themselves: what a local server lists is added to the catalogue.
+"""Servers that list their own models: what a local server lists, for example, is added to the catalogue.
 
 Only platforms marked `discover` are asked, at start and then every minute, off the request's path: a server on a laptop
 is started and stopped at will. One that does not answer keeps the models it had; its failures matter to routing, not
@@ -100,7 +100,7 @@ def read_row(row: object) -> dict[str, Any] | None:
 
 
 def merged(models: Sequence[Model], found: dict[str, list[Model]]) -> list[Model]:
-    """The catalogue with what was found in place of what was found before; what its files say stays as they say it."""
+    """The catalogue with these models in place of those found before; entries of the files stay as written."""
     kept = [model for model in models if not (model.discovered and model.platform.id in found)]
     known = {(model.platform.id, model.model_id) for model in kept}
     before = {(model.platform.id, model.model_id): model for model in models}

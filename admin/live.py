@@ -96,7 +96,7 @@ class Live:
                     for waiter in self._engine.waiting.waiters()
                 ],
                 "trials": [
-                    {"model_db_id": model, "since_ms": ms(now - since)} for model, since in protection.trials.items()
+                    {"model_db_id": model, "since_ms": ms(now - since)} for model, since in protection.trials.running()
                 ],
                 "active": self._of_models((a.model, {"ms": ms(now - a.since)}) for a in protection.active),
             }
@@ -152,7 +152,7 @@ class Live:
     async def clear_cooldowns(self, request: Request) -> Response:
         protection = self._engine.protection
         count = len(protection.transient) + len(protection.keys)
-        protection.clear_cooldowns()
+        protection.clear_cooldowns(time.monotonic())
         self._engine.router.gates.close_all()
         self._engine.waiting.wake()
         self._engine.log.write("info", "cooldowns_cleared", count=count)

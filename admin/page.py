@@ -1,7 +1,7 @@
 """The dashboard as it is served: one file, and the policy that lets it do nothing but talk to this gateway.
 
 The page itself holds no secret, so it needs no key; everything on it is fetched from /api with the key that the
-operator enters. Scripts and styles run by the hash of what is in the file, so nothing injected ever would.
+operator enters. Only the script and style whose hash is in the policy run, so nothing injected does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Page:
         self._headers = {
             "content-type": "text/html; charset=utf-8",
             "content-security-policy": policy(self._body.decode()),
-            "cache-control": "no-cache",  # kept, but asked after each time: a new version shows at once
+            "cache-control": "no-cache",  # kept, and checked each time: a new version shows at once
             "etag": f'"{sha256(self._body).hexdigest()[:32]}"',
             "x-content-type-options": "nosniff",
             "x-frame-options": "DENY",
@@ -43,7 +43,7 @@ class Page:
 
 @lru_cache(maxsize=1)
 def policy(html: str) -> str:
-    """Nothing from anywhere, but this file's own script and style, and calls to this gateway."""
+    """Allows this file's own script and style and calls to this gateway, and nothing else."""
     rules = {
         "default-src": "'none'",
         "script-src": hashes(html, "script"),

@@ -24,6 +24,18 @@ KEY = "fw-bench-0123456789abcdef"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
 
 
+def catalog_of(platforms: Mapping[str, Mapping[str, Any]], fake: FakeProvider) -> dict[str, list[Any]]:
+    """A catalogue file of these platforms: each with one model and one key, or with its own `models` and `keys`."""
+    catalog: dict[str, list[Any]] = {"platforms": [], "models": [], "keys": []}
+    for name, options in platforms.items():
+        catalog["platforms"].append({"id": name, "adapter": "openai", "base_url": fake.url(name)})
+        for model in options.get("models", [{}]):
+            usual = {"platform": name, "model_id": f"{name}-model", "context_window": 100_000_000}
+            catalog["models"].append(usual | model)
+        catalog["keys"] += [{"platform": name, "key": key} for key in options.get("keys", [f"sk-{name}-0123456789"])]
+    return catalog
+
+
 class Gateway:
     """The process, and what the system and itself say of it."""
 
@@ -37,18 +49,13 @@ class Gateway:
         cls,
         folder: Path,
         fake: FakeProvider,
-        platforms: Sequence[str],
+        platforms: Sequence[str] | Mapping[str, Mapping[str, Any]],
         settings: Mapping[str, str],
         before: Callable[[], None] | None = None,
     ) -> Gateway:
         """`before` runs in the child, to give it limits."""
-        catalog = {
-            "platforms": [{"id": name, "adapter": "openai", "base_url": fake.url(name)} for name in platforms],
-            "models": [
-                {"platform": name, "model_id": f"{name}-model", "context_window": 100_000_000} for name in platforms
-            ],
-            "keys": [{"platform": name, "key": f"sk-{name}-0123456789"} for name in platforms],
-        }
+        options = platforms if isinstance(platforms, Mapping) else {name: {} for name in platforms}
+        catalog = catalog_of(options, fake)
         (folder / "catalog.json").write_text(json.dumps(catalog))
         flags = ["--port", "0", "--db", str(folder / "gateway.db"), "--catalog", str(folder / "catalog.json")]
         environment = {**os.environ, "GATEWAY_API_KEY": KEY, **settings}

@@ -53,6 +53,7 @@ class Settings:
     request_timeout_ms: int = 120_000
     max_fallback_attempts: int = 20
     wait_for_capacity_ms: int = 20_000  # 0: never
+    trial_spacing_ms: int = 1_000  # between a failure and the next trial of what rests after it (SPEC 4.10)
     first_heartbeat_ms: int = 30_000  # of a stream that has sent nothing (SPEC 8.3)
     request_budget_ms: int = 300_000
     key_recheck_ms: int = 60_000
@@ -176,7 +177,7 @@ READERS: Mapping[str, Reader] = {
             "TRANSIENT_COOLDOWN_MS", "THREAD_COOLDOWN_MS", "STICKY_TTL_MS", "RATE_LIMIT_COOLDOWN_MS",
             "KEEPALIVE_INTERVAL_MS", "MAX_STREAM_STALL_MS", "FIRST_TOKEN_TIMEOUT_MS", "CONNECT_TIMEOUT_MS",
             "REQUEST_TIMEOUT_MS", "MAX_FALLBACK_ATTEMPTS", "REQUEST_BUDGET_MS", "KEY_RECHECK_MS", "RESCUE_AFTER_MS",
-            "FIRST_HEARTBEAT_MS",
+            "TRIAL_SPACING_MS", "FIRST_HEARTBEAT_MS",
             "CACHE_TTL_MS", "ANALYTICS_WINDOW_DAYS", "STATS_REFRESH_MS", "MAX_BODY_BYTES", "LOG_RETENTION_DAYS",
         ),
         whole(1),

@@ -82,7 +82,7 @@ def repeatable(chat: Chat) -> bool:
     """Whether an equal request may get the same answer: nothing was left to chance, and nothing but the answer itself
     was asked for."""
     body = chat.body
-    if chat.answered is not None or chat.need.kind is not ModelKind.CHAT:
+    if chat.answered is not None or chat.need.kind is not ModelKind.CHAT:  # vectors are kept by whoever asked for them
         return False
     return not body.get("temperature") and not any(map(body.get, NOT_REPEATABLE))
 
@@ -90,7 +90,7 @@ def repeatable(chat: Chat) -> bool:
 def key_of(chat: Chat, client: int | None) -> bytes:
     """The same for equal requests of one client, whatever dialect they come in and whether they stream."""
     need: Need = chat.need
-    asked = (client, need.mode, need.pinned, need.strict, need.min_rank, need.no_train)
+    asked = (client, need.mode, need.pinned, need.strict, need.min_rank, need.no_train, chat.legacy)
     body: Mapping[str, Any] = dict(chat.body)
     try:
         told = orjson.dumps((asked, body), option=orjson.OPT_SORT_KEYS)

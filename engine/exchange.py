@@ -30,7 +30,7 @@ from records.database import Store
 from records.eventlog import EventLog
 from records.metrics import Metrics
 from router import Router
-from routing.plan import Plan
+from routing.plan import LAST_ATTEMPTS, Plan
 from routing.route import Route
 from routing.standing import Protection
 from transport.client import Client, ClientGone, Send, unless_gone
@@ -114,6 +114,9 @@ class Engine:
                 return
         except ClientGone:
             exchange.status = "cancelled"
+        except Exception:  # a refusal, or a defect of ours, for which its attempt was called off
+            exchange.status = "error"
+            raise
         finally:
             self.running.discard(exchange)
             exchange.delivery, exchange.begun = None, delivery.started
@@ -269,9 +272,8 @@ class Engine:
             return False
         if resumption is None or resumption.seam.joined:  # it has been at work on the answer
             now = time.monotonic()
-            pause_s = exchange.pause_s(now)
-            again = inf if pause_s is None else now + pause_s
-            plan.continue_like(attempt.route, again, self.router.has_other_keys(plan, attempt.route))
+            failed_at = inf if exchange.pause_s(now) is None else now
+            plan.continue_like(attempt.route, failed_at, self.router.has_other_keys(plan, attempt.route))
         plan.need = resuming.need
         return True
 
@@ -300,13 +302,14 @@ class Engine:
             plan.trial = None  # of which no gate would hear
         exchange.moment = self.router.moment(plan, now)
         plan.attempts_left = self._attempts_max
+        plan.reserve = min(LAST_ATTEMPTS, self._attempts_max // 5)
+        plan.patient = exchange.wait_max_s > 0
         return plan
 
     async def _next_route(self, exchange: Exchange, plan: Plan) -> Route | None:
         """The next attempt's route, within the limits of attempts and time; waits for one that is coming back."""
         while True:
             now = time.monotonic()
-            plan.attempts_left = self._attempts_max - exchange.attempts
             if exchange.failures and (
                 plan.attempts_left <= 0
                 or not exchange.may_ask(1)
@@ -322,34 +325,37 @@ class Engine:
                 return await self._retry(exchange, plan)
             if (route := self.router.next_route(plan, now)) is not None:
                 return route
-            if plan.wait_s is None or plan.wait_s > exchange.wait_left_s(now) or self.waiting.is_full:
-                if exchange.waited_s:
-                    self.metrics.waited("in_vain")
+            wait_s, left_s = plan.wait_s, exchange.wait_left_s(now)
+            if wait_s is not None and plan.on_trial:  # it may end at any moment
+                wait_s = min(wait_s, left_s)
+            if wait_s is not None and wait_s <= left_s > 0 and not self.waiting.is_full:
+                await self._wait(exchange, plan, wait_s)
+            elif plan.patient:
+                plan.patient = False  # rather in a crowd than not at all
+            else:
                 return None
-            await self._wait(exchange, plan.wait_s)
 
-    async def _wait(self, exchange: Exchange, seconds: float) -> None:
-        began = time.monotonic()
+    async def _wait(self, exchange: Exchange, plan: Plan, seconds: float) -> None:
+        began, catalog = time.monotonic(), self.router.catalog
         if exchange.waiting_since is None:
             exchange.waiting_since = began
         try:
             await self.waiting.wait(exchange.id, exchange.waiting_since, began, seconds)
-        except asyncio.CancelledError:
-            self.metrics.waited("left")
-            raise
         finally:
-            exchange.waited_s += time.monotonic() - began
+            exchange.waited_s += (now := time.monotonic()) - began
+        if self.router.catalog is not catalog:  # the operator has changed what there is
+            standing = self.protection.standing(exchange.session, now, auto=plan.need.pinned is None)
+            self.router.renew(plan, standing, now, self._rng)
 
     async def _retry(self, exchange: Exchange, plan: Plan) -> Route | None:
         """The pinned route once more, when its time has come (SPEC 5.1)."""
         assert exchange.retry is not None
         route, at = exchange.retry
         exchange.retry, exchange.retried = None, True
-        pause_s = max(0.0, at - time.monotonic())
-        await asyncio.sleep(pause_s)
-        exchange.waited_s += pause_s
-        now = time.monotonic()
-        return self.router.again(route, plan.need.tokens, now) or self.router.next_route(plan, now)
+        while (now := time.monotonic()) < at and not self.waiting.is_full:
+            await self._wait(exchange, plan, at - now)
+        again = self.router.again(route, plan.need.tokens, now) if now >= at else None
+        return again or self.router.next_route(plan, now)
 
     def _note_retry(self, exchange: Exchange, plan: Plan, attempt: Attempt, error: UpstreamError) -> None:
         pause_s, now = retry_s(error), time.monotonic()
@@ -362,6 +368,7 @@ class Engine:
     def _start(self, exchange: Exchange, plan: Plan, route: Route, chat: Chat, *, hedge: bool = False) -> Running:
         """One more attempt, on its way to its provider once it is opened."""
         exchange.attempts += 1
+        plan.attempts_left = self._attempts_max - exchange.attempts
         exchange.route = route
         resumption: Resumption | None = None
         if exchange.broken is not None and exchange.resuming is not None:
@@ -384,6 +391,7 @@ class Engine:
     def _committed(self, exchange: Exchange, plan: Plan, running: Running) -> None:
         attempt, now = running.attempt, time.monotonic()
         model = attempt.route.model
+        self._books.committed(attempt)
         attempt.ttfb_ms = round((now - attempt.started) * 1000)
         exchange.route = attempt.route
         self.protection.used(exchange.session, model.platform.id, model.id, now)
@@ -396,8 +404,6 @@ class Engine:
         exchange.first_event_ms = round((now - exchange.started) * 1000)
         if exchange.delivery is not None:
             exchange.delivery.tally = attempt.tally
-        if exchange.waited_s:
-            self.metrics.waited("served")
 
     def _exhausted(self, exchange: Exchange, plan: Plan, chat: Chat) -> GatewayError:
         """The client's error when nothing is left; counted, and logged for the operator (SPEC 5.4)."""
@@ -446,6 +452,8 @@ class Engine:
         failed = len(exchange.failures)
         if exchange.drill is None:
             self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
+        if exchange.waited_s:
+            self.metrics.waited(exchange.status)
         self.explanations.keep(exchange)
         if not self.log.wants("info"):
             return

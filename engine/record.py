@@ -12,7 +12,6 @@ from engine.refusals import FailedAttempt
 from engine.resuming import Resuming, Resumption
 from providers import Attempt
 from records.rows import Row
-from routing.cooldowns import TRIAL_SPACING_S
 from routing.explain import Moment
 from routing.plan import Plan
 from routing.route import Route
@@ -97,7 +96,7 @@ class Exchange:
         left_s = self.wait_left_s(now)
         if self.wait_max_s <= 0 or left_s <= 0 or self.plan is None:
             return None
-        return max(TRIAL_SPACING_S, left_s / max(1, self.plan.attempts_left))
+        return left_s / max(1, self.plan.attempts_left)
 
 
 def trail(exchange: Exchange) -> str:

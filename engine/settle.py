@@ -37,6 +37,7 @@ from protection import (
     Rests,
     Reward,
     Skip,
+    SpaceTrials,
     UpstreamError,
     costs,
 )
@@ -47,10 +48,9 @@ from records.keys import set_key_status
 from records.metrics import Metrics
 from records.rows import Row
 from router import Router
+from routing.route import Route, Rung
 from routing.standing import Protection
 from wire.chat import Chat
-
-PAUSE_S_MIN = 1.0  # between two of a waiting request's own trials
 
 
 class Books:
@@ -101,7 +101,6 @@ class Books:
         self.charge(exchange, attempt, now)
         if route.trial:
             self._metrics.trial(row.status)
-            self._freed()
         exchange.status = row.status
         exchange.ended.append(Ended(row, int(route.rung), running.hedge))
         if not row.drill:
@@ -117,7 +116,23 @@ class Books:
                     self.apply(effect, exchange, attempt, now)
         finally:
             if attempt.route.trial:
-                self._protection.trials.pop(attempt.route.model.id, None)
+                self._end_trial(attempt.route, failed=isinstance(attempt.outcome, Failed))
+
+    def committed(self, attempt: Attempt) -> None:
+        """An attempt has begun to answer: what was tried is back, however long its answer will take."""
+        route, now = attempt.route, time.monotonic()
+        if self._protection.answered(route.key.id, route.model.id, now):
+            self._freed()
+        if route.trial:
+            self._protection.end_rests(route.key.id, route.model.id, attempt.started, now)
+            self._end_trial(route, failed=False)
+
+    def _end_trial(self, route: Route, *, failed: bool) -> None:
+        """Give a trial back. After one that failed what rests keeps its distance, so nobody needs to look."""
+        if self._protection.trials.release(route.model.id, route.tried_at) and (
+            not failed or route.rung < Rung.RESTING
+        ):
+            self._freed()
 
     def apply(self, effect: Effect, exchange: Exchange, attempt: Attempt, now: float) -> None:
         """Change state by one effect of this attempt. Those of a success come first: they are the most frequent."""
@@ -125,8 +140,10 @@ class Books:
         protection, sessions = self._protection, self._protection.sessions
         match effect:
             case EndRests():
-                if protection.end_rests(key.id, model.id, attempt.started):
+                if protection.end_rests(key.id, model.id, attempt.started, now):
                     self._freed()
+            case SpaceTrials():
+                protection.space_trials(key.id, model.id, now)
             case MarkKey(status, error):
                 self._mark_key(key.id, status, error)
             case Reward():
@@ -163,15 +180,23 @@ class Books:
             keys_left = self._router.keys_left(route, exchange.plan, now)
         level = self._protection.level(route.model.platform.id)
         strikes = self._protection.strikes.get((route.key.id, route.model.id), 0)
-        return Facts(level, keys_left, strikes, self._rests)
+        return Facts(level, keys_left, strikes, self._rests, route.trial)
 
     def _feed_gate(self, attempt: Attempt, ok: bool, now: float) -> None:
         router, model = self._router, attempt.route.model
         if ok and not router.gates.knows(model.id):  # the usual case: nothing to remember
             return
         hold = not ok and router.gates_hold(model, now)
-        rate, began = router.success_rate(model), attempt.started
-        change = router.gates.feed(model.id, ok=ok, rate=rate, hold=hold, began=began, now=now, rng=self._rng)
+        change = router.gates.feed(
+            model.id,
+            ok=ok,
+            rate=router.success_rate(model),
+            hold=hold,
+            began=attempt.started,
+            now=now,
+            rng=self._rng,
+            trial=attempt.route.trial,
+        )
         if change is not None:
             self._log.write("info", f"gate_{change}", model=model.label)
             if change == "closed":

@@ -101,8 +101,8 @@ class Store:
         return self._writer.submit(self._transaction, work).result()
 
     def write_later(self, name: Hashable, work: Callable[[sqlite3.Connection], object]) -> None:
-        """`write` without waiting. While the database takes nothing the work is owed, and done before whatever is
-        written next, be it the log; work of the same name takes its place."""
+        """`write` without waiting. If the database is locked or full the work is kept and done before the next write of
+        any kind; newer work of the same name replaces it."""
         self._writer.submit(self._owe, name, work)
 
     def _owe(self, name: Hashable, work: Callable[[sqlite3.Connection], object]) -> None:
@@ -116,15 +116,14 @@ class Store:
     def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
         with transaction(self._db) as db:
             for owed in self._owed.values():
-                with suppress(*UNSTORABLE):  # like a row, it must not hold up the rest
+                with suppress(*UNSTORABLE):  # it must not block the rest
                     owed(db)
             done = work(db)
         self._owed.clear()
         return done
 
     def _write_rows(self, rows: Sequence[Row]) -> int:
-        """Gives how many had to be left out because SQLite cannot hold what is in them: such a row must not keep the
-        others waiting for ever."""
+        """Gives how many rows SQLite cannot hold and were left out: one such row must not block all others."""
         try:
             self._transaction(lambda db: insert_rows(db, rows))
             return 0
@@ -152,10 +151,10 @@ class Store:
         await self._tried()
 
     async def _tried(self) -> None:
-        """Wait for the batch that is being written, whatever becomes of it: a log never fails who waits for it."""
+        """Wait for the batch that is being written. Its failure is dealt with by `_written`, not here."""
         if self._writing is not None:
             (done,), _ = await asyncio.wait([asyncio.wrap_future(self._writing)])
-            done.exception()  # `_written` deals with it
+            done.exception()  # retrieved, or asyncio would log it
 
     def _arm(self, delay_s: float) -> None:
         if self._timer is None and self._writing is None:

@@ -12,7 +12,6 @@ from records.vault import Vault
 from routing.catalog import WRITTEN, KeyStatus, Platform, how_written, is_templated
 
 
-# What the gateway asks of the database. Each is one transaction's work, for `write` or `read`.
 def client_key(db: sqlite3.Connection, vault: Vault) -> tuple[str, bool]:
     """The API key kept in `settings`, and whether it was made just now."""
     row = db.execute("SELECT value FROM settings WHERE key = 'api_key'").fetchone()

@@ -19,6 +19,7 @@ from records.rows import Row
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 # Each twice the one before: from a cached answer on fast hardware to a reasoning model's long silence.
 BOUNDS_MS = (50, 100, 200, 400, 800, 1_600, 3_200, 6_400, 12_800, 25_600, 51_200, 102_400)
+WAIT_RESULTS = {"success": "served", "error": "in_vain", "cancelled": "left"}
 BOUNDS_S = [*(str(ms / 1000) for ms in BOUNDS_MS), "+Inf"]
 
 
@@ -102,8 +103,9 @@ class Metrics:
         """Count events of providers' streams that were not JSON and were skipped (SPEC 6.3)."""
         self._malformed += events
 
-    def waited(self, result: str) -> None:
-        """Count a request that waited for a route: `served`, `in_vain`, or `left` by its client."""
+    def waited(self, status: str) -> None:
+        """Count a request that waited for a route, when it has ended: `served`, `in_vain`, or `left` by its client."""
+        result = WAIT_RESULTS[status]
         self._waits[result] = self._waits.get(result, 0) + 1
 
     def trial(self, result: str) -> None:

@@ -45,6 +45,7 @@ class Gates:
     def __init__(self) -> None:
         self._gates: dict[int, Gate] = {}
         self._open: set[int] = set()
+        self._held: dict[int, float] = {}  # models whose gates would have opened but for `hold`, and until when
         self._requests = 0
 
     def arrived(self) -> None:
@@ -60,6 +61,12 @@ class Gates:
 
     def any_open(self) -> bool:
         return bool(self._open)
+
+    def doubted(self, now: float) -> Collection[int]:
+        """The models whose gates are held, lately: others are better first, if there are any without doubts."""
+        if self._held:
+            self._held = {model: until for model, until in self._held.items() if until > now}
+        return self._held
 
     def trial_due(self, model: int, now: float, *, arriving: int = 0) -> bool:
         """Whether the next request should try this model first although its gate is open. `arriving` requests have not
@@ -77,21 +84,35 @@ class Gates:
             gate.requests_at_trial, gate.tried_at = self._requests, now
 
     def feed(
-        self, model: int, *, ok: bool, rate: float, hold: bool, began: float, now: float, rng: Random
+        self,
+        model: int,
+        *,
+        ok: bool,
+        rate: float,
+        hold: bool,
+        began: float,
+        now: float,
+        rng: Random,
+        trial: bool = True,
     ) -> str | None:
         """Hear of the outcome of an attempt that began then. `rate` is the model's slow success rate; `hold` keeps a
-        closed gate from opening. Gives `opened`, `closed`, `failed` (a trial) or None."""
+        closed gate from opening. Gives `opened`, `closed`, `failed` (a trial) or None.
+
+        Of failures, an open gate hears of trials alone: clients that insist on the model would push the next trial out
+        of reach.
+        """
         gate = self._gates.get(model)
         if gate is None:
             if ok:  # a sum never falls below zero, so there is nothing to remember
                 return None
             gate = self._gates[model] = Gate()
         if gate.opened_at is not None:
-            if began < gate.opened_at:  # one of a crowd that was on its way: it knows nothing new
+            if began < gate.opened_at or not (ok or trial):  # one of a crowd that was on its way knows nothing new
                 return None
             return self._trial_ended(model, gate, ok, now, rng)
         if ok:
             gate.sum = max(0.0, gate.sum + log(WORSE))
+            self._held.pop(model, None)
             return None
         rate = min(max(rate, RATE_MIN), RATE_MAX)
         gate.sum += log((1 - WORSE * rate) / (1 - rate))
@@ -99,8 +120,10 @@ class Gates:
             return None
         if hold:
             gate.sum = THRESHOLD
+            self._held[model] = now + MASS_S
             return None
         self._open.add(model)
+        self._held.pop(model, None)
         self._gates[model] = Gate(opened_at=now, trial_at=now + jittered(TRIAL_S, rng), tried_at=now)
         self._gates[model].requests_at_trial = self._requests
         return "opened"
@@ -126,6 +149,7 @@ class Gates:
         """The operator's wish; gives how many were open."""
         closed = len(self._open)
         self._open.clear()
+        self._held.clear()
         self._gates.clear()
         return closed
 
@@ -134,6 +158,7 @@ class Gates:
         for model in [model for model in self._gates if model not in models]:
             del self._gates[model]
             self._open.discard(model)
+            self._held.pop(model, None)
 
     def _trial_ended(self, model: int, gate: Gate, ok: bool, now: float, rng: Random) -> str | None:
         if not ok:

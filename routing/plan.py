@@ -11,12 +11,12 @@ from math import inf
 
 from protection import Scope, Skip
 from routing.catalog import Key, Model
-from routing.cooldowns import TRIAL_SPACING_S
 from routing.explain import Draws, Moment
 from routing.route import Route, Rung
 from wire.chat import Need
 
 DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
+LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +53,13 @@ class Plan:
     trial: int | None = None  # a model whose open gate this request tries first
     forgiven: set[int] = field(default_factory=set)  # models that may go on with their own answer, with another key
     floored: bool = False  # the client's floor has kept models out that would fit
+    patient: bool = False  # it waits rather than join a crowd at what has just come back
     attempts_left: int = 20
-    failed: dict[int, float] = field(default_factory=dict)  # models, and when each may be asked again; inf: never
+    reserve: int = LAST_ATTEMPTS  # of these attempts: they are spread over the wait where every platform was asked
+    failed: dict[int, float] = field(default_factory=dict)  # models, and when each failed; inf: never to be asked again
     failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
-    again_at: float = 0.0  # nothing that has failed is asked again before
+    failed_at: float = 0.0  # the last time
+    again_at: float = 0.0  # nothing that has failed is asked again before, unless it has answered others since
     draws: Draws | None = None  # the scores that made the order
     passed: dict[int, Blocked] = field(default_factory=dict)  # what stood in a model's way when its turn first came
     skipped: dict[int, Model] = field(default_factory=dict)
@@ -65,6 +68,7 @@ class Plan:
     times_failed: dict[tuple[int, int], int] = field(default_factory=dict)  # by key (0: all of them) and model
     blocked: dict[int, Blocked] = field(default_factory=dict)
     wait_s: float | None = None  # until the soonest of what is blocked comes back
+    on_trial: bool = False  # another request is trying one of them, and may be done at any moment
     cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
 
     def complete(self) -> list[Model]:
@@ -82,26 +86,34 @@ class Plan:
             yield from self.complete()[len(known) :]
 
     def note_failure(self, route: Route, skip: Skip, now: float, pause_s: float | None) -> None:
-        """Leave alone what failed. `pause_s` is how long before it may be tried again; None: never."""
-        model, again = route.model, inf
-        if skip.again and pause_s is not None:
-            again = now + TRIAL_SPACING_S
-            if model.id in self.failed or (route.key.id, model.id) in self.failed_keys:  # tried again, in vain
+        """Leave alone what failed. `pause_s` is how long a request that waits spares its attempts once something has
+        failed twice, or few are left; None: it does not wait, so nothing is asked again."""
+        model, failed_at = route.model, inf
+        self.failed_at = now
+        if pause_s is not None:
+            again = model.id in self.failed or (route.key.id, model.id) in self.failed_keys
+            if skip.again:
+                failed_at = now
+            if (skip.again and again) or self.attempts_left <= self.reserve:
                 self.again_at = max(self.again_at, now + pause_s)
         self.platform_failures[model.platform.id] = self.platform_failures.get(model.platform.id, 0) + 1
         failed = (route.key.id if skip.scope is Scope.KEY else 0, model.id)
         self.times_failed[failed] = self.times_failed.get(failed, 0) + 1
         if skip.scope is Scope.KEY:
             self.key_failures[model.id] = self.key_failures.get(model.id, 0) + 1
-            self.failed_keys[route.key.id, model.id] = again
+            self.failed_keys[route.key.id, model.id] = failed_at
         elif skip.scope is Scope.WINDOW:
             self.skip_window(model)
         else:
-            self.skip(model, again)
+            self.skip(model, failed_at)
 
-    def skip(self, model: Model, again: float = inf) -> None:
+    def skip(self, model: Model, failed_at: float = inf) -> None:
         self.skipped[model.id] = model
-        self.failed[model.id] = again
+        self.failed[model.id] = failed_at
+
+    def spares(self, model: Model) -> bool:
+        """Whether the few attempts that are left are too good for more of the same platform just now."""
+        return self.attempts_left <= self.reserve and model.platform.id in self.platform_failures
 
     def skip_window(self, model: Model) -> None:
         """The request is too long for this model, so for every model that holds no more."""
@@ -110,13 +122,15 @@ class Plan:
                 self.skip(other)
         self.skip(model)
 
-    def continue_like(self, route: Route, again: float, other_keys: bool) -> None:
-        """An answer of this route broke: the same model goes on with it if it can, then its family (SPEC 14.3)."""
+    def continue_like(self, route: Route, failed_at: float, other_keys: bool) -> None:
+        """An answer of this route broke then (inf: the route is not asked again): the same model goes on with it if it
+        can, then its family (SPEC 14.3)."""
         model = route.model
         if other_keys:
             self.failed.pop(model.id, None)
-            self.failed_keys[route.key.id, model.id] = again
+            self.failed_keys[route.key.id, model.id] = failed_at
             self.forgiven.add(model.id)
+            self.times_failed[route.key.id, model.id] = self.times_failed.pop((0, model.id), 1)  # blame the key alone
 
         def distance(other: Model) -> int:
             same_family = model.family is not None and other.family == model.family
@@ -155,7 +169,7 @@ class Plan:
         return replace(
             self, need=moment.need, order=known + later, more=None, banned=set(moment.banned), trial=moment.trial,
             forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={},
-            key_failures={}, times_failed={},
+            key_failures={}, times_failed={}, patient=False,
         )  # fmt: skip
 
     def skipped_labels(self) -> list[str]:

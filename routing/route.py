@@ -26,10 +26,11 @@ FIRST_TRIAL = Rung.DOUBTED  # from this rung on a model is asked by one request 
 @dataclass(frozen=True, slots=True)
 class Route:
     """A (model, key) pair chosen for one attempt. `trial`: whoever holds it is the only one who asks this model, until
-    the attempt is settled."""
+    the attempt is committed or settled."""
 
     model: Model
     key: Key
     reservation: Reservation | None
     rung: Rung = Rung.FREE
     trial: bool = False
+    tried_at: float = 0.0  # by which the trial is given back

@@ -10,8 +10,9 @@ from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass
 
 from protection import HINTLESS_STEPS, Level, RestKey
-from routing.cooldowns import COOLDOWNS_MAX, Cooldowns
+from routing.cooldowns import COOLDOWNS_MAX, FOLLOWERS_LIMITED, TRIAL_SPACING_S, Cooldowns
 from routing.sessions import Banned, Session, Sessions, Uses
+from routing.trials import Trials
 
 
 @dataclass(eq=False, slots=True)
@@ -50,13 +51,23 @@ NO_STANDING = Standing()
 class Protection:
     """All protection state of one gateway."""
 
-    def __init__(self, *, levels: Mapping[str, Level], sticky_ttl_s: float, thread_cooldown_s: float) -> None:
+    def __init__(
+        self,
+        *,
+        levels: Mapping[str, Level],
+        sticky_ttl_s: float,
+        thread_cooldown_s: float,
+        trial_spacing_s: float = TRIAL_SPACING_S,
+    ) -> None:
         self.levels = dict(levels)
         self.sessions = Sessions(sticky_ttl_s)
-        self.transient: Cooldowns[int] = Cooldowns()
-        self.keys: Cooldowns[tuple[int, int]] = Cooldowns()  # (key, model)
+        self.transient: Cooldowns[int] = Cooldowns(spacing_s=trial_spacing_s)
+        self.keys: Cooldowns[tuple[int, int]] = Cooldowns(  # (key, model)
+            spacing_s=trial_spacing_s, followers=FOLLOWERS_LIMITED
+        )
         self.strikes: dict[tuple[int, int], int] = {}  # 429s in a row that named no time, by (key, model)
-        self.trials: dict[int, float] = {}  # models being tried although they rest, and since when (SPEC 4.10)
+        self.trials = Trials(trial_spacing_s)
+        self.trial_spacing_s = trial_spacing_s
         self.active: set[Active] = set()
         self._thread_cooldown_s = thread_cooldown_s
         self._model_uses = Uses()
@@ -117,11 +128,21 @@ class Protection:
                 del self.strikes[next(iter(self.strikes))]
             self.strikes[key, model] = min(self.strikes.get((key, model), 0) + 1, HINTLESS_STEPS)
 
-    def end_rests(self, key: int, model: int, began: float) -> bool:
+    def end_rests(self, key: int, model: int, began: float, now: float) -> bool:
         """Carry EndRests out; whether something had rested."""
         self.strikes.pop((key, model), None)
-        lifted = self.transient.lift(model, began)
-        return self.keys.lift((key, model), began) or lifted
+        lifted = self.transient.lift(model, began, now)
+        return self.keys.lift((key, model), began, now) or lifted
+
+    def answered(self, key: int, model: int, now: float) -> bool:
+        """An answer has begun; whether that makes room for others at what has just rested."""
+        room = self.transient.answered(model, now)
+        return self.keys.answered((key, model), now) or room
+
+    def space_trials(self, key: int, model: int, now: float) -> None:
+        """Carry SpaceTrials out."""
+        self.transient.failed(model, now)
+        self.keys.failed((key, model), now)
 
     def bans(self, now: float) -> list[tuple[str, dict[str, Banned]]]:
         return [(key, session.bans) for key, session in self.sessions.active(now) if session.banned(now)]
@@ -130,7 +151,7 @@ class Protection:
         """End every session's bans; gives how many there were."""
         return self.sessions.lift_bans(now)
 
-    def clear_cooldowns(self) -> None:
-        self.transient.clear()
-        self.keys.clear()
+    def clear_cooldowns(self, now: float) -> None:
+        self.transient.clear(now)
+        self.keys.clear(now)
         self.strikes.clear()

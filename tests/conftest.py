@@ -33,6 +33,7 @@ import gateway
 from config.settings import load_settings
 from records.database import Store
 
+pytest.register_assert_rewrite("browsing")  # the browser's tests and their fixtures stand in one folder
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent
 API_KEY = "fw-test-0123456789abcdef"

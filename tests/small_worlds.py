@@ -84,7 +84,7 @@ class World:
     def fail(self, plan: Plan, route: Route) -> None:
         rng, model = self.rng, route.model
         if route.trial:
-            self.protection.trials.pop(model.id, None)
+            self.protection.trials.restore((), NOW)
         if rng.random() < 0.3:
             self.protection.transient.set(model.id, self.now + 15, self.now)
         if rng.random() < 0.2:
@@ -165,7 +165,7 @@ def disturb(world: World) -> None:
         if rng.random() < 0.2:
             router.penalties.add(model.id, NOW)
         if rng.random() < 0.1:
-            protection.trials[model.id] = NOW
+            protection.trials.take(model.id, NOW)
         if rng.random() < 0.15:
             while (
                 router.gates.feed(model.id, ok=False, rate=0.9, hold=False, began=NOW - 60, now=NOW - 60, rng=rng)

@@ -263,3 +263,14 @@ async def test_other_spellings_of_the_address_are_known(start_gateway, fake):
     assert DONE not in got.body
     fake.script("a", completion(None, message={"refusal": "No."}))
     assert (await post(gateway)).json["choices"][0]["text"] == "No."
+
+
+async def test_a_completion_and_a_chat_of_the_same_words_are_two_requests(start_gateway, fake):
+    gateway = await start_gateway({"a": {"completions": True}}, {"CACHE_MB": "1"})
+    fake.script("a", own_endpoint("from memory"), error(500))
+
+    answers = [await post(gateway, stream=streaming) for streaming in (False, False, True)]
+
+    assert [got.headers["X-Cache"] for got in answers[1:]] == ["hit", "hit"]
+    assert answers[1].json["choices"][0]["text"] == text_of(stream_of(answers[2])) == "from memory"
+    assert (await post(gateway, prompt="something else")).status >= 500

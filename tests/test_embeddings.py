@@ -240,6 +240,30 @@ async def test_limits_count_as_for_chat(start_gateway, fake):
     assert [told(await post(gateway))[0][0] for _ in range(4)] == [1.0, 1.0, 2.0, 2.0]
 
 
+async def test_no_vectors_come_from_memory(start_gateway, fake):
+    gateway = await start_gateway(platforms("a"), {"CACHE_MB": "1"})
+    fake.script("a", vectors(1.0), vectors(2.0))
+
+    assert [told(await post(gateway))[0][0] for _ in range(2)] == [1.0, 2.0]
+
+
+async def test_texts_go_only_to_those_who_do_not_train_on_them_where_that_is_asked_for(start_gateway, fake):
+    gateway = await start_gateway(
+        {
+            "a": {"trains_on_prompts": True, "model": embedder("a-e")},
+            "b": {"trains_on_prompts": False, "model": embedder("b-e")},
+            "c": {"trains_on_prompts": True, "model": embedder("c-e", "g")},
+        }
+    )
+    fake.script("b", vectors(2.0))
+    private = {"x-privacy": "no-train"}
+
+    assert told(await post(gateway, headers=private)) == [vector(2.0)]
+    assert told(await post(gateway, headers=private, model="auto")) == [vector(2.0)]
+    assert_error(await post(gateway, headers=private, model="c-e"), 403, "routing_error", "no_private_route")
+    assert fake.called == ["b", "b"]
+
+
 # --- Lengths ----------------------------------------------------------------------------------------------------------
 
 

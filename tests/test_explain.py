@@ -48,7 +48,7 @@ def state_of(world: World) -> object:
     router, protection = world.router, world.protection
     return copy.deepcopy(
         (
-            dict(router.gates._gates), router.gates._requests, protection.trials, protection.active,
+            dict(router.gates._gates), router.gates._requests, protection.trials.snapshot(), protection.active,
             dict(protection.sessions._by_key), router._turn, protection.strikes,
             {id: (len(a.minute), a.day_requests) for id, a in router.ledger._accounts.items() if a.minute},
         )

@@ -346,10 +346,10 @@ def test_a_trial_goes_first_with_failover_behind_it_and_one_request_has_it(world
     trial = world.router.next_route(plan, now)
 
     assert (trial.model.id, trial.trial) == (1, True)
-    assert world.protection.trials == {1: now}
+    assert dict(world.protection.trials.running()) == {1: now}
     assert world.router.next_route(world.plan(now=now), now).model.id == 2
     world.fail(trial, Failure.EMPTY, now, plan=plan)
-    assert world.protection.trials == {}
+    assert not dict(world.protection.trials.running())
     assert world.router.next_route(plan, now).model.id == 2
 
 

@@ -46,7 +46,7 @@ SQL = re.compile(r"\b(SELECT\s.+\sFROM|INSERT\s+INTO|UPDATE\s+\w+\s+SET|DELETE\s
 
 MODULES = {path.stem: path for path in ROOT.glob("*.py")}
 MODULES |= {f"{folder}.{path.stem}": path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
-SOURCES = [*MODULES.values(), *(ROOT / "tests").glob("*.py"), *(ROOT / "bench").glob("*.py")]
+SOURCES = [*MODULES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "bench").glob("*.py")]
 
 
 def layer(module: str) -> str:

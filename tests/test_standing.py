@@ -67,12 +67,12 @@ def test_what_rests_may_be_tried(failures, trial_at):
 def test_a_success_ends_a_rest_unless_that_was_set_after_it_began():
     cooldowns = Cooldowns[str]()
     cooldowns.set("a", until=100.0, now=5.0)
-    assert not cooldowns.lift("a", began=4.0)
+    assert not cooldowns.lift("a", began=4.0, now=6.0)
     assert cooldowns.left("a", 6.0) == 94.0
 
-    assert cooldowns.lift("a", began=5.5)
+    assert cooldowns.lift("a", began=5.5, now=6.0)
     assert cooldowns.left("a", 6.0) == 0.0
-    assert not cooldowns.lift("a", began=9.0)
+    assert not cooldowns.lift("a", began=9.0, now=9.0)
 
 
 def test_listing_cooldowns_shows_those_that_last_and_forgets_the_others():
@@ -82,7 +82,7 @@ def test_listing_cooldowns_shows_those_that_last_and_forgets_the_others():
 
     assert dict(cooldowns.active(now=15.0)) == {"b": 5.0, "c": 15.0}
     assert len(cooldowns) == 2
-    cooldowns.clear()
+    cooldowns.clear(now=0.0)
     assert dict(cooldowns.active(now=15.0)) == {}
 
 

@@ -160,7 +160,7 @@ class World:
 
     def lease(self, id: int, now: float = NOW) -> None:
         """Another request is trying this model."""
-        self.protection.trials[id] = now
+        self.protection.trials.take(id, now)
 
     def forget(self, id: int) -> None:
         """The model leaves the catalogue."""
