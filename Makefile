@@ -8,7 +8,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := .
 SECONDS ?= 300
 
-.PHONY: all run test test-browser browser check fmt clean bench soak hostile chaos
+.PHONY: all run test test-browser browser check fmt clean bench soak hostile chaos drill doctor
 
 all: check test
 
@@ -47,6 +47,12 @@ check: $(DEV)
 fmt: $(DEV)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+drill: $(RUNTIME)
+	$(BIN)/python gateway.py drill
+
+doctor: $(RUNTIME)
+	$(BIN)/python gateway.py doctor
 
 bench: $(DEV)
 	$(BIN)/python bench/run.py

@@ -29,6 +29,7 @@ from starlette.routing import Route, Router
 from adapters.registry import ADAPTERS
 from admin.api import admin_routes
 from admin.bodies import json_response, resource
+from admin.commands import COMMANDS
 from admin.control import Control
 from admin.discovery import keep_discovering
 from admin.page import Page
@@ -321,7 +322,9 @@ def announce(app: Gateway, port: int) -> None:
 
 
 def main() -> int:
-    """Run until a signal; 0 after an orderly stop, 2 when it cannot start."""
+    """Run until a signal; 0 after an orderly stop, 2 when it cannot start. With a command's word, that instead."""
+    if sys.argv[1:2] and (command := COMMANDS.get(sys.argv[1])) is not None:
+        return command(sys.argv[2:], os.environ, Path.cwd(), lambda line: print(line, flush=True))
     try:
         settings = load_settings(sys.argv[1:], os.environ, Path.cwd())
         listener = listener_of(settings)

@@ -23,6 +23,9 @@ WHOLE_MAX = 10**12  # 31 years in milliseconds: above it a clock would overflow,
 CACHE_MB_MAX = 1_000_000  # more memory than any machine has
 
 
+EPILOG = "Instead of serving: `gateway.py doctor`, `clients` or `drill`, with the same flags after the word."
+
+
 class SettingsError(Exception):
     """The start stops; the text is one line for the operator."""
 
@@ -208,7 +211,8 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], cwd: Path) ->
 
 
 def parse_flags(argv: Sequence[str]) -> dict[str, str | None]:
-    parser = argparse.ArgumentParser(prog="gateway.py", description="One endpoint over many LLM providers.")
+    about = "One endpoint over many LLM providers."
+    parser = argparse.ArgumentParser(prog="gateway.py", description=about, epilog=EPILOG)
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", help="port to listen on (default 8000; 0 picks a free one)")
     parser.add_argument("--db", help="SQLite file (default gateway.db)")

@@ -38,7 +38,7 @@ OWNED = {
     "sqlite3": {
         f"records.{name}" for name in ("database", "rows", "keys", "models", "controls", "clients", "analytics")
     }
-    | {"records.request_log"},
+    | {"records.checkup", "records.request_log"},
     "cryptography": {"records.vault"},
     "prometheus_client": {"records.metrics"},
 }

@@ -5,6 +5,7 @@ import timeit
 
 import pytest
 from fake_provider import DONE, PAUSE, answer, chunk, error, event, sse
+from families import FAMILIES
 from prometheus_client.parser import text_string_to_metric_families
 
 from records.metrics import Histogram, Metrics
@@ -141,20 +142,6 @@ async def test_no_key_prompt_or_answer_is_in_it(start_gateway, fake):
     for secret in ("very-secret", "secret-prompt", "secret-answer", gateway.api_key, "sk-"):
         assert secret not in body
     assert 'kind="success"' in body
-
-
-FAMILIES = {
-    "freeway_requests": "counter", "freeway_attempts": "counter", "freeway_failovers": "counter",
-    "all_models_exhausted": "counter", "freeway_transient_cooldowns": "gauge", "freeway_key_cooldowns": "gauge",
-    "freeway_bans": "gauge", "freeway_sessions": "gauge", "freeway_active_attempts": "gauge",
-    "freeway_running_requests": "gauge", "freeway_tokens": "counter", "freeway_attempt_duration_seconds": "histogram",
-    "freeway_first_token_seconds": "histogram", "freeway_routable_models": "gauge", "freeway_log_queue_rows": "gauge",
-    "freeway_log_dropped_rows": "counter", "freeway_log_dropped_lines": "counter",
-    "freeway_malformed_events": "counter", "freeway_tasks": "gauge",
-    "freeway_gates_open": "gauge", "freeway_trials": "counter", "freeway_waiting": "gauge", "freeway_waits": "counter",
-    "freeway_rescues": "counter", "freeway_hedges": "counter", "freeway_cache": "counter",
-    "freeway_cache_bytes": "gauge",
-}  # fmt: skip
 
 
 async def test_every_family_is_there_from_the_start_and_no_client_can_add_a_series(start_gateway, fake):
