@@ -40,7 +40,7 @@ def base_url(platform: Platform, key: Key) -> tuple[str, str]:
 
 
 def call_headers(credential: dict[str, str], quirks: Mapping[str, Any]) -> dict[str, str]:
-    """Of every call to a platform."""
+    """The headers of every call to a platform."""
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", "User-Agent": USER_AGENT}
     return {**headers, **credential, **quirks.get("headers", {})}
 
@@ -59,7 +59,8 @@ class Translator(Protocol):
 
     @property
     def plain_text(self) -> Callable[[Any], str | None] | None:
-        """Gives the text of a chunk that holds nothing else and so need not be fed; None while all have to be."""
+        """A function that gives the text of a chunk which holds nothing else, and so need not be fed. None while every
+        chunk has to be fed."""
 
     @property
     def finishing(self) -> bool:
@@ -75,7 +76,8 @@ class Translator(Protocol):
 
     @property
     def held_chars(self) -> int:
-        """Of tool calls, ever; what grows here is progress, though nothing goes out."""
+        """How much of tool calls has ever been held back. While it grows the model is answering, though nothing goes
+        out."""
 
     def feed(self, raw: bytes, payload: bytes, chunk: dict[str, Any]) -> list[Event]:
         """The events that this chunk amounts to; its raw frame goes out unchanged where nothing had to change.
@@ -97,16 +99,18 @@ class Adapter(Protocol):
         """`bare`: without what platforms gave out for themselves, because this one has refused it."""
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
-        """Of every call; the secret is in one of them."""
+        """The headers of every call; one of them carries the secret."""
 
     def plain_answer(self, body: Any, chat: Chat) -> str | None:
-        """The text of a whole answer in OpenAI's form that is nothing else, so that it can go out as it came."""
+        """The text of a whole answer that is nothing but text in OpenAI's form, and so can go out as it came; None for
+        any other."""
 
     def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion | None:
-        """A whole answer; None when this is none. Raises UpstreamError for one that says it failed."""
+        """A whole answer in the one form; None for a body that is no answer. Raises UpstreamError for one that says it
+        failed."""
 
     def translator(self, tally: Tally, chat: Chat, *, whole_calls: bool = True) -> Translator:
-        """Of one stream; with `whole_calls` a tool call goes out when it is complete (SPEC 14.7)."""
+        """The translator of one stream. With `whole_calls` a tool call goes out when it is complete (SPEC 14.7)."""
 
 
 @dataclass(slots=True)

@@ -55,7 +55,7 @@ class Fault:
     code: str | None
     message: str
     sure: bool = False  # the body knows better than the HTTP status it came with
-    daily: bool = False  # a quota that comes back only with the platform's next day, whatever else it hints
+    daily: bool = False  # a quota of the day: it comes back when the platform's next day begins, not when a hint says
 
 
 def wrapped(body: Mapping[str, Any], quirks: Mapping[str, Any] = NO_QUIRKS) -> Fault | None:

@@ -68,7 +68,7 @@ class Signatures:
         return held[0] if held is not None and held[1] > now else None
 
     def like(self, name: str, args: object, now: float) -> str | None:
-        """Of the last call that read so."""
+        """The signature of the last call with this name and these arguments."""
         return self.get(canonical(name, args), now)
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class GeminiAdapter:
         return api_key_headers(secret, quirks)
 
     def plain_answer(self, body: object, chat: Chat) -> str | None:
-        return None  # an answer in this form has to be translated
+        return None  # every answer on this wire has to be translated
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         reader = GeminiReader(Tally(), chat, self._signatures, self._clock())
@@ -127,7 +127,7 @@ class GeminiAdapter:
         whole = {**reader.head, "object": "chat.completion", "choices": [choice]}
         if reader.usage:
             whole["usage"] = reader.usage
-        mend_completion(whole, chat)  # its open models write thoughts and calls as text, too
+        mend_completion(whole, chat)  # the open models on this platform write thoughts and calls as text, too
         return Completion(dump(whole), whole)
 
     def translator(self, tally: Tally, chat: Chat, *, whole_calls: bool = True) -> ChunkTranslator:
@@ -405,7 +405,7 @@ class GeminiReader:
             raise filtered(str(feedback["blockReason"]), str(feedback.get("blockReasonMessage") or ""))
 
     def _part(self, part: JSON, text: str | None) -> None:
-        """One part, its text apart. What is neither a call nor text is nothing that chat clients know."""
+        """One part; its text is given apart. Other kinds of parts mean nothing to chat clients and are left out."""
         call = part.get("functionCall")
         if isinstance(call, dict):
             self.calls.append(self._call(call, part.get("thoughtSignature")))

@@ -1,6 +1,5 @@
-"""Legacy completions at platforms that have an endpoint for them: the request out, the answers back in chat's form.
-
-A text that comes back is told as an assistant's words, so that nothing behind the adapter knows the difference. No I/O.
+"""Legacy completions at platforms that have an endpoint for them: the request. Their answers say `text` where chat says
+`message` or `delta`, which shapes.py puts right for every answer. No I/O.
 """
 
 from __future__ import annotations
@@ -38,20 +37,3 @@ def legacy_request(model: Model, key: Key, chat: Chat) -> Request:
     text = {name: body.pop(name) for name in ("prompt", "suffix") if name in body}  # no rule about fields touches them
     apply_quirks(body, model.quirks, model.answer_max(chat.prompt_tokens))
     return Request(endpoint(model, key), dump({**text, **body}))
-
-
-def told_in_chat(choice: JSON, part: str) -> bool:
-    """Puts a choice's text where chat has it: into its `message` or its `delta`. False when it is there already."""
-    text = choice.get("text")
-    if part in choice or not isinstance(text, str):
-        return False
-    del choice["text"]
-    choice[part] = {"role": "assistant", "content": text} if part == "message" else {"content": text}
-    return True
-
-
-def told_in_chat_whole(body: JSON) -> bool:
-    """The same for a whole answer."""
-    choices = body.get("choices")
-    told = [told_in_chat(c, "message") for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
-    return any(told)

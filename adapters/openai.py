@@ -12,7 +12,7 @@ from typing import Any
 
 from adapters.base import Request, base_url, bearer_headers, piece_of
 from adapters.embeddings import embedding_request
-from adapters.legacy import legacy_request, takes_prompts, told_in_chat, told_in_chat_whole
+from adapters.legacy import legacy_request, takes_prompts
 from adapters.plain import find_usage, plain_answer, plain_text
 from adapters.quirks import given_back, holds_any, outgoing
 from adapters.shapes import joined_text, put_right, well_formed, well_formed_answer
@@ -67,10 +67,9 @@ class OpenAIAdapter:
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         if body.get("choices", body) in ([], None):
             raise UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
-        changed = chat.legacy is not None and told_in_chat_whole(body)
-        if not well_formed_answer(body):
+        changed = not well_formed_answer(body)
+        if changed:
             put_right(body, raw, "message")
-            changed = True
         if not body["choices"] or not all(choice.get("message") for choice in body["choices"]):
             return None
         return Completion(dump(body) if mend_completion(body, chat) or changed else raw, body)
@@ -209,7 +208,6 @@ class ChunkMender:
 
     def __init__(self, tally: Tally, chat: Chat, *, whole_calls: bool) -> None:
         self._tally = tally
-        self._legacy = chat.legacy is not None  # its chunks may be those of an endpoint for prompts
         self._calls = StreamedCalls(chat)
         self._whole = WholeCalls(chat) if whole_calls else None
         tools = declared_tools(chat.body) if chat.need.tools else {}
@@ -245,32 +243,18 @@ class ChunkMender:
         return (self._whole.taken_chars if self._whole else 0) + (self._gate.taken_chars if self._gate else 0)
 
     def feed(self, raw: bytes, payload: bytes, chunk: JSON) -> list[Event]:
-        changed = not well_formed(chunk)
-        if changed:
-            put_right(chunk, payload, "delta")
-        choices = chunk.get("choices")
-        changed |= self._note_usage(chunk, raw)
-        if not choices:  # usage goes out once and last; anything else here would only break clients
+        changed = self._put_right(raw, payload, chunk)
+        if not chunk.get("choices"):  # usage goes out once and last; anything else here would only break clients
             return []
-        choice = choices[0]
-        if self._legacy:
-            changed |= told_in_chat(choice, "delta")
-        delta = choice.get("delta")
-        if delta is None:  # clients look into it unasked
-            delta = choice["delta"] = {}
-            changed = True
+        choice = chunk["choices"][0]
+        delta = choice["delta"]
         self._head = self._head or chunk
-        if "reasoning" in delta or "reasoning_details" in delta or type(delta.get("content")) is list:
-            changed |= mend_text(delta)
-        events: list[Event] = []
         pieces = delta.get("tool_calls") or []
+        events: list[Event] = []
         if pieces:
             changed |= self._calls.mend(pieces, chunk)
-            if self._gate is not None:  # the text before a call has ended
-                if delta.get("content"):
-                    events += self._gate_text(piece_of(chunk, {"content": delta.pop("content")}))
-                    changed = True
-                events += [] if self._gate is None else self._settle(chunk)
+            events = self._text_before_call(chunk, delta)
+            changed |= bool(events)
             if self._whole is not None:
                 del delta["tool_calls"]
                 changed = True
@@ -282,22 +266,20 @@ class ChunkMender:
         if (finish is not None or pieces) and not self._says_something(delta):
             self._ending = self._ending if finish is None else Event(frame(chunk) if changed else raw, chunk)
         else:
-            if self._whole is not None and self._whole.holding and not pieces:
-                events += self._pieces(self._whole.release())
             if finish is not None:
                 choice["finish_reason"], changed = None, True
+            if not pieces:
+                events += self._complete_calls()
             event = Event(frame(chunk) if changed else raw, chunk)
             events += [event] if self._gate is None else self._gate_text(event)
-        if self._whole is not None and pieces:
+        if pieces and self._whole is not None:
             events += self._pieces(self._whole.take(pieces))
-        if self._whole is not None and finish is not None:
-            events += self._pieces(self._whole.release())
-        return events
+        return events if finish is None else events + self._complete_calls()
 
     def end(self) -> list[Event]:
         """At the end of the answer: what is still held back goes out, and how it ended. Raises UpstreamError."""
         events = [] if self._gate is None else self._settle(self._head)
-        cut = self._finish == "length"
+        cut = self._finish in ("length", "content_filter")
         rest = self._calls.rest(cut=cut)
         if self._whole is not None:
             events += self._pieces([*self._whole.take(rest), *self._whole.finish(cut=cut)])
@@ -309,20 +291,41 @@ class ChunkMender:
         chunk = chunk_of(self._head, {}, finish)
         return [*events, Event(frame(chunk), chunk)]
 
-    def _note_usage(self, chunk: JSON, raw: bytes) -> bool:
-        """Count usage wherever it stands, and take it out of what goes on: it is sent last, to those who asked."""
-        if (usage := find_usage(chunk)) is not None:
+    def _put_right(self, raw: bytes, payload: bytes, chunk: JSON) -> bool:
+        """Give the chunk its one form, calls and finish apart; True when something had to change. Raises
+        UpstreamError."""
+        changed = not well_formed(chunk)
+        if changed:
+            put_right(chunk, payload, "delta")
+        choices, usage = chunk.get("choices"), find_usage(chunk)
+        if usage is not None:  # it goes out last, to those who asked for it
             self._tally.note_usage(usage)
-        choices = chunk.get("choices")
         if not choices:
             if usage is not None:
                 self._tally.usage_raw = raw if choices == [] and usage is chunk.get("usage") else None
-            return False
-        taken = choices[0].pop("usage", None) is not None
-        if chunk.get("usage"):
-            del chunk["usage"]
-            taken = True
-        return taken
+            return changed
+        choice = choices[0]
+        for place in (chunk, choice):
+            if place.get("usage"):
+                del place["usage"]
+                changed = True
+        if choice.get("delta") is None:  # clients look into it unasked
+            choice["delta"], changed = {}, True
+        delta = choice["delta"]
+        if "reasoning" in delta or "reasoning_details" in delta or type(delta.get("content")) is list:
+            changed |= mend_text(delta)
+        return changed
+
+    def _text_before_call(self, chunk: JSON, delta: JSON) -> list[Event]:
+        """A call ends the text before it: what is held back of that goes out. Raises UpstreamError."""
+        events: list[Event] = []
+        if self._gate is not None and delta.get("content"):
+            events = self._gate_text(piece_of(chunk, {"content": delta.pop("content")}))
+        return events if self._gate is None else events + self._settle(chunk)
+
+    def _complete_calls(self) -> list[Event]:
+        """Something else follows: calls that are complete go out."""
+        return [] if self._whole is None or not self._whole.holding else self._pieces(self._whole.release())
 
     def _note_finish(self, finish: str) -> None:
         """The last one counts, but `stop` takes back none that says more."""
@@ -366,9 +369,7 @@ class ChunkMender:
         try:
             pieces, calls = gate.finish()
         except Unreadable:
-            if not self._tally.has_text:
-                raise lost_turn() from None
-            return self._released()  # the client has thoughts already: then it gets all there is
+            raise lost_turn() from None
         if gate.untouched:
             return self._released()
         self._gated.clear()

@@ -37,7 +37,7 @@ def plain_text(chunk: Any) -> str | None:
 
 
 def plain_answer(body: Any) -> str | None:
-    """The same of a whole answer that is complete (SPEC 3.11) and has ended by itself."""
+    """The text of a whole answer that holds nothing else, is complete (SPEC 3.11) and ended by itself."""
     if type(body) is not dict or not PLAIN_CHUNK.issuperset(body) or not has_head(body):
         return None
     choices = body.get("choices")

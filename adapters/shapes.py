@@ -48,7 +48,8 @@ def well_formed_choice(choice: Any, part: str) -> bool:
         return False
     message = choice.get(part)
     if not message:
-        return (message is None or message == {}) and not any(choice.get(name) for name in PART_NAMES)
+        elsewhere = any(choice.get(name) is not None for name in PART_NAMES if name != part)
+        return (message is None or message == {}) and not elsewhere
     if type(message) is not dict or not isinstance(message.get("content"), CONTENT):
         return False
     if any(not isinstance(message.get(name), TEXT_OR_NONE) for name in TEXT_FIELDS):

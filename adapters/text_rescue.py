@@ -128,7 +128,7 @@ def unfenced(text: str) -> str:
     return text
 
 
-# How a call begins, and how it is read. `sure`: these words are never meant for a reader.
+# How a call begins, and how it is read. The last: whether no answer in words would ever begin so.
 DIALECTS: list[tuple[str, Callable[[str, Tools], Iterator[Found]], bool]] = [
     ("<|tool_calls_section_begin|>", section_calls, True),
     ("<｜tool▁calls▁begin｜>", fullwidth_calls, True),
@@ -242,7 +242,7 @@ def properties_of(schema: JSON) -> JSON:
 
 
 def decoded_values(value: Any, schema: object) -> Any:
-    """The very object where nothing was encoded twice."""
+    """The value with what was encoded twice decoded; the same object where nothing was."""
     if not isinstance(schema, dict):
         return value
     if isinstance(value, str):
