@@ -195,7 +195,7 @@ class LocalRoute:
 
     method: str
     path: str  # with {parameters} as in Starlette's routes
-    answer: Callable[[Mapping[str, str], bytes, float], bytes]  # path parameters, body, UTC seconds: JSON
+    answer: Callable[[Mapping[str, str], bytes, float], bytes]  # parameters of path and query, body, UTC seconds: JSON
     keyless: bool = False  # open to everyone
 
 
