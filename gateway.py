@@ -38,10 +38,11 @@ from config.catalog_files import load_catalog
 from config.proxies import proxies
 from config.settings import Settings, SettingsError, check_binding, load_settings
 from dialects.chat import ChatDialect
+from dialects.compaction import Seal
 from dialects.completions import CompletionsDialect
 from dialects.embeddings import EmbeddingsDialect
 from dialects.messages import MessagesDialect
-from dialects.responses import ResponsesDialect
+from dialects.responses import CompactDialect, ResponsesDialect
 from engine.door import Door, traced
 from engine.exchange import Engine
 from engine.listing import Listing
@@ -98,9 +99,12 @@ class Gateway:
         self.control = Control(files, self.store, router, self.engine.waiting.wake)
         self.control.start()
         self._restore_ledger()
+        vault = self.store.vault
+        responses = ResponsesDialect(lambda: secrets.token_hex(24), Seal(vault.seal, vault.opened))
         dialects: tuple[Dialect, ...] = (
             ChatDialect(),
-            ResponsesDialect(lambda: secrets.token_hex(24)),
+            responses,
+            CompactDialect(responses),
             MessagesDialect(lambda: secrets.token_hex(24)),
             CompletionsDialect(lambda: secrets.token_hex(24)),
             EmbeddingsDialect(),
@@ -248,7 +252,8 @@ class Gateway:
             if route.method == "POST":
                 headers = dict(request.scope["headers"])
                 raw = await read_body(headers, request.receive, self.settings.max_body_bytes)
-            body = route.answer(request.path_params, raw, time.time(), request.scope.get("freeway.holder"))
+            given = {**request.query_params, **request.path_params}
+            body = route.answer(given, raw, time.time(), request.scope.get("freeway.holder"))
             return Response(body, media_type="application/json")
 
         return Route(route.path, endpoint, methods=[route.method])

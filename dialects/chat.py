@@ -7,12 +7,16 @@ of the field. Messages and tools that need no mending are passed on as the very 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from dialects.history import History, wrong_type
+from dialects.compaction import NO_SEAL
+from dialects.custom_tools import CustomCalls
+from dialects.history import History
+from dialects.response_request import chat_of_items, check_types, in_own_terms, input_items, is_of_items
 from dialects.tools import Toolset, mend_tools, toolset_of
+from dialects.values import boolean, number, whole_number, wrong_type
 from dialects.well_formed import WellFormed, recognised
 from wire.body import Body
 from wire.chat import (
@@ -25,13 +29,16 @@ from wire.chat import (
     Need,
     Tally,
     chunk_head,
+    chunk_of,
     frame,
     parse_model,
 )
 from wire.errors import GatewayError, InvalidRequest
-from wire.jsontext import JSON, load_object, members, plain_value
+from wire.jsontext import JSON, load_object, members, plain_value, without_nulls
 from wire.sse import DONE, KEEP_ALIVE
 
+RAW_FIELDS = frozenset({"messages", "tools"})  # which mend their own nulls: what stands in them may be data
+CHAT_ONLY = ("max_tokens", "max_completion_tokens", "stream_options", "response_format", "prompt_cache_key")
 MODEL_CHARS_MAX = 300  # four times the longest in use
 MAX_TOKENS_NAMES = dict.fromkeys(("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict"))
 EFFORT_ALIASES = {
@@ -52,14 +59,33 @@ def read_chat(raw: bytes) -> Chat:
             return chat_from({name: plain_value(text) for name, text in texts.items()}, history, toolset)
         except (ValueError, InvalidRequest):  # something odd after all
             pass
-    return chat_from(load_object(raw))
+    body = load_object(raw)
+    return read_items(body) if is_of_items(body) else chat_from(body)
+
+
+def read_items(request: JSON) -> Chat:
+    """A Responses request that came to this address and wants its answer in chat's form: some clients mix the two."""
+    request = {name: value for name, value in request.items() if value is not None}
+    if request.get("previous_response_id") is not None:
+        words = "Responses are not kept at this address: send the whole input, or use /v1/responses."
+        raise InvalidRequest(words, param="previous_response_id", code="previous_response_not_found")
+    check_types(request)
+    items = input_items(request)
+    for place, item in enumerate(items):
+        an_object(item, f"input[{place}]")
+    body, tools, turns = chat_of_items(request, items, [f"input[{n}]" for n in range(len(items))], NO_SEAL)
+    try:
+        chat = chat_from({**{name: request[name] for name in CHAT_ONLY if name in request}, **body})
+    except InvalidRequest as error:
+        raise in_own_terms(error, turns.sources, tools.paths) from None
+    return replace(chat, origin=frozenset(name for name, offer in tools.offers.items() if offer.type == "custom"))
 
 
 def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | None = None) -> Chat:
     """Judge and mend a chat body. Raises InvalidRequest naming the field.
 
     Messages and tools that have been read already, and are not in the body, stay the text they came as."""
-    body = {name: value for name, value in body.items() if value is not None}  # clients null what they do not set
+    body = {name: v if name in RAW_FIELDS else without_nulls(v) for name, v in body.items() if v is not None}
     model = body.pop("model", "")
     if not isinstance(model, str) or len(model) > MODEL_CHARS_MAX:  # it is logged as it came
         raise wrong_type("model", f"a string of at most {MODEL_CHARS_MAX} characters")
@@ -80,6 +106,7 @@ def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | 
         texts = {"messages": told.text, **texts}
     prompt_tokens = -(-(told.chars + tools.chars) // CHARS_PER_TOKEN)
     max_tokens: int | None = body.get("max_tokens")
+    conversation = body.get("prompt_cache_key")
     mode, pinned = parse_model(model)
     need = Need(
         mode=mode,
@@ -97,35 +124,10 @@ def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | 
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
         first_user_text=told.first_user_text,
+        conversation=conversation if isinstance(conversation, str) else "",
+        origin=tools.custom,
         tool_names={safe: name for name, safe in tools.safe_names.items()} if tools.safe_names else tools.safe_names,
     )
-
-
-def boolean(value: object, param: str) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise wrong_type(param, "true or false")
-    return value
-
-
-def number(value: object, param: str, *, whole: bool = False) -> float | int:
-    """A number, also spelled as text; a whole one also spelled 1024.0."""
-    if type(value) is int:
-        return value
-    expected = "a whole number" if whole else "a number"
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise wrong_type(param, expected) from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise wrong_type(param, expected)
-    if whole:
-        if value != int(value):
-            raise wrong_type(param, expected)
-        return int(value)
-    return value
 
 
 def refuse_unserved(body: JSON) -> None:
@@ -148,10 +150,6 @@ def mend_sampling(body: JSON) -> None:
             body["max_tokens"] = given[0]
     if "stop" in body and not body["stop"]:
         del body["stop"]
-
-
-def whole_number(value: object, param: str) -> float | int:
-    return number(value, param, whole=True)
 
 
 def in_range(value: object, param: str) -> float | int:
@@ -243,25 +241,31 @@ def mend_response_format(body: JSON) -> None:
 class ChatEncoder:
     """Answers are in this dialect already: bytes go out as they came."""
 
-    def __init__(self, include_usage: bool) -> None:
+    def __init__(self, include_usage: bool, custom: frozenset[str] = frozenset()) -> None:
+        """`custom` are the tools that are custom ones to the client."""
         self._include_usage = include_usage
+        self._custom = CustomCalls(custom) if custom else None
 
     def whole(self, completion: Completion) -> bytes:
-        return completion.raw
+        return completion.raw if self._custom is None else self._custom.whole(completion)
 
     def feed(self, events: list[Event]) -> bytes:
+        if self._custom is not None:
+            return b"".join(map(self._custom.feed, events))
         return events[0].raw if len(events) == 1 else b"".join([event.raw for event in events])
 
     def end(self, tally: Tally) -> bytes:
+        rest = b"" if self._custom is None else self._custom.end()
         if not self._include_usage or tally.usage_object is None:
-            return DONE
-        return (tally.usage_raw or frame({**chunk_head(tally.head), "choices": [], "usage": tally.usage_object})) + DONE
+            return rest + DONE
+        usage = tally.usage_raw or frame({**chunk_head(tally.head), "choices": [], "usage": tally.usage_object})
+        return rest + usage + DONE
 
     def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
-        chunk = chunk_head(tally.head)
-        chunk["error"] = {"message": message, "type": type, "code": code, "param": None}
-        chunk["choices"] = [{"index": 0, "delta": {}, "finish_reason": "error"}]
-        return frame(chunk) + DONE
+        """The error alone, and then how it ended: some clients see nothing else in a chunk that has choices, and some
+        nothing in one that has none (SPEC 8.5)."""
+        error = {"message": message, "type": type, "code": code, "param": None}
+        return frame({"error": error}) + frame(chunk_of(tally.head, {}, "error")) + DONE
 
     def heartbeat(self) -> bytes:
         return KEEP_ALIVE
@@ -292,4 +296,4 @@ class ChatDialect:
         return read_chat(raw)
 
     def encoder(self, chat: Chat, now: float) -> ChatEncoder:
-        return ChatEncoder(chat.include_usage)
+        return ChatEncoder(chat.include_usage, chat.origin or frozenset())

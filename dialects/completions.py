@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from dialects.chat import boolean, chat_from, number
-from dialects.history import wrong_type
+from dialects.chat import chat_from
+from dialects.values import boolean, number, wrong_type
 from wire.chat import Chat, Completion, Event, LocalRoute, Tally, frame
 from wire.errors import GatewayError, InvalidRequest
 from wire.jsontext import JSON, dump, load_object

@@ -7,8 +7,8 @@ from base64 import b64encode
 from collections.abc import Mapping
 from typing import Any
 
-from dialects.chat import MODEL_CHARS_MAX, number
-from dialects.history import wrong_type
+from dialects.chat import MODEL_CHARS_MAX
+from dialects.values import number, wrong_type
 from wire.chat import (
     CHARS_PER_TOKEN,
     Chat,

@@ -10,27 +10,24 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from hashlib import blake2b
+from operator import is_
 from typing import Any
 
 import orjson
 
+from dialects.custom_tools import custom_arguments
+from dialects.message_blocks import TOOL_ERROR
+from dialects.parts import THOUGHT_PART_TYPES, kind_of, mended_parts, result_content
+from dialects.values import wrong_type
 from wire.chat import flat_text
 from wire.errors import InvalidRequest
-from wire.jsontext import JSON
+from wire.jsontext import JSON, without_nulls
 
 ROLES = frozenset({"system", "user", "assistant", "tool"})
+RESULT_ROLES = frozenset({"tool", "function"})
 PLAIN_ROLES = ("user", "assistant", "system")
 ROLE_ALIASES = {"developer": "system", "function": "tool"}
-TEXT_PART_TYPES = frozenset({"text", "input_text", "output_text", "refusal"})
-IMAGE_PART_TYPES = frozenset({"image_url", "input_image", "image"})
-AUDIO_PART_TYPES = frozenset({"input_audio", "audio"})
-THOUGHT_PART_TYPES = frozenset({"thinking", "redacted_thinking", "reasoning"})  # replayed; nobody wants them back so
 SAFE_NAME = re.compile(r"[a-zA-Z_][a-zA-Z0-9_-]{0,63}")  # of a tool, on the strictest servers
-IMAGE_KINDS = {"/9j/": "jpeg", "R0lG": "gif", "UklG": "webp", "iVBO": "png"}  # by how their base64 begins
-
-
-def wrong_type(param: str, expected: str) -> InvalidRequest:
-    return InvalidRequest(f"'{param}' must be {expected}.", param=param, code="invalid_type")
 
 
 def safe_name(name: str) -> str:
@@ -62,8 +59,10 @@ class History:
         for index, message in enumerate(messages):
             if self._plain(message):
                 self.mended.append(message)
-            elif (mended := self._mended(message, f"messages[{index}]")) is not None:
-                self.mended.append(mended)
+                continue
+            for unfolded in unfolded_blocks(message):
+                if (mended := self._mended(unfolded, f"messages[{index}]")) is not None:
+                    self.mended.append(mended)
         if self._has_calls:
             self.mended = paired(self.mended)
         if not self.mended:
@@ -90,8 +89,7 @@ class History:
             raise InvalidRequest(f"'{param}' has no role.", param=f"{param}.role")
         if not isinstance(role, str) or (role not in ROLES and role not in ROLE_ALIASES):
             raise wrong_type(f"{param}.role", f"one of {', '.join(sorted({*ROLES, *ROLE_ALIASES}))}")
-        if None in message.values():
-            message = {name: value for name, value in message.items() if value is not None or name == "content"}
+        message = with_result_as_text(message, param) if role in RESULT_ROLES else with_set_fields(message)
         if role in ROLE_ALIASES:
             message = {**message, "role": ROLE_ALIASES[role]}
         if "name" in message and isinstance(message["name"], str):
@@ -125,46 +123,27 @@ class History:
         if content is None:
             return message if message["role"] == "assistant" else {**message, "content": ""}
         if isinstance(content, dict):
-            if message["role"] == "tool":  # a result handed over as an object
-                text = orjson.dumps(content).decode()
-                self.chars += len(text)
-                return {**message, "content": text}
             return self._with_parts(message, [content], f"{param}.content")
         raise wrong_type(f"{param}.content", "a string, null or a list of parts")
 
     def _with_parts(self, message: JSON, parts: list[Any], param: str) -> JSON:
+        parts = [part for part in parts if part is not None]
         if message["role"] == "assistant":
-            parts = [p for p in parts if not (isinstance(p, dict) and str(p.get("type")) in THOUGHT_PART_TYPES)]
-        mended = [self._part(part, f"{param}[{index}]") for index, part in enumerate(parts)]
+            parts = [part for part in parts if kind_of(part) not in THOUGHT_PART_TYPES]
+        mended = [mended for index, part in enumerate(parts) for mended in self._parts(part, f"{param}[{index}]")]
         if not mended and message["role"] != "assistant":
             return {**message, "content": ""}
-        same = len(parts) == len(mended) and all(a is b for a, b in zip(parts, mended, strict=True))
-        return message if same and len(parts) == len(message["content"]) else {**message, "content": mended}
+        same = len(message["content"]) == len(mended) and all(map(is_, message["content"], mended))
+        return message if same else {**message, "content": mended}
 
-    def _part(self, part: object, param: str) -> JSON:
-        if isinstance(part, str):
-            part = {"type": "text", "text": part}
-        if not isinstance(part, dict):
-            raise wrong_type(param, "an object")
-        kind = part.get("type", "text" if "text" in part else "image_url" if "image_url" in part else None)
-        if not isinstance(kind, str | None):
-            raise wrong_type(f"{param}.type", "a string")
-        if kind in TEXT_PART_TYPES:
-            text = part.get("text", part.get("refusal"))
-            if not isinstance(text, str):
-                raise wrong_type(f"{param}.text", "a string")
-            self.chars += len(text)
-            return part if part.get("type") == "text" else {"type": "text", "text": text}
-        if kind in IMAGE_PART_TYPES:
-            self.has_images = True
-            return mended_image(part, param)
-        if kind in AUDIO_PART_TYPES:
-            raise InvalidRequest("Audio input is not supported by any platform here.", param=param)
-        if kind is None:
-            raise wrong_type(f"{param}.type", "given")
-        if kind in ("file", "input_file") and not (isinstance(part.get("file"), dict) and "file_data" in part["file"]):
-            raise InvalidRequest("Files by id are not supported: send the content as file_data.", param=param)
-        return part
+    def _parts(self, part: object, param: str) -> list[JSON]:
+        parts = mended_parts(part, param)
+        for mended in parts:
+            if mended["type"] == "text":
+                self.chars += len(mended["text"])
+            elif mended["type"] == "image_url":
+                self.has_images = True
+        return parts
 
     def _assistant(self, message: JSON, param: str) -> JSON | None:
         if "function_call" in message:
@@ -187,6 +166,9 @@ class History:
         if not isinstance(call, dict):
             raise wrong_type(param, "an object")
         function = call.get("function")
+        if isinstance(custom := call.get("custom"), dict):
+            function = {"name": custom.get("name"), "arguments": custom_arguments(custom.get("input"))}
+            call = {name: value for name, value in call.items() if name not in ("custom", "type")}
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise wrong_type(f"{param}.function", "an object with a name")
         arguments, name = arguments_text(function.get("arguments")), safe_name(function["name"])
@@ -197,9 +179,10 @@ class History:
             call_id = f"call_{len(self.mended)}_{len(self._waiting)}"
             self._made_ids.add(call_id)
         self._waiting.append(call_id)
-        if call_id == given and "type" in call and arguments == function.get("arguments") and name == function["name"]:
+        same = call_id == given and arguments == function.get("arguments") and name == function["name"]
+        if same and call.get("type") == "function" and function is call.get("function"):
             return call
-        mended = {**call, "id": call_id, "type": call.get("type") or "function"}
+        mended = {**call, "id": call_id, "type": "function"}
         mended["function"] = {**function, "name": name, "arguments": arguments}
         return mended
 
@@ -219,6 +202,55 @@ class History:
             return message if call_id else None
         self._waiting.remove(unnamed[0])
         return {**message, "tool_call_id": unnamed[0]}
+
+
+def with_set_fields(message: JSON) -> JSON:
+    """A message without nulls, but for content that is one."""
+    kept = without_nulls(message)
+    return {"content": None, **kept} if kept is not message and "content" in message and "content" not in kept else kept
+
+
+def with_result_as_text(message: JSON, param: str) -> JSON:
+    """A tool's result, whose content is the tool's own affair."""
+    content = message.get("content")
+    told = result_content(content, f"{param}.content")
+    fields = {name: value for name, value in message.items() if name != "content"}
+    kept = without_nulls(fields)
+    return message if told is content and kept is fields else {**kept, "content": told}
+
+
+def unfolded_blocks(message: Any) -> list[Any]:
+    """A message in the Messages API's form as chat has it: its calls as calls, and results as messages in front of what
+    else the user says."""
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, list):
+        return [message]
+    blocks = [
+        block for block in content if isinstance(block, dict) and block.get("type") in ("tool_use", "tool_result")
+    ]
+    if not blocks:
+        return [message]
+    calls = [called_block(block) for block in blocks if block["type"] == "tool_use"]
+    results = [result_of_block(block) for block in blocks if block["type"] == "tool_result"]
+    rest = [part for part in content if all(part is not block for block in blocks)]
+    message = {**message, "content": rest or None}
+    if calls:
+        given = message.get("tool_calls")
+        message["tool_calls"] = [*(given if isinstance(given, list) else ()), *calls]
+    return [*results, message] if rest or calls else results
+
+
+def called_block(block: JSON) -> JSON:
+    function = {"name": block.get("name"), "arguments": block.get("input")}
+    return {"id": block.get("id"), "type": "function", "function": function}
+
+
+def result_of_block(block: JSON) -> JSON:
+    content = block.get("content")
+    if block.get("is_error") is True:
+        told = content if isinstance(content, list) else [] if content is None else [content]
+        content = [TOOL_ERROR, *told]
+    return {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
 
 
 def paired(messages: list[JSON]) -> list[JSON]:
@@ -260,7 +292,7 @@ def with_images_apart(results: list[JSON]) -> list[JSON]:
     contents = [result.get("content") for result in results]
     if not any(isinstance(content, list) for content in contents):
         return results
-    texts = [{**result, "content": flat_text(result.get("content"))} for result in results]
+    texts = [{**result, "content": flat_text(result.get("content")) or "[image]"} for result in results]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     images = [part for part in parts if part.get("type") == "image_url"]
     told = {"type": "text", "text": "Images from the tool results above:"}
@@ -283,26 +315,3 @@ def arguments_text(arguments: object) -> str:
     if isinstance(value, dict):
         return text if isinstance(text, str) else orjson.dumps(value).decode()
     return orjson.dumps({"value": value}).decode()
-
-
-def mended_image(part: JSON, param: str) -> JSON:
-    """An image part as `{"type": "image_url", "image_url": {"url": …}}`, whichever API it was written for."""
-    image = part.get("image_url")
-    if part.get("type") == "image_url" and isinstance(image, dict):
-        url = image.get("url")
-        if isinstance(url, str) and ":" in url[:16]:
-            return part
-    source = part.get("source")
-    if isinstance(image, dict):
-        url = image.get("url")
-    elif isinstance(source, dict):  # Anthropic's form
-        data = f"data:{source.get('media_type', 'image/png')};base64,{source.get('data', '')}"
-        url = source.get("url") if source.get("type") == "url" else data
-    else:
-        url = image if image is not None else part.get("image")
-    if not isinstance(url, str) or not url:
-        raise wrong_type(f"{param}.image_url", "an object with a url")
-    if ":" not in url[:16] and url[:4] in IMAGE_KINDS:  # bare base64
-        url = f"data:image/{IMAGE_KINDS[url[:4]]};base64,{url}"
-    detail = {"detail": part["detail"]} if isinstance(part.get("detail"), str) else {}
-    return {"type": "image_url", "image_url": {"url": url, **detail}}

@@ -12,15 +12,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-
+from dialects.client_tools import CLIENT_TOOLS, call_fields
+from dialects.compaction import Seal
+from dialects.custom_tools import custom_input
 from wire.chat import CHARS_PER_TOKEN, Chat, Completion, Event, Tally, Usage
+from wire.errors import GatewayError
 from wire.jsontext import JSON, dump
-from wire.sse import KEEP_ALIVE
 
 Emit = Callable[..., None]
 Keep = Callable[[JSON, int], None]  # a finished response and the bytes of it
 MADE_UP_CALL_ID = re.compile(r"call_\d{1,3}")  # counted anew in every answer by some providers
+NO_SUMMARY = "The model gave no summary of the conversation. Send the request again."
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 # The names of a part's events: of the part itself, and of the text in it.
 PART_EVENTS = {
@@ -34,7 +36,7 @@ PART_EVENTS = {
 class Offer:
     """A client's tool that providers get to see as a function, perhaps of another name."""
 
-    type: str  # function or custom
+    type: str  # function, custom, or one of CLIENT_TOOLS
     name: str
     namespace: str | None
 
@@ -48,6 +50,8 @@ class Asked:
     size: int  # bytes of it all
     offers: Mapping[str, Offer]  # by the name that providers know; only those that need turning back
     client: int | None = None  # whose it is, and nobody else's to see (SPEC 19.1)
+    seal: Seal | None = None  # what is asked for is a summary, to be sealed with this
+    bare: bool = False  # and the answer is the object of /v1/responses/compact
 
 
 @dataclass(slots=True)
@@ -57,6 +61,7 @@ class Open:
     item: JSON
     index: int
     part: JSON | None = None  # the part of a message or of reasoning
+    client_tool: str | None = None  # that a call calls, where it is one of CLIENT_TOOLS
     pieces: list[str] = field(default_factory=list)  # of the part's text or of a call's arguments
 
     def where(self) -> JSON:
@@ -114,7 +119,7 @@ class Output:
             self._text.item["status"] = "incomplete"
         for call in self._calls.values():
             fill_call(call)
-            if call.item["type"] == "function_call":
+            if "status" in call.item:
                 call.item["status"] = "incomplete"
 
     def text(self) -> str:
@@ -149,8 +154,8 @@ class Output:
         if opened is None:
             self._end_text()
             self._blank = ""
-            opened = self._calls[index] = self._begin(*self._call_item(index, call.get("id"), function.get("name")))
-        elif isinstance(name := function.get("name"), str) and not opened.item["name"]:  # some tell it late
+            opened = self._calls[index] = self._begin_call(index, call.get("id"), function.get("name"))
+        elif isinstance(name := function.get("name"), str) and opened.item.get("name") == "":  # some tell it late
             opened.item.update(self._named(name))
         self._latest = opened
         arguments = function.get("arguments")
@@ -161,15 +166,25 @@ class Output:
         if opened.item["type"] == "function_call":
             self._emit("response.function_call_arguments.delta", **opened.where(), delta=arguments)
 
-    def _call_item(self, index: int, call_id: object, name: object) -> tuple[str, JSON]:
+    def _begin_call(self, index: int, call_id: object, name: object) -> Open:
         known = isinstance(call_id, str) and call_id and not MADE_UP_CALL_ID.fullmatch(call_id)
         if any(item.get("call_id") == call_id for item in self.items):  # clients match results to calls by it
             known = False
         name = name if isinstance(name, str) else ""
-        item: JSON = {"call_id": call_id if known else f"call_{self._suffix}{index:02x}", **self._named(name)}
-        if name in self._offers and self._offers[name].type == "custom":
-            return "ctc", {"type": "custom_tool_call", **item, "input": ""}
-        return "fc", {"type": "function_call", **item, "arguments": "", "status": "in_progress"}
+        call_id = call_id if known else f"call_{self._suffix}{index:02x}"
+        kind = self._offers[name].type if name in self._offers else "function"
+        if kind in CLIENT_TOOLS:
+            item: JSON = {
+                "type": f"{kind}_call",
+                "call_id": call_id,
+                **call_fields(kind, "{}"),
+                "status": "in_progress",
+            }
+            return self._begin(CLIENT_TOOLS[kind].id_prefix, item, kind)
+        item = {"call_id": call_id, **self._named(name)}
+        if kind == "custom":
+            return self._begin("ctc", {"type": "custom_tool_call", **item, "input": ""})
+        return self._begin("fc", {"type": "function_call", **item, "arguments": "", "status": "in_progress"})
 
     def _named(self, name: str) -> JSON:
         """What the client calls this tool."""
@@ -178,12 +193,12 @@ class Output:
             return {"name": name}
         return {"name": offer.name} if offer.namespace is None else {"name": offer.name, "namespace": offer.namespace}
 
-    def _begin(self, prefix: str, item: JSON) -> Open:
+    def _begin(self, prefix: str, item: JSON, client_tool: str | None = None) -> Open:
         index = len(self.items)
         item = {"id": f"{prefix}_{self._suffix}{index:02x}", **item}
         self.items.append(item)
         self._emit("response.output_item.added", output_index=index, item=item)
-        return Open(item, index)
+        return Open(item, index, client_tool=client_tool)
 
     def _begin_part(self, opened: Open, kind: str) -> None:
         opened.part = {"type": kind, "text": ""}
@@ -218,7 +233,7 @@ class Output:
         if item["type"] == "custom_tool_call":
             self._emit("response.custom_tool_call_input.delta", **call.where(), delta=item["input"])
             self._emit("response.custom_tool_call_input.done", **call.where(), input=item["input"])
-        else:
+        elif item["type"] == "function_call":
             if not item["arguments"].strip() and not incomplete:
                 item["arguments"] = "{}"
                 self._emit("response.function_call_arguments.delta", **call.where(), delta="{}")
@@ -230,6 +245,40 @@ class Output:
         if "status" in opened.item:
             opened.item["status"] = "incomplete" if incomplete else "completed"
         self._emit("response.output_item.done", output_index=opened.index, item=opened.item)
+
+
+class Summary:
+    """The output of a compaction: whatever the model says becomes one item, once it is complete."""
+
+    def __init__(self, suffix: str, seal: Seal, emit: Emit) -> None:
+        self.items: list[JSON] = []
+        self.chars = 0
+        self._suffix = suffix
+        self._seal = seal
+        self._emit = emit
+        self._texts: dict[str, list[str]] = {"content": [], "reasoning_content": []}
+
+    def delta(self, delta: JSON) -> None:
+        for name, pieces in self._texts.items():
+            if isinstance(text := delta.get(name), str):
+                pieces.append(text)
+                self.chars += len(text)
+
+    def finish(self, *, complete: bool) -> None:
+        """A summary that a limit has cut is better than none; so are thoughts, where a model gave nothing else."""
+        texts = ("".join(pieces).strip() for pieces in self._texts.values())
+        if summary := next(filter(None, texts), None):
+            begun = {"id": f"cmp_{self._suffix}", "type": "compaction", "encrypted_content": ""}
+            self._emit("response.output_item.added", output_index=0, item=begun)
+            item = {**begun, "encrypted_content": self._seal.close(summary)}
+            self.items.append(item)
+            self._emit("response.output_item.done", output_index=0, item=item)
+
+    def abandon(self) -> None:
+        """Half a summary is of no use."""
+
+    def text(self) -> str:
+        return ""
 
 
 MESSAGE: JSON = {"type": "message", "status": "in_progress", "role": "assistant"}
@@ -245,24 +294,12 @@ def fill_part(opened: Open) -> JSON | None:
 
 def fill_call(call: Open) -> None:
     text = "".join(call.pieces)
-    if call.item["type"] == "custom_tool_call":
+    if call.client_tool is not None:
+        call.item.update(call_fields(call.client_tool, text))
+    elif call.item["type"] == "custom_tool_call":
         call.item["input"] = custom_input(text)
     else:
         call.item["arguments"] = text
-
-
-def custom_input(arguments: str) -> str:
-    """A custom tool's text out of the function call that stood in for it; models do not always keep to the schema."""
-    try:
-        given = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return arguments
-    if isinstance(given, str):
-        return given
-    if not isinstance(given, dict):
-        return arguments
-    texts = [given["input"]] if "input" in given else list(given.values())
-    return texts[0] if len(texts) == 1 and isinstance(texts[0], str) else arguments
 
 
 def no_event(type: str, **fields: Any) -> None:
@@ -279,7 +316,7 @@ class ResponsesEncoder:
         self._created_at = created_at
         self._keep = keep
         self._model = chat.model
-        self._output = Output(token[:24], asked.offers, self._emit)
+        self._output = self._begun(self._emit)
         self._frames: list[bytes] = []
         self._events = 0  # sent so far: the next sequence_number
 
@@ -287,18 +324,23 @@ class ResponsesEncoder:
         body = completion.body
         choice = body["choices"][0]
         finish = choice.get("finish_reason")
-        self._output = Output(self._token[:24], self._asked.offers, no_event)
+        self._output = self._begun(no_event)
         self._output.delta(choice.get("message") or {})
         self._output.finish(complete=finish not in INCOMPLETE)
+        if self._lacks_summary:
+            raise GatewayError(NO_SUMMARY, status=502, type="provider_error", code="no_summary")
         self._note_model(body)
         response = self._ended(finish, body.get("usage"))
+        if self._asked.bare:
+            kept = {name: response[name] for name in ("id", "created_at", "output", "usage")}
+            return dump({**kept, "object": "response.compaction"})
         raw = dump(response)
         self._keep(response, len(raw))
         return raw
 
     def feed(self, events: list[Event]) -> bytes:
-        if not self._events:
-            self._begin(events[0].chunk if events else {})
+        if events:
+            self._begin(events[0].chunk)
         for event in events:
             choices = event.chunk.get("choices")
             if choices and (delta := choices[0].get("delta")):
@@ -306,17 +348,17 @@ class ResponsesEncoder:
         return self._flush()
 
     def end(self, tally: Tally) -> bytes:
-        if not self._events:
-            self._begin(tally.head)
+        self._begin(tally.head)
         self._output.finish(complete=tally.finish not in INCOMPLETE)
+        if self._lacks_summary:
+            return self.fail(NO_SUMMARY, "provider_error", 502, tally)
         response = self._ended(tally.finish, tally.usage_object)
         self._emit(f"response.{response['status']}", response=response)
         self._keep(response, len(self._frames[-1]))
         return self._flush()
 
     def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
-        if not self._events:
-            self._begin(tally.head)
+        self._begin(tally.head)
         self._output.abandon()
         response = self._response("failed", usage=self._usage(tally.usage_object))
         # Of the codes that clients know it is this one; some refuse an answer with any other.
@@ -325,13 +367,29 @@ class ResponsesEncoder:
         return self._flush()
 
     def heartbeat(self) -> bytes:
-        return KEEP_ALIVE
+        """An event, because some clients hang up on a stream that brings none for long, whatever its comments."""
+        if self._events:
+            self._emit("response.in_progress", response=self._response("in_progress"))
+        else:
+            self._begin({})
+        return self._flush()
 
     def resumed(self, label: str) -> bytes:
         return b""
 
+    def _begun(self, emit: Emit) -> Output | Summary:
+        suffix, seal = self._token[:24], self._asked.seal
+        return Output(suffix, self._asked.offers, emit) if seal is None else Summary(suffix, seal, emit)
+
+    @property
+    def _lacks_summary(self) -> bool:
+        return self._asked.seal is not None and not self._output.items
+
     def _begin(self, head: JSON) -> None:
+        """The first two events, before anything else."""
         self._note_model(head)
+        if self._events:
+            return
         response = self._response("in_progress")
         self._emit("response.created", response=response)
         self._emit("response.in_progress", response=response)
@@ -352,7 +410,7 @@ class ResponsesEncoder:
         return frames
 
     def _ended(self, finish: str | None, usage: object) -> JSON:
-        reason = INCOMPLETE.get(finish or "")
+        reason = INCOMPLETE.get(finish or "") if self._asked.seal is None else None
         response = self._response("incomplete" if reason else "completed", usage=self._usage(usage))
         response["incomplete_details"] = {"reason": reason} if reason else None
         return response

@@ -1,34 +1,29 @@
 """OpenAI's Responses API, the second dialect: a request to a `Chat`, and the responses that later requests build on.
 
-Judging and mending a request is chat.chat_from's affair: response_items.py makes chat messages out of items, and
-response_events.py tells the answer. Responses are kept in memory only (SPEC 9.4), here. No I/O; `now` is an argument,
-and new ids come from the caller.
+Judging and mending a request is chat.chat_from's affair: response_request.py makes a chat body out of it, and
+response_events.py tells the answer. Responses are kept in memory only (SPEC 9.4), in response_store.py. No I/O; `now`
+is an argument, and new ids and sealing come from the caller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from hashlib import blake2b
 from typing import Any
 
-from dialects.chat import boolean, chat_from
-from dialects.history import wrong_type
+from dialects.chat import chat_from
+from dialects.compaction import ASKED_FOR, NO_SEAL, TRIGGER, Seal
 from dialects.response_events import Asked, ResponsesEncoder
-from dialects.response_items import Tools, Turns, flat, flat_choice, in_own_terms
+from dialects.response_request import chat_of_items, check_types, in_own_terms, input_items
+from dialects.response_store import KEPT_BYTES_MAX, KEPT_MAX, KEPT_S, Kept, ResponseStore
+from dialects.response_tools import flat, flat_choice
+from dialects.values import wrong_type
 from wire.chat import Chat, LocalRoute
 from wire.errors import GatewayError, InvalidRequest
 from wire.jsontext import JSON, dump, load_object
 
-Name = tuple[int | None, str]  # whose it is (None: of the gateway's own key), and its id
-
-KEPT_S = 30 * 60.0  # SPEC 9.4
-KEPT_MAX = 500
-KEPT_BYTES_MAX = 64 * 1024 * 1024  # of JSON, each response with its whole conversation: twice the largest body
-# What goes on to providers under its own name. The rest is this API's own business, or news to most providers.
-PASSED_ON = (
-    "model", "stream", "temperature", "top_p", "parallel_tool_calls", "max_output_tokens", "user", "stop", "seed",
-    "presence_penalty", "frequency_penalty", "logit_bias", "top_k", "min_p", "repetition_penalty",
-)  # fmt: skip
+LISTED, LISTED_MAX = 20, 100  # input items in one answer
 # What a response repeats of its request as it came, and what it says where the request was silent.
 REPEATED: JSON = {
     "instructions": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
@@ -42,74 +37,15 @@ UNSERVED = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A finished response and the conversation up to its end."""
-
-    response: JSON
-    items: list[JSON]
-    size: int
-    expires_at: float
-    client: int | None = None  # whose it is
-
-
-class ResponseStore:
-    """Finished responses, oldest first out: after a time, beyond a number, beyond a size.
-
-    A conversation's items are shared by its responses but counted in each, which errs on the safe side. Ids are
-    looked up together with the client, so that nobody comes by another's (SPEC 19.1).
-    """
-
-    def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self._kept: dict[Name, Kept] = {}  # in order of age
-        self._items: dict[Name, tuple[str, JSON]] = {}  # the youngest response that holds the item, and the item
-        self._size = 0
-
-    def get(self, id: str, now: float, client: int | None) -> Kept | None:
-        kept = self._kept.get((client, id))
-        return kept if kept is not None and kept.expires_at > now else None
-
-    def item(self, id: str, now: float, client: int | None) -> JSON | None:
-        owner, item = self._items.get((client, id), ("", None))
-        return item if self.get(owner, now, client) else None
-
-    def add(self, kept: Kept, now: float) -> None:
-        if kept.size > self._bytes_max:
-            return
-        id = kept.response["id"]
-        self._kept[kept.client, id] = kept
-        self._size += kept.size
-        for item in kept.items:
-            if isinstance(item_id := item.get("id"), str):
-                self._items[kept.client, item_id] = (id, item)
-        while self._crowded(now):
-            client, id = next(iter(self._kept))
-            self.remove(id, client)
-
-    def remove(self, id: str, client: int | None) -> None:
-        kept = self._kept.pop((client, id), None)
-        if kept is None:
-            return
-        self._size -= kept.size
-        for item in kept.items:
-            if isinstance(item_id := item.get("id"), str) and self._items.get((client, item_id), ("",))[0] == id:
-                del self._items[client, item_id]
-
-    def _crowded(self, now: float) -> bool:
-        if len(self._kept) > KEPT_MAX or self._size > self._bytes_max:
-            return True
-        return bool(self._kept) and next(iter(self._kept.values())).expires_at <= now
-
-
 class ResponsesDialect:
     """POST /v1/responses. `new_token` gives a random text that nobody can guess, 32 characters or more."""
 
     paths = ("/v1/responses",)
     id_headers = (b"x-request-id",)
 
-    def __init__(self, new_token: Callable[[], str], bytes_max: int = KEPT_BYTES_MAX) -> None:
+    def __init__(self, new_token: Callable[[], str], seal: Seal = NO_SEAL, bytes_max: int = KEPT_BYTES_MAX) -> None:
         self._new_token = new_token
+        self._seal = seal
         self._store = ResponseStore(bytes_max)
 
     def is_spoken(self, path: str, headers: Mapping[bytes, bytes]) -> bool:
@@ -122,16 +58,23 @@ class ResponsesDialect:
         return error.body()
 
     def extra_routes(self) -> tuple[LocalRoute, ...]:
-        # With its prefix, so that /v1/responses/compact and the like are a 404, which clients survive.
-        path = "/v1/responses/resp_{token}"
+        path = "/v1/responses/resp_{token}"  # with its prefix, so that another word is a 404
         return (
-            LocalRoute("GET", path, lambda found, raw, now, client: self.show(f"resp_{found['token']}", now, client)),
+            LocalRoute("GET", path, lambda given, raw, now, client: self.show(named(given), now, client)),
+            LocalRoute("DELETE", path, lambda given, raw, now, client: dump(self.delete(named(given), now, client))),
             LocalRoute(
-                "DELETE", path, lambda found, raw, now, client: dump(self.delete(f"resp_{found['token']}", now, client))
+                "GET", path + "/input_items", lambda given, raw, now, client: dump(self.list_input(given, now, client))
+            ),
+            LocalRoute(
+                "POST", "/v1/responses/input_tokens", lambda given, raw, now, client: self.count_input(raw, now, client)
             ),
         )
 
     def parse(self, raw: bytes, now: float, client: int | None = None) -> Chat:
+        return self.understood(raw, now, client)
+
+    def understood(self, raw: bytes, now: float, client: int | None, *, compact: bool = False) -> Chat:
+        """The request as a chat; with `compact`, or where its input says so, as one that asks for a summary."""
         request = {name: value for name, value in load_object(raw).items() if value is not None}
         for name, words in UNSERVED.items():
             if request.get(name):
@@ -140,31 +83,62 @@ class ResponsesDialect:
         previous = self._previous(request, now, client)
         given = [self._resolved(item, f"input[{n}]", now, client) for n, item in enumerate(input_items(request))]
         history = previous.items if previous else []
-        if not given and not history:
+        paths = ["previous_response_id"] * len(history) + [f"input[{n}]" for n in range(len(given))]
+        placed = [*zip([*history, *given], paths, strict=True)]
+        compact = compact or any(item.get("type") == TRIGGER for item, _ in placed)
+        placed = [(item, path) for item, path in placed if item.get("type") != TRIGGER]
+        if not placed:
             raise InvalidRequest("'input' must not be empty.", param="input")
-        tools = Tools(request.get("tools"))
-        turns = Turns()
-        for item in history:
-            turns.add(item, "previous_response_id")
-        for index, item in enumerate(given):
-            turns.add(item, f"input[{index}]")
+        items = [item for item, _ in placed]
+        asked_of = without_tools(request) if compact else request
+        body, tools, turns = chat_of_items(asked_of, items, [path for _, path in placed], self._seal)
+        if compact:
+            body["messages"] = [*body["messages"], {"role": "user", "content": ASKED_FOR}]
         try:
-            chat = chat_from(chat_body(request, tools, turns))
+            chat = chat_from(body)
         except InvalidRequest as error:
             raise in_own_terms(error, turns.sources, tools.paths) from None
         size = len(raw) + (previous.size if previous else 0)
-        asked = Asked(repeated(request, chat.body), [*history, *given], size, tools.offers, client)
-        return replace(chat, origin=asked)
+        asked = Asked(repeated(request, chat.body), [] if compact else items, size, tools.offers, client)
+        if compact:
+            asked = replace(asked, seal=self._seal)
+        conversation = request.get("prompt_cache_key")
+        return replace(chat, origin=asked, conversation=conversation if isinstance(conversation, str) else "")
 
     def encoder(self, chat: Chat, now: float) -> ResponsesEncoder:
         asked: Asked = chat.origin
 
         def keep(response: JSON, size: int) -> None:
             items = [*asked.items, *response["output"]]
-            self._store.add(Kept(response, items, asked.size + size, now + KEPT_S, asked.client), now)
+            kept = Kept(response, items, len(asked.items), asked.size + size, now + KEPT_S, asked.client)
+            self._store.add(kept, now)
 
         wanted = asked.repeated["store"]
         return ResponsesEncoder(chat, asked, self._new_token(), int(now), keep if wanted else forget)
+
+    def count_input(self, raw: bytes, now: float, client: int | None) -> bytes:
+        """How long the input is, by the same estimate as everywhere."""
+        return dump(
+            {"object": "response.input_tokens", "input_tokens": self.understood(raw, now, client).prompt_tokens}
+        )
+
+    def list_input(self, given: Mapping[str, str], now: float, client: int | None) -> JSON:
+        """What a kept response was an answer to, the latest first unless asked otherwise."""
+        kept = self._store.get(named(given), now, client)
+        if kept is None:
+            raise InvalidRequest(not_kept(named(given)), code="response_not_found", status=404)
+        items = [shown(item, place) for place, item in enumerate(kept.items[: kept.inputs])]
+        if given.get("order") != "asc":
+            items.reverse()
+        ids = [item["id"] for item in items]
+        if (after := given.get("after")) in ids:
+            items = items[ids.index(after) + 1 :]
+        wanted = given.get("limit", "")
+        page = items[: min(int(wanted), LISTED_MAX) if wanted.isascii() and wanted.isdigit() else LISTED]
+        first, last = (page[0]["id"], page[-1]["id"]) if page else (None, None)
+        return {
+            "object": "list", "data": page, "first_id": first, "last_id": last, "has_more": len(page) < len(items),
+        }  # fmt: skip
 
     def show(self, id: str, now: float, client: int | None) -> bytes:
         """The body of a kept response. Raises InvalidRequest with status 404."""
@@ -204,6 +178,42 @@ class ResponsesDialect:
         return found
 
 
+class CompactDialect:
+    """POST /v1/responses/compact: the same conversation as one item, and nothing else of a response."""
+
+    paths = ("/v1/responses/compact",)
+
+    def __init__(self, responses: ResponsesDialect) -> None:
+        self._responses = responses
+        self.id_headers = responses.id_headers
+        self.is_spoken, self.status, self.error = responses.is_spoken, responses.status, responses.error
+
+    def extra_routes(self) -> tuple[LocalRoute, ...]:
+        return ()
+
+    def parse(self, raw: bytes, now: float, client: int | None = None) -> Chat:
+        chat = self._responses.understood(raw, now, client, compact=True)
+        return replace(chat, stream=False, include_usage=False, origin=replace(chat.origin, bare=True))
+
+    def encoder(self, chat: Chat, now: float) -> ResponsesEncoder:
+        return self._responses.encoder(chat, now)
+
+
+def without_tools(request: JSON) -> JSON:
+    """A request whose answer is to be plain text."""
+    return {name: value for name, value in request.items() if name not in ("tools", "tool_choice", "text")}
+
+
+def shown(item: JSON, place: int) -> JSON:
+    """An item of the input as this API lists it: with an id, and a message's content as parts."""
+    kind = item.get("type") or "message"
+    shown = {"id": f"item_{blake2b(dump(item), digest_size=12).hexdigest()}{place:04x}", "type": kind, **item}
+    if kind == "message" and isinstance(item.get("content"), str):
+        part = "output_text" if item.get("role") == "assistant" else "input_text"
+        shown["content"] = [{"type": part, "text": item["content"]}]
+    return {"status": "completed", **shown} if kind == "message" else shown
+
+
 def forget(response: JSON, size: int) -> None:
     """`store: false` keeps nothing."""
 
@@ -211,41 +221,6 @@ def forget(response: JSON, size: int) -> None:
 def not_kept(id: object) -> str:
     limits = f"the latest {KEPT_MAX} are kept for {KEPT_S / 60:.0f} minutes, and none over a restart"
     return f"Response with id '{id}' not found: {limits}."
-
-
-def check_types(request: JSON) -> None:
-    """Of the fields that are only read here and in the encoder."""
-    for name in ("text", "reasoning", "metadata"):
-        if not isinstance(request.get(name, {}), dict):
-            raise wrong_type(name, "an object")
-    if not isinstance(request.get("instructions", ""), str):
-        raise wrong_type("instructions", "a string")
-    for name in ("store", "parallel_tool_calls"):
-        if name in request:
-            request[name] = boolean(request[name], name)
-
-
-def input_items(request: JSON) -> list[Any]:
-    given = request.get("input")
-    if isinstance(given, str):
-        return [{"type": "message", "role": "user", "content": given}]
-    if not isinstance(given, list):
-        raise wrong_type("input", "a string or a list of items")
-    return given
-
-
-def chat_body(request: JSON, tools: Tools, turns: Turns) -> JSON:
-    """The request in chat's form, as yet unjudged."""
-    body = {name: request[name] for name in PASSED_ON if name in request}
-    body["messages"] = turns.messages_after(request.get("instructions", ""))
-    body["tool_choice"] = tools.choice(request.get("tool_choice"))  # may take tools away
-    body["tools"] = tools.chat
-    body["reasoning_effort"] = request.get("reasoning", {}).get("effort")
-    wanted = request.get("text", {}).get("format")
-    if isinstance(wanted, dict):  # chat_from knows a schema at this level
-        wanted = {name: value for name, value in wanted.items() if value is not None}
-    body["response_format"] = wanted
-    return body
 
 
 def repeated(request: JSON, body: Mapping[str, Any]) -> JSON:
@@ -261,3 +236,8 @@ def repeated(request: JSON, body: Mapping[str, Any]) -> JSON:
         "tools": [flat(tool) for tool in request.get("tools", ())],
         "top_p": body.get("top_p"),
     }
+
+
+def named(given: Mapping[str, str]) -> str:
+    """The id of the response that an address names."""
+    return f"resp_{given['token']}"

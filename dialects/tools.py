@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from operator import is_
 from typing import Any
 
 import orjson
 
-from dialects.history import safe_name, wrong_type
-from wire.jsontext import JSON, plain_value
+from dialects.custom_tools import as_function
+from dialects.history import safe_name
+from dialects.values import wrong_type
+from wire.jsontext import JSON, plain_value, without_nulls
 
 TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
+MODES = ("auto", "none", "required", "any")  # of choosing; the last is another word for the one before
 REMEMBERED_MAX = 16  # lists of tools of clients that are at work
 REMEMBERED_BYTES_MAX = 128 * 1024  # of each: as objects they take eight times as much, 16 MB in all
 
@@ -23,6 +27,7 @@ class Toolset:
 
     tools: list[JSON] = field(default_factory=list)
     safe_names: Mapping[str, str] = field(default_factory=dict)  # of those that need one, by the client's own
+    custom: frozenset[str] = frozenset()  # the client's own names of those that are custom tools to it
     chars: int = 0
     texts: Mapping[str, bytes] = field(default_factory=dict)  # of `tools`, where nothing had to be mended
 
@@ -42,23 +47,30 @@ def remembered(text: bytes) -> Toolset:
     if not given:
         raise ValueError
     mended = mended_tools(given)
-    same = all(a is b for a, b in zip(given, mended.tools, strict=True))
+    same = len(given) == len(mended.tools) and all(map(is_, given, mended.tools))
     return replace(mended, texts={"tools": text}) if same else mended
 
 
 def mended_tools(given: object) -> Toolset:
-    """Tools in today's nested form, under names that every server takes. Raises InvalidRequest.
+    """Tools as functions in today's nested form, each once, under names that every server takes. Raises InvalidRequest.
 
     MCP clients name tools with dots, slashes and blanks, and at length; strict servers refuse that.
     """
     if not isinstance(given, list):
         raise wrong_type("tools", "a list")
-    tools = [mended_tool(tool, f"tools[{index}]") for index, tool in enumerate(given)]
-    functions = [tool["function"] for tool in tools if isinstance(tool.get("function"), dict)]
-    safe_names = {f["name"]: safe for f in functions if (safe := safe_name(f["name"])) != f["name"]}
-    if safe_names:
-        tools = [with_name(tool, safe_names) if "function" in tool else tool for tool in tools]
-    return Toolset(tools, safe_names, len(orjson.dumps(tools)) if tools else 0)
+    by_name: dict[str, JSON] = {}
+    custom = set()
+    for index, tool in enumerate(given):
+        if tool is None:
+            continue
+        if (offered := offered_tool(tool, f"tools[{index}]")) is not None:
+            name = offered["function"]["name"]
+            if name not in by_name and is_custom(tool):
+                custom.add(name)
+            by_name.setdefault(name, offered)
+    safe_names = {name: safe for name in by_name if (safe := safe_name(name)) != name}
+    tools = [with_name(tool, safe_names) for tool in by_name.values()] if safe_names else [*by_name.values()]
+    return Toolset(tools, safe_names, frozenset(custom), len(orjson.dumps(tools)) if tools else 0)
 
 
 def mend_tools(body: JSON, toolset: Toolset | None) -> Toolset:
@@ -75,55 +87,112 @@ def mend_tools(body: JSON, toolset: Toolset | None) -> Toolset:
         choice = body.pop("function_call")
         body.setdefault("tool_choice", {"type": "function", "function": choice} if isinstance(choice, dict) else choice)
     toolset = toolset or mended_tools(body.get("tools", []))
+    if "tool_choice" in body:
+        choice, allowed = mended_choice(body.pop("tool_choice"))
+        if allowed is not None:
+            toolset = narrowed(toolset, allowed)
+        if isinstance(choice, dict):
+            choice = with_name(choice, toolset.safe_names)
+        if choice is not None:
+            body["tool_choice"] = choice
     if not toolset.tools:
         for name in ("tools", "tool_choice", "parallel_tool_calls"):
             body.pop(name, None)
         return NO_TOOLS
     body["tools"] = toolset.tools
-    if "tool_choice" in body:
-        choice = mended_choice(body["tool_choice"])
-        named = isinstance(choice, dict) and isinstance(choice.get("function"), dict)
-        body["tool_choice"] = with_name(choice, toolset.safe_names) if toolset.safe_names and named else choice
     return toolset
 
 
-def with_name(tool: Any, safe_names: Mapping[str, str]) -> JSON:
+def with_name(tool: JSON, safe_names: Mapping[str, str]) -> JSON:
+    """A tool, or a choice of one, under its safe name."""
     function = tool["function"]
-    name = function.get("name")
-    if not isinstance(name, str):
-        raise wrong_type("tool_choice.function.name", "a string")
-    return {**tool, "function": {**function, "name": safe_names.get(name, name)}}
+    safe = safe_names.get(function["name"])
+    return tool if safe is None else {**tool, "function": {**function, "name": safe}}
 
 
-def mended_tool(tool: object, param: str) -> JSON:
-    if not isinstance(tool, dict):
+def is_custom(tool: JSON) -> bool:
+    """Whether it takes free text; Anthropic calls every tool of the client so, but gives it a schema."""
+    return tool.get("type") == "custom" and "input_schema" not in tool
+
+
+def offered_tool(given: object, param: str) -> JSON | None:
+    """A tool as a function; None for one that only its vendor's own servers run. The very object where it is one."""
+    if not isinstance(given, dict):
         raise wrong_type(param, "an object")
-    if tool.get("type", "function") != "function" and "function" not in tool:
-        return tool
-    function = tool.get("function")
-    if function is None and "name" in tool:  # flat, as in the Responses API
-        function = {name: value for name, value in tool.items() if name != "type"}
-    if not isinstance(function, dict):
-        raise wrong_type(f"{param}.function", "an object")
-    if not isinstance(function.get("name"), str) or not function["name"]:
-        raise wrong_type(f"{param}.function.name", "a non-empty string")
+    tool: JSON = without_nulls(given)
+    kind = tool.get("type", "function")
+    if not isinstance(kind, str):
+        raise wrong_type(f"{param}.type", "a string")
+    if is_custom(tool):
+        spec = tool.get("custom", tool)
+        return {"type": "function", "function": as_function(spec, named(spec, f"{param}.custom"))}
+    function: Any
+    if isinstance(tool.get("input_schema"), dict):
+        function = {name: tool[name] for name in ("name", "description") if name in tool}
+        function["parameters"] = tool["input_schema"]
+    elif "function" in tool:
+        function = tool["function"]
+    else:
+        function = {name: value for name, value in tool.items() if name != "type"}  # flat, as in the Responses API
+    if is_hosted(tool, kind, function):
+        return None
+    named(function, f"{param}.function")
     if not function.get("parameters"):
         function = {**function, "parameters": {"type": "object", "properties": {}}}
     elif not isinstance(function["parameters"], dict):
         raise wrong_type(f"{param}.function.parameters", "an object")
-    if "type" in tool and function is tool.get("function"):
-        return tool
-    return {"type": "function", "function": function}
+    return tool if function is tool.get("function") and "type" in tool else {"type": "function", "function": function}
 
 
-def mended_choice(choice: object) -> object:
+def is_hosted(tool: JSON, kind: str, function: Any) -> bool:
+    """Whether a tool can only be run by servers that are not here: it tells of which kind it is, not what it takes."""
+    if kind not in ("function", "custom"):
+        return not (isinstance(function, dict) and isinstance(function.get("parameters"), dict))
+    return len(tool) == 1 and tool.keys().isdisjoint({"type", "name", "function"})
+
+
+def named(spec: Any, param: str) -> str:
+    """A tool's name. Raises InvalidRequest."""
+    if not isinstance(spec, dict) or not spec:
+        raise wrong_type(param, "an object")
+    if not isinstance(spec.get("name"), str) or not spec["name"]:
+        raise wrong_type(f"{param}.name", "a non-empty string")
+    return str(spec["name"])
+
+
+def mended_choice(choice: object) -> tuple[Any, Collection[str] | None]:
+    """A choice in chat's form, None for one of a tool that is not offered to anybody; and the names of the tools to
+    which it narrows the offer, where it does."""
     if isinstance(choice, str):
-        return "required" if choice == "any" else choice
+        return ("required" if choice == "any" else choice), None
     if not isinstance(choice, dict):
         raise wrong_type("tool_choice", "a string or an object")
     kind = choice.get("type")
-    if kind in ("auto", "none", "required", "any"):
-        return "required" if kind == "any" else kind
-    if kind in ("tool", "function") and isinstance(choice.get("name"), str):
-        return {"type": "function", "function": {"name": choice["name"]}}
-    return choice
+    if kind in MODES:
+        return ("required" if kind == "any" else kind), None
+    if kind == "allowed_tools":
+        allowed = choice.get("allowed_tools", choice)
+        tools = allowed.get("tools") if isinstance(allowed, dict) else None
+        if not isinstance(tools, list):
+            raise wrong_type("tool_choice.allowed_tools.tools", "a list")
+        names = [chosen_name(tool) for tool in tools if isinstance(tool, dict)]
+        return allowed.get("mode", "auto"), [name for name in names if name is not None]
+    name = chosen_name(choice)
+    if name is None and kind in (None, "function", "tool", "custom"):
+        raise wrong_type("tool_choice.function.name", "a string")
+    return (None if name is None else {"type": "function", "function": {"name": name}}), None
+
+
+def chosen_name(choice: JSON) -> str | None:
+    """The name of the tool that is chosen, nested or flat."""
+    for spec in (choice.get("function"), choice.get("custom"), choice):
+        if isinstance(spec, dict) and isinstance(spec.get("name"), str):
+            return str(spec["name"])
+    return None
+
+
+def narrowed(toolset: Toolset, allowed: Collection[str]) -> Toolset:
+    """The tools that a choice allows."""
+    names = {toolset.safe_names.get(name, name) for name in allowed}
+    tools = [tool for tool in toolset.tools if tool["function"]["name"] in names]
+    return replace(toolset, tools=tools, chars=len(orjson.dumps(tools)), texts={})

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from starlette.exceptions import HTTPException
 
 from config.settings import LOOPBACK_HOSTS, spelled
 from engine.address import Given, credentials, tidy_path
+from engine.conversation import session_key
 from engine.delivery import JSON_HEADERS, response_start
 from engine.drill import parse_drill
 from engine.exchange import Engine
@@ -25,12 +25,11 @@ from engine.record import Exchange, route_headers
 from routing.catalog import Catalog
 from routing.clients import Admission, Client, ClientKeys, allowed_models
 from transport.client import ClientGone, CutShort, Receive, Send, read_body
-from wire.chat import Chat, Dialect, Mode, Need
+from wire.chat import Chat, Dialect, Need
 from wire.errors import GatewayError, InvalidRequest, Unauthorized
 
 PATH_CHARS_MAX = 200  # of an address in the log
 OPEN_PATHS = frozenset({"/healthz", "/"})  # everything else needs a key; the page holds no secret
-SESSION_MODES = (Mode.SMART, Mode.FAST)  # the others have no sessions (SPEC 7.1)
 WAIT_S_MAX = 86_400.0  # the request's budget ends it long before
 ADMIN_PREFIXES = ("/api", "/metrics")
 NO_TRAIN = b"no-train"  # the one value of X-Privacy
@@ -218,17 +217,7 @@ def understood(
     Raises InvalidRequest."""
     need = wished(catalog.meant(chat.need), headers, private=private)
     chat = chat if need is chat.need else replace(chat, need=need)
-    return chat, session_key(chat, headers.get(b"x-session-id", b"").decode("latin-1"), client)
-
-
-def session_key(chat: Chat, session_id: str, client: int | None) -> str:
-    """A conversation's key: whose it is, its mode and its own id, else its first user message. Empty: no session."""
-    text = session_id or chat.first_user_text
-    if chat.need.pinned is not None or chat.need.mode not in SESSION_MODES or not text:
-        return ""
-    source = "id" if session_id else "text"
-    owner = "" if client is None else f"{client}\0"
-    return blake2b(f"{owner}{chat.need.mode}\0{source}\0{text}".encode(errors="replace"), digest_size=16).hexdigest()
+    return chat, session_key(chat, headers, client="" if client is None else str(client))
 
 
 def wished(need: Need, headers: Given, *, private: bool) -> Need:

@@ -1,4 +1,4 @@
-"""RULES.md: every rule of the specification has its row, and the tests it names are there."""
+"""RULES.md: every rule of the specification has its row, and the tests it names are there, like those of WIRE.md."""
 
 import ast
 from pathlib import Path
@@ -39,3 +39,12 @@ def test_every_test_that_a_rule_names_is_there():
     known = names_of_tests()
 
     assert {rule: missing for rule, named in rows().items() if (missing := [n for n in named if n not in known])} == {}
+
+
+def test_every_test_that_the_table_of_inputs_names_is_there():
+    lines = (HERE.parent / "docs/WIRE.md").read_text().splitlines()
+    rows = [line.strip("|").split(" | ") for line in lines if line.startswith("| ") and not line.startswith("| Kind")]
+    named = {name.strip() for row in rows for name in row[-1].split(",")}
+
+    assert rows
+    assert named - names_of_tests() == set()

@@ -129,7 +129,7 @@ TURNS = {
             {
                 "role": "user",
                 "content": [
-                    {"type": "text", "text": "The images in the tool results:"},
+                    {"type": "text", "text": "Images from the tool results above:"},
                     {"type": "image_url", "image_url": {"url": PIXEL}},
                 ],
             },
@@ -138,9 +138,8 @@ TURNS = {
     "items of built-in tools and unknown ones": (
         [
             {"type": "web_search_call", "id": "ws_1", "status": "completed"},
-            {"type": "local_shell_call", "call_id": "c9", "action": {}},
-            {"type": "function_call_output", "call_id": "c9", "output": "files"},
-            {"type": "compaction_trigger"},
+            {"type": "computer_call", "call_id": "c9", "action": {}},
+            {"type": "computer_call_output", "call_id": "c9", "output": {"type": "computer_screenshot"}},
             {"type": "of_tomorrow", "x": [1]},
             USER,
         ],
@@ -165,7 +164,7 @@ FIELDS = {
     "a flat tool": ({"tools": [{"type": "function", **FUNCTION, "strict": None}]}, {"tools": [F]}),
     "a nested tool": ({"tools": [F]}, {"tools": [F]}),
     "a tool without type or parameters": ({"tools": [{"name": "f"}]}, {"tools": [F]}),
-    "built-in tools": ({"tools": [{"type": "web_search"}, F, {"type": "local_shell"}]}, {"tools": [F]}),
+    "built-in tools": ({"tools": [{"type": "web_search"}, F, {"type": "file_search"}]}, {"tools": [F]}),
     "nothing but built-in tools": ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, {}),
     "a choice by name": (
         {"tools": [F], "tool_choice": {"type": "function", "name": "f"}},

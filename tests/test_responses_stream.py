@@ -372,14 +372,32 @@ async def test_a_stall_before_the_first_token_moves_on(start_gateway, fake):
     assert got.headers["X-Fallback-Trail"] == "a/a-model=stall"
 
 
-async def test_a_silent_response_is_kept_alive_with_comments(start_gateway, fake):
+async def test_a_silent_response_is_kept_alive_with_events(start_gateway, fake):
     gateway = await start_gateway(["a"], {"KEEPALIVE_INTERVAL_MS": "10"})
     fake.script("a", sse(chunk("be"), Every(0.01, b": working\n\n", times=8), chunk("gin"), STOP))
 
     events, got = await streamed(gateway)
 
     assert events[-1]["response"]["output_text"] == "begin"
-    assert set(got.comments) == {": keep-alive"}
+    beats = [event for event in events[2:] if event["type"] == "response.in_progress"]
+    assert beats and {event["response"]["id"] for event in beats} == {events[0]["response"]["id"]}
+    assert [event["sequence_number"] for event in events] == [*range(len(events))]
+    assert names([event for event in events if event not in beats]) == TEXT_EVENTS
+    assert got.comments == []
+
+
+async def test_a_response_that_has_not_begun_is_kept_alive_with_its_first_events(start_gateway, fake):
+    gateway = await start_gateway(["a"], {"FIRST_HEARTBEAT_MS": "10", "KEEPALIVE_INTERVAL_MS": "10"})
+    fake.script("a", sse(Every(0.01, b": working\n\n", times=8), chunk("late"), STOP))
+
+    events, got = await streamed(gateway)
+
+    types = [event["type"] for event in events]
+    assert types[:3] == ["response.created", "response.in_progress", "response.in_progress"]
+    assert types.count("response.created") == 1
+    assert events[-1]["response"]["output_text"] == "late"
+    assert events[-1]["response"]["model"] == "provider-own-name"
+    assert got.comments == []
 
 
 async def test_a_platform_that_does_not_stream_answers_in_the_same_events(start_gateway, fake):

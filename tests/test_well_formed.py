@@ -2,6 +2,7 @@
 one that reading and mending would have made of it."""
 
 import json
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from adapters.openai import OpenAIAdapter
 from dialects.chat import ChatDialect, chat_from
 from dialects.well_formed import recognised
 from protection import UpstreamError
-from routing.catalog import KEYLESS, Model, Platform
+from routing.catalog import KEYLESS, Model, Platform, Prefill
 from wire.chat import Chat
 from wire.errors import InvalidRequest
 from wire.jsontext import load_object
@@ -37,7 +38,7 @@ def model_with(quirks: dict) -> Model:
     )  # fmt: skip
 
 
-MODELS = [model_with({}), *map(model_with, QUIRKS)]
+MODELS = [model_with({}), *map(model_with, QUIRKS), *(replace(model_with({}), prefill=form) for form in Prefill)]
 
 
 def sent(chat: Chat, model: Model) -> object:

@@ -196,7 +196,7 @@ class LocalRoute:
 
     method: str
     path: str  # with {parameters} as in Starlette's routes
-    # Path parameters, body, UTC seconds, and whose key it came with (None: the gateway's own): JSON.
+    # Parameters of path and query, body, UTC seconds, and whose key it came with (None: the gateway's own): JSON.
     answer: Callable[[Mapping[str, str], bytes, float, int | None], bytes]
     keyless: bool = False  # open to everyone
 

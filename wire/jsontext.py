@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from operator import is_
 from typing import Any
 
 import msgspec
@@ -19,6 +20,21 @@ ESCAPE = re.compile(rb"\\(?:u(?:[dD][89abAB]..\\u[dD][c-fC-F]..|([dD][89a-fA-F].
 def mended_escapes(raw: bytes) -> bytes:
     """Half an emoji (some editors cut them) and NUL become U+FFFD: they are not text, and servers refuse them."""
     return ESCAPE.sub(lambda found: b"\\ufffd" if found[1] else found[0], raw)
+
+
+DATA_FIELDS = frozenset({"parameters", "schema", "input_schema", "arguments", "input"})  # where a null says something
+
+
+def without_nulls(value: Any) -> Any:
+    """JSON without what is null in it, apart from schemas and arguments: clients null what they do not set, and servers
+    refuse that. The very object where there is nothing to leave out."""
+    if type(value) is dict:
+        kept = {k: v if k in DATA_FIELDS else without_nulls(v) for k, v in value.items() if v is not None}
+        return value if len(kept) == len(value) and all(kept[k] is v for k, v in value.items()) else kept
+    if type(value) is list:  # in which each has its place
+        items = [without_nulls(item) for item in value]
+        return value if all(map(is_, items, value)) else items
+    return value
 
 
 def plain_value(text: bytes) -> Any:
