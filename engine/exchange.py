@@ -70,7 +70,7 @@ class Engine:
         self._attempts_max = settings.max_fallback_attempts
         self._first_token_s = settings.first_token_timeout_ms / 1000
         self._rescue_after_s = settings.rescue_after_ms / 1000
-        self._hedging = Hedging(router, settings.hedge_percent)
+        self._hedging = Hedging(router, settings)
         self._no_prefill: set[int] = set()  # models that have refused a prefill; bounded by the catalogue
 
     def exchange(self) -> Exchange:
