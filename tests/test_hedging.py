@@ -4,8 +4,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator
 
+import aiohttp
 import pytest
-from conftest import both_ways, default_key
+from conftest import Stream, both_ways, default_key
 from continuing import (
     PROSE,
     assert_one_answer,
@@ -433,3 +434,20 @@ async def test_a_defect_of_ours_in_a_race_ends_both_attempts_and_the_request(sta
     assert await fake.closed(0) - fake.requests[1].arrived_at < CLOSE_WITHIN_S
     assert [row["status"] for row in await gateway.rows(2)] == ["cancelled", "cancelled"]
     await assert_no_trace_but(gateway)
+
+
+async def test_a_defect_of_ours_in_the_middle_of_an_answer_cuts_the_connection(start_gateway, fake, defective):
+    gateway = await start_gateway({"a": {}, "b": {"adapter": defective}}, {"RESCUE": "on"})
+    fake.script("a", broken())
+    fake.script("b", served(repeats_anchor(PROSE)))
+
+    received = b""
+    with pytest.raises(aiohttp.ClientPayloadError):
+        async with gateway.post(gateway.request(stream=True)) as response:
+            async for data in response.content.iter_any():
+                received += data
+
+    assert Stream(200, {}, received).text == PROSE[: len(PROSE) // 2]
+    assert b"[DONE]" not in received
+    assert [row["status"] for row in await gateway.rows(2)] == ["error", "cancelled"]
+    await assert_no_trace_but(gateway, rests=("a-model",))
