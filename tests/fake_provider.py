@@ -435,5 +435,6 @@ def close(writer: asyncio.StreamWriter, *, reset: bool) -> None:
     if not reset:
         writer.close()
         return
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if (connection := writer.get_extra_info("socket")) is not None:  # else the other side was quicker
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()
