@@ -1,6 +1,7 @@
 """SPEC 14.2 to 14.5, over real sockets: who goes on with an answer that broke, how they are asked, and when."""
 
 import asyncio
+import time
 
 import pytest
 from conftest import Stream, case, default_key
@@ -36,11 +37,14 @@ from fake_provider import (
     ROLE,
     STOP,
     Every,
+    Reply,
     Wait,
+    answer,
     chunk,
     error,
     raw,
     sse,
+    usage_chunk,
 )
 from test_responses_stream import piece
 
@@ -226,13 +230,33 @@ async def test_a_model_that_stops_before_its_words_have_found_their_place_is_giv
     fake.script("b", served(repeats_anchor(PROSE), break_at=15, how="stall"))
     fake.script("c", served(repeats_anchor(PROSE)))
 
+    began = time.monotonic()
     got = await gateway.stream(model="auto-smart", headers={"X-Session-Id": "one"})
 
     assert_one_answer(got, PROSE)
+    assert time.monotonic() - began < 2.0
     assert [row["error_kind"] for row in await gateway.rows_of(got, 3)] == ["connection", "stall", None]
     seen = await gateway.protection()
     assert [rest["model_id"] for rest in seen["transient_cooldowns"]] == ["a-model"]
     assert (seen["bans"], seen["gates"]) == ([], [])
+
+
+async def test_a_continuation_that_uses_up_what_was_left_of_the_length_is_not_cut_short(start_gateway, fake):
+    gateway = await start_gateway(WITH_SESSIONS, ON)
+    fake.script("a", broken(LONG, at=320))  # 80 tokens of 100
+    fake.script("b", ends_for_length, answer("the same model again"))
+    session = {"model": "auto-smart", "headers": {"X-Session-Id": "one"}}
+
+    got = await gateway.stream(max_tokens=100, **session)
+
+    assert (got.text, got.finishes) == (LONG[:400], ["length"])
+    assert fake.requests[1].json["max_tokens"] < 40
+    assert (await gateway.stream(**session)).text == "the same model again"
+
+
+def ends_for_length(request) -> Reply:
+    said = repeats_anchor(LONG[:400])(request.json)
+    return sse(ROLE, chunk(said), chunk(finish="length"), usage_chunk(99, 30))
 
 
 # --- Silence ----------------------------------------------------------------------------------------------------------
