@@ -51,14 +51,12 @@ class Hedging:
 
 
 def let_go(task: asyncio.Task[bool], attempt: Attempt) -> None:
-    """Stop an attempt's waiting and close its connection now, and once more behind a connection that is just being
-    made."""
+    """Stop waiting for an attempt that is being settled."""
 
     def ended(task: asyncio.Task[bool]) -> None:
-        attempt.close()
+        attempt.close()  # once more: its connection may have been made in the moment in which it was settled
         if not task.cancelled():
             task.exception()  # it failed in the same moment, which is nobody's affair any more
 
     task.cancel()
-    attempt.close()
     task.add_done_callback(ended)

@@ -3,6 +3,9 @@
 Platform `a` breaks off; those behind it are models of tests/continuing.py, each with its own way to take up an answer.
 """
 
+import asyncio
+import json
+import sys
 import time
 
 import pytest
@@ -18,6 +21,7 @@ from continuing import (
     broken,
     continues_prefill,
     counted,
+    pieces,
     reasked,
     refuses_prefill,
     repeats_anchor,
@@ -377,40 +381,74 @@ async def test_a_json_answer_goes_on_by_prefill_or_by_an_equal_restart(start_gat
     assert all(reasked(request.json) is None for request in fake.requests)
 
 
-# --- The real client --------------------------------------------------------------------------------------------------
+# --- Real clients -----------------------------------------------------------------------------------------------------
+HI = [{"role": "user", "content": "hi"}]
+# A provider in a process of its own: it says the first half of its answer, and then works on for ever.
+DOOMED = """
+import asyncio, json, sys
+
+async def serve(reader, writer):
+    head = await reader.readuntil(b"\\r\\n\\r\\n")
+    writer.write(b"HTTP/1.1 200 OK\\r\\ncontent-type: text/event-stream\\r\\n\\r\\n")
+    for part in json.loads(sys.argv[1]):
+        writer.write(b"data: " + json.dumps(part).encode() + b"\\n\\n")
+    await asyncio.Event().wait()
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
+
+
+async def test_a_provider_whose_process_is_killed_in_mid_answer_is_not_noticed(start_gateway, fake):
+    said = [ROLE, *(chunk(text) for text in pieces(PROSE[:HALF]))]
+    doomed = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", DOOMED, json.dumps(said), stdout=asyncio.subprocess.PIPE
+    )
+    port = int(await doomed.stdout.readline())
+    gateway = await start_gateway({"a": {"base_url": f"http://127.0.0.1:{port}/v1"}, "b": {}}, {"RESCUE": "on"})
+    fake.script("b", served(repeats_anchor(PROSE)))
+
+    got = ""
+    async for part in await gateway.openai.chat.completions.create(model="a-model", messages=HI, stream=True):
+        got += part.choices[0].delta.content or ""
+        if got == PROSE[:HALF]:
+            doomed.kill()
+            await doomed.wait()
+
+    assert got == PROSE
+    assert [(row["platform"], row["status"]) for row in await gateway.rows(2)] == [("a", "error"), ("b", "success")]
+
+
 @every_break
-async def test_the_openai_client_does_not_notice(start_gateway, fake, how):
+async def test_the_openai_client_notices_nothing(start_gateway, fake, how):
     gateway = await start_gateway(["a", "b"], ON | NO_RESTS)
     fake.script("a", broken(how=how))
     fake.script("b", served(repeats_anchor(PROSE)))
-    messages = [{"role": "user", "content": "hi"}]
 
-    said, roles, finishes, ids = "", [], [], set()
-    async for part in await gateway.openai.chat.completions.create(model="a-model", messages=messages, stream=True):
-        ids.add((part.id, part.created, part.model))
-        for choice in part.choices:
-            said += choice.delta.content or ""
-            roles += [choice.delta.role] if choice.delta.role else []
-            finishes += [choice.finish_reason] if choice.finish_reason else []
-    assert (said, roles, finishes, len(ids)) == (PROSE, ["assistant"], ["stop"], 1)
-
-    async with gateway.openai.chat.completions.stream(model="a-model", messages=messages) as stream:
+    async with gateway.openai.chat.completions.stream(model="a-model", messages=HI) as stream:
+        parts = [event.chunk async for event in stream if event.type == "chunk"]
         final = await stream.get_final_completion()
-    assert final.choices[0].message.content == PROSE
+    choices = [choice for part in parts for choice in part.choices]
+    assert (final.choices[0].message.content, final.choices[0].finish_reason) == (PROSE, "stop")
+    assert len({(part.id, part.created, part.model) for part in parts}) == 1
+    assert [choice.delta.role for choice in choices if choice.delta.role] == ["assistant"]
 
     async with gateway.openai.responses.stream(model="a-model", input="hi") as stream:
         assert (await stream.get_final_response()).output_text == PROSE
-    assert fake.called == ["a", "b"] * 3
+    assert fake.called == ["a", "b"] * 2
 
 
 @every_break
-async def test_the_anthropic_client_does_not_notice(start_gateway, fake, how):
-    gateway = await start_gateway(["a", "b"], ON | NO_RESTS)
+async def test_the_anthropic_client_notices_nothing(start_gateway, fake, how):
+    gateway = await start_gateway(["a", "b"], ON)
     fake.script("a", broken(how=how))
     fake.script("b", served(repeats_anchor(PROSE)))
 
-    asked = {"model": "a-model", "max_tokens": 4000, "messages": [{"role": "user", "content": "hi"}]}
-    async with gateway.anthropic.messages.stream(**asked) as stream:
+    async with gateway.anthropic.messages.stream(model="a-model", max_tokens=4000, messages=HI) as stream:
         final = await stream.get_final_message()
 
     assert (final.content[0].text, final.stop_reason) == (PROSE, "end_turn")
