@@ -166,9 +166,7 @@ def test_a_trial_is_given_back_however_it_ends(world_store, outcome):
     world.settle(trial, outcome, LATER)
 
     assert not dict(world.protection.trials.running())
-    again = (
-        LATER + TRIAL_SPACING_S if isinstance(outcome, Failed) else LATER
-    )  # one in vain keeps a distance
+    again = LATER + TRIAL_SPACING_S if isinstance(outcome, Failed) else LATER  # one in vain keeps a distance
     assert world.router.next_route(world.plan(now=again), again).model.id == 1
 
 
