@@ -210,8 +210,14 @@ def served(model: Model, *, break_at: int | None = None, how: str = "fin", usage
 # --- What a client makes of it --------------------------------------------------------------------------------------
 PROSE = TEXTS["prose"]
 HALF = len(PROSE) // 2
-ON = {"RESCUE": "on", "RESCUE_AFTER_MS": "100"}
+ON = {"RESCUE": "on"}
+STALLS = {"RESCUE_AFTER_MS": "150"}  # only where a stall is meant: a busy machine pauses too
 NO_RESTS = {"TRANSIENT_COOLDOWN_MS": "1"}
+
+
+def on(how: str) -> dict[str, str]:
+    """The settings of a gateway that mends an answer which breaks in this way."""
+    return ON | (STALLS if how == "stall" else {})
 
 
 def broken(text: str = PROSE, at: int = HALF, how: str = "fin"):

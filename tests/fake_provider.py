@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 
 DEADLINE_S = 5.0  # for everything that a test waits for; a healthy run needs a few ms of it
 POLL_S = 0.002
+CLOSE_WITHIN_S = 0.1  # a provider's connection, once nobody waits for its answer any more (SPEC 8.6, 15.1)
 
 
 async def until(condition: Callable[[], object], within_s: float = DEADLINE_S) -> None:

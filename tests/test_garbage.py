@@ -19,6 +19,7 @@ from continuing import (
     broken,
     has_preamble,
     later,
+    on,
     refuses_prefill,
     repeats_anchor,
     served,
@@ -141,7 +142,7 @@ async def test_a_client_that_leaves_leaves_no_cycle(fake, start_gateway, garbage
 
 @pytest.mark.parametrize("how", BREAKS)
 async def test_an_answer_that_is_made_whole_leaves_no_cycle(fake, start_gateway, garbage, how):
-    gateway = await start_gateway({"a": {}, "b": {"prefill": "plain"}, "c": {}}, ON)
+    gateway = await start_gateway({"a": {}, "b": {"prefill": "plain"}, "c": {}}, on(how))
     fake.script("a", broken(how=how))
     fake.script("b", served(refuses_prefill(has_preamble(PROSE))))
     fake.script("c", served(repeats_anchor(PROSE)))

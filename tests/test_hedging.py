@@ -19,6 +19,7 @@ from continuing import (
     served,
 )
 from fake_provider import (
+    CLOSE_WITHIN_S,
     CUT,
     PAUSE,
     RESET,
@@ -34,13 +35,12 @@ from fake_provider import (
     sse,
     until,
 )
-from test_disconnect import CLOSE_WITHIN_S
 
 from adapters.openai import OpenAIAdapter
 from adapters.registry import ADAPTERS
 
 ALL = {"HEDGE_PERCENT": "100"}
-SOON = {"late_first_token_ms": (20, 40), "late_answer_ms": (20, 40)}
+SOON = {"late_first_token_ms": (40, 80), "late_answer_ms": (40, 80)}
 # What is no answer yet: whoever sends only this is as late as one that sends nothing.
 SILENCES = {
     "no head": raw(PAUSE),
@@ -74,7 +74,7 @@ async def test_a_stream_whose_first_token_is_late_is_joined_by_another_platform(
     assert got.headers["X-Routed-Via"] == "b/b-model"
     assert "X-Fallback-Attempts" not in got.headers
     assert fake.called == ["a", "b"]
-    assert 0.02 <= fake.requests[1].arrived_at - fake.requests[0].arrived_at + 0.01 < 0.5
+    assert 0.06 < fake.requests[1].arrived_at - fake.requests[0].arrived_at < 1.0
     assert await fake.closed(0) - fake.requests[1].arrived_at < CLOSE_WITHIN_S
     rows = await gateway.rows_of(got, 2)
     lost, won = sorted(rows, key=lambda row: row["attempt"])
@@ -98,7 +98,7 @@ async def test_a_whole_answer_that_is_late_is_joined_too(start_gateway, fake):
 
 
 async def test_times_are_those_of_the_kind_of_answer(start_gateway, fake):
-    gateway = await start_gateway(["a", "b"], ALL, late_first_token_ms=(20, 40), late_answer_ms=(60_000, 60_000))
+    gateway = await start_gateway(["a", "b"], ALL, late_first_token_ms=(40, 80), late_answer_ms=(60_000, 60_000))
     go_on = asyncio.Event()
     fake.script("a", later(answer("patience"), go_on))
 
@@ -157,7 +157,7 @@ async def test_a_failure_wins_no_race_and_costs_what_it_always_costs(start_gatew
 
 
 async def test_where_both_fail_failover_goes_on(start_gateway, fake):
-    gateway = await start_gateway(["a", "b", "c"], ALL, late_first_token_ms=(20, 40))
+    gateway = await start_gateway(["a", "b", "c"], ALL, late_first_token_ms=(40, 80))
     go_on = asyncio.Event()
     fake.script("a", later(lambda request: sse(ROLE, CUT), go_on))
     fake.script("b", error(503))
@@ -263,7 +263,7 @@ async def test_races_leave_no_task_and_no_connection_behind(start_gateway, fake)
 
 
 # --- Who may join, and how often --------------------------------------------------------------------------------------
-LATE_S = 0.08
+LATE_S = 0.2
 
 
 def slow(text: str) -> Callable[[Request], Reply]:
@@ -339,7 +339,7 @@ async def test_a_key_near_the_end_of_its_day_is_spared_and_the_next_platform_joi
 
 
 async def test_a_models_own_pace_says_what_is_late(start_gateway, fake):
-    gateway = await start_gateway(["a", "b"], ALL, late_first_token_ms=(20, 60_000))
+    gateway = await start_gateway(["a", "b"], ALL, late_first_token_ms=(40, 60_000))
     fake.script("a", *[answer("hello from a")] * 19, slow("patience"), raw(PAUSE))
     for _ in range(19):
         (await gateway.stream()).assert_whole("hello from a")

@@ -21,6 +21,7 @@ from continuing import (
     broken,
     continues_prefill,
     counted,
+    on,
     pieces,
     reasked,
     refuses_prefill,
@@ -30,6 +31,7 @@ from continuing import (
     starts_over_differently,
 )
 from fake_provider import (
+    CLOSE_WITHIN_S,
     CUT,
     PAUSE,
     PROMISED,
@@ -45,12 +47,9 @@ from fake_provider import (
     usage_chunk,
     usage_of,
 )
-from strict_messages import assert_in_order, events_of
-from test_disconnect import CLOSE_WITHIN_S
-from test_messages_stream import raw_stream as raw_message
-from test_messages_stream import streamed as streamed_message
-from test_responses_stream import piece
-from test_responses_stream import streamed as streamed_response
+from strict_messages import assert_in_order, events_of, raw_message, streamed_message
+from strict_models import streamed_response
+from turns import piece
 
 # What the log says of an attempt that broke in each way.
 KINDS = {
@@ -68,7 +67,7 @@ JSON_MODE = {"response_format": {"type": "json_object"}}
 # --- One answer, whichever way it breaks ------------------------------------------------------------------------------
 @every_break
 async def test_a_stream_that_breaks_is_continued_in_the_same_response(start_gateway, fake, how):
-    gateway = await start_gateway(["a", "b"], ON)
+    gateway = await start_gateway(["a", "b"], on(how))
     fake.script("a", broken(how=how))
     fake.script("b", served(repeats_anchor(PROSE)))
 
@@ -93,7 +92,7 @@ async def test_a_stream_that_breaks_is_continued_in_the_same_response(start_gate
 
 @every_break
 async def test_a_response_that_breaks_goes_on_in_its_open_item(start_gateway, fake, how):
-    gateway = await start_gateway(["a", "b"], ON)
+    gateway = await start_gateway(["a", "b"], on(how))
     fake.script("a", broken(how=how))
     fake.script("b", served(repeats_anchor(PROSE)))
 
@@ -108,7 +107,7 @@ async def test_a_response_that_breaks_goes_on_in_its_open_item(start_gateway, fa
 
 @every_break
 async def test_a_message_that_breaks_goes_on_in_its_open_block(start_gateway, fake, how):
-    gateway = await start_gateway(["a", "b"], ON)
+    gateway = await start_gateway(["a", "b"], on(how))
     fake.script("a", broken(how=how))
     fake.script("b", served(repeats_anchor(PROSE)))
 
@@ -193,21 +192,21 @@ async def test_usage_is_the_same_in_every_dialect(start_gateway, fake):
 # --- Off switches -----------------------------------------------------------------------------------------------------
 @every_break
 async def test_switched_off_everything_is_as_it_was_to_the_byte(start_gateway, fake, how):
-    stall = {"MAX_STREAM_STALL_MS": "100"}
+    stall = {"MAX_STREAM_STALL_MS": "150"} if how == "stall" else {}
     fake.script("a", broken(how=how))
     off = await start_gateway(["a", "b"], stall | {"RESCUE": "off"})
     before = await off.stream()
     await off.stop()
-    on = await start_gateway(["a", "b"], stall | ON | {"RESCUE_AFTER_MS": "20"})
+    gateway = await start_gateway(["a", "b"], stall | on(how))
 
-    got = await on.stream(headers={"X-Rescue": "Off"})
+    got = await gateway.stream(headers={"X-Rescue": "Off"})
 
     told = b"".join(event(part) for part in (ROLE, *(chunk(PROSE[at : at + 5]) for at in range(0, HALF, 5))))
     assert told.endswith(event(chunk(PROSE[HALF - HALF % 5 : HALF // 5 * 5 + 5])))
     assert got.body == before.body
     assert_lost(got, PROSE[:HALF], "stream_timeout" if how == "stall" else "stream_error")
     assert fake.called == ["a", "a"]
-    assert await counted(on, "rescues_total") == {}
+    assert await counted(gateway, "rescues_total") == {}
 
 
 async def test_whole_answers_fail_over_as_ever(start_gateway, fake):
@@ -425,7 +424,7 @@ async def test_a_provider_whose_process_is_killed_in_mid_answer_is_not_noticed(s
 
 @every_break
 async def test_the_openai_client_notices_nothing(start_gateway, fake, how):
-    gateway = await start_gateway(["a", "b"], ON | NO_RESTS)
+    gateway = await start_gateway(["a", "b"], on(how) | NO_RESTS)
     fake.script("a", broken(how=how))
     fake.script("b", served(repeats_anchor(PROSE)))
 
@@ -444,7 +443,7 @@ async def test_the_openai_client_notices_nothing(start_gateway, fake, how):
 
 @every_break
 async def test_the_anthropic_client_notices_nothing(start_gateway, fake, how):
-    gateway = await start_gateway(["a", "b"], ON)
+    gateway = await start_gateway(["a", "b"], on(how))
     fake.script("a", broken(how=how))
     fake.script("b", served(repeats_anchor(PROSE)))
 

@@ -10,6 +10,7 @@ from continuing import (
     NO_RESTS,
     ON,
     PROSE,
+    STALLS,
     TEXTS,
     assert_lost,
     assert_one_answer,
@@ -22,6 +23,7 @@ from continuing import (
     goes_on_without_echo,
     has_preamble,
     later,
+    on,
     prefilled,
     reasked,
     refuses_prefill,
@@ -46,7 +48,7 @@ from fake_provider import (
     sse,
     usage_chunk,
 )
-from test_responses_stream import piece
+from turns import piece
 
 
 # --- Who goes on ------------------------------------------------------------------------------------------------------
@@ -134,7 +136,7 @@ async def test_two_continuations_make_one_answer(start_gateway, fake):
     ],
 )
 async def test_where_five_of_six_cut_every_stream_all_of_120_are_whole(start_gateway, fake, how, model, calls):
-    gateway = await start_gateway(list("abcdef"), ON)
+    gateway = await start_gateway(list("abcdef"), on(how))
     for name in "abcde":  # what each of them says ends at half of the answer, also where it is to go on
         fake.script(name, broken(how=how))
     fake.script("f", served(model(PROSE)))
@@ -225,7 +227,7 @@ async def test_a_model_that_does_not_fit_is_given_up_for_this_request_and_pays_n
 async def test_a_model_that_stops_before_its_words_have_found_their_place_is_given_up_and_not_blamed(
     start_gateway, fake
 ):
-    gateway = await start_gateway(WITH_SESSIONS, ON)
+    gateway = await start_gateway(WITH_SESSIONS, ON | STALLS)
     fake.script("a", broken())
     fake.script("b", served(repeats_anchor(PROSE), break_at=15, how="stall"))
     fake.script("c", served(repeats_anchor(PROSE)))
@@ -278,7 +280,7 @@ async def test_heartbeats_run_on_while_an_answer_is_being_mended(start_gateway, 
     assert got.comments[-1] == ": resumed on b/b-model"
 
 
-PAUSED_S = 0.25  # longer than RESCUE_AFTER_MS here
+PAUSED_S = 0.4  # longer than RESCUE_AFTER_MS here
 
 
 async def goes_on_after_a_pause(gateway, fake, *before, **fields) -> Stream:
@@ -290,13 +292,13 @@ async def goes_on_after_a_pause(gateway, fake, *before, **fields) -> Stream:
 
 
 async def test_a_stream_that_nobody_else_could_go_on_with_is_waited_for(start_gateway, fake):
-    gateway = await start_gateway(["a"], ON)
+    gateway = await start_gateway(["a"], ON | STALLS)
     assert_one_answer(await goes_on_after_a_pause(gateway, fake), "It goes on.")
     assert_one_answer(await goes_on_after_a_pause(gateway, fake, model="a-model"), "It goes on.")
 
 
 async def test_a_stream_that_could_not_be_continued_is_waited_for(start_gateway, fake):
-    gateway = await start_gateway(["a", "b"], ON | {"TOOL_CALLS": "stream"})
+    gateway = await start_gateway(["a", "b"], ON | STALLS | {"TOOL_CALLS": "stream"})
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     call = piece(0, "{}", id="call_one", name="f")
     cases = {
@@ -314,7 +316,7 @@ async def test_a_stream_that_could_not_be_continued_is_waited_for(start_gateway,
 
 
 async def test_comments_do_not_hide_that_an_answer_has_stopped(start_gateway, fake):
-    gateway = await start_gateway(["a", "b"], ON)
+    gateway = await start_gateway(["a", "b"], ON | STALLS)
     fake.script("a", sse(ROLE, chunk(PROSE[:HALF]), Every(0.02, b": working\n\n")))
     fake.script("b", served(repeats_anchor(PROSE)))
 
