@@ -284,15 +284,17 @@ class Router:
                 reasons[model.label] = RUNG_WORDS[step.rung]
         return reasons
 
-    def second_route(self, plan: Plan, first: Route, now: float) -> Route | None:
+    def second_route(self, plan: Plan, first: Route, now: float, *, day_left: float) -> Route | None:
         """A route on another platform to join one that is late (SPEC 15.1): none that would be a trial, or from a rung
-        whose turn has not come."""
+        whose turn has not come, or with a key that has less than this share of its day left."""
         world = self._reach(plan.need)
         for model in plan.models():
             if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not world.has_key(model):
                 continue
             step = self._step(model, plan, now)
-            if step.key is not None and step.rung <= min(first.rung, FIRST_TRIAL - 1) and model.id != plan.trial:
+            if step.key is None or step.rung > min(first.rung, FIRST_TRIAL - 1) or model.id == plan.trial:
+                continue
+            if self.ledger.day_left(model, step.key.id, now) >= day_left:
                 return self._taken(step, plan, now)
         return None
 

@@ -61,6 +61,8 @@ class Settings:
     rescue_after_ms: int = 15_000
     tool_calls: str = "whole"
     hedge_percent: int = 5  # 0: never
+    late_first_token_ms: tuple[int, int] = (2_000, 8_000)  # the earliest, and where a model's pace is not known; like
+    late_answer_ms: tuple[int, int] = (5_000, 30_000)  # this of whole answers it has no name in the environment
     cache_mb: int = 0  # 0: no cache
     cache_ttl_ms: int = 3_600_000
     state: str | None = field(default=None, repr=False)  # its address may hold a password, like the next one's

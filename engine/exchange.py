@@ -18,11 +18,12 @@ from engine.delivery import Delivery, finish, stopped
 from engine.drill import DrilledAttempt
 from engine.explain import Explanations
 from engine.hedging import Hedging, let_go
+from engine.journal import Journal
 from engine.recall import Recall
-from engine.record import Exchange, Running, route_headers, trail
-from engine.refusals import exhausted, refusal, request_is_bad
+from engine.record import Exchange, Running, route_headers
+from engine.refusals import refusal, request_is_bad
 from engine.resuming import Resuming, Resumption
-from engine.settle import Books, judged, refused_row
+from engine.settle import Books, judged
 from engine.waiting import WaitingRoom
 from protection import Answered, Cancelled, Failed, Failure, LostRace, Outcome, Phase, Scope, UpstreamError, retry_s
 from providers import Attempt, Providers
@@ -66,11 +67,12 @@ class Engine:
         self.running: set[Exchange] = set()
         self.providers: Providers  # set while the lifespan holds it
         self._rng = rng
+        self._journal = Journal(protection, router, store, log, self.metrics)
         self._books = Books(settings, protection, router, store, log, self.metrics, rng, self.waiting.wake)
         self._attempts_max = settings.max_fallback_attempts
         self._first_token_s = settings.first_token_timeout_ms / 1000
         self._rescue_after_s = settings.rescue_after_ms / 1000
-        self._hedging = Hedging(router, settings.hedge_percent)
+        self._hedging = Hedging(router, settings)
         self._no_prefill: set[int] = set()  # models that have refused a prefill; bounded by the catalogue
 
     def exchange(self) -> Exchange:
@@ -120,9 +122,8 @@ class Engine:
         finally:
             self.running.discard(exchange)
             exchange.delivery, exchange.begun = None, delivery.started
-            if exchange.broken is not None and exchange.status == "success" and exchange.drill is None:
-                self.metrics.rescued("whole")
-            self._close(exchange)
+            self._journal.ended(exchange)
+            self.explanations.keep(exchange)
 
     async def _serve(self, exchange: Exchange, chat: Chat, delivery: Delivery) -> bytes | None:
         if chat.answered is None:
@@ -158,7 +159,7 @@ class Engine:
                     return self._lost(exchange, delivery)
             if exchange.broken is not None:
                 return self._lost(exchange, delivery)
-            raise self._exhausted(exchange, plan, chat)
+            raise self._journal.exhausted(exchange, plan, chat)
         except GatewayError as error:
             if not delivery.streams:
                 raise
@@ -297,7 +298,7 @@ class Engine:
             exchange.moment = self.router.moment(Plan(chat.need), now)
             if not isinstance(error, NoProviders):
                 raise
-            raise self._exhausted(exchange, Plan(chat.need), chat) from None
+            raise self._journal.exhausted(exchange, Plan(chat.need), chat) from None
         if drilled:
             plan.trial = None  # of which no gate would hear
         exchange.moment = self.router.moment(plan, now)
@@ -380,7 +381,7 @@ class Engine:
         else:
             attempt = self.providers.attempt(route, chat, exchange.attempts)
         active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, attempt.started)
-        return Running(attempt, active, self._skipped(plan), resumption, hedge)
+        return Running(attempt, active, self._journal.skipped(plan), resumption, hedge)
 
     def _second_route(self, exchange: Exchange, plan: Plan, first: Running) -> Route | None:
         """The route that joins one that is late, within the limits of attempts and time."""
@@ -405,69 +406,7 @@ class Engine:
         if exchange.delivery is not None:
             exchange.delivery.tally = attempt.tally
 
-    def _exhausted(self, exchange: Exchange, plan: Plan, chat: Chat) -> GatewayError:
-        """The client's error when nothing is left; counted, and logged for the operator (SPEC 5.4)."""
-        now = time.monotonic()
-        soonest_s = self.router.soonest_s(plan, now)
-        error = exhausted(plan, exchange.failures, stream=chat.stream, retry_after_s=soonest_s)
-        if exchange.drill is None:
-            self.metrics.exhausted()
-        labels = {model.id: model.label for model in plan.complete()}
-        pool = {
-            "candidates": len(labels),
-            "skipped": plan.skipped_labels(),
-            "blocked": [f"{labels[id]}={b.reason}" for id, b in plan.blocked.items()],
-            "transient_cooldowns": len(self.protection.transient),
-            "key_cooldowns": len(self.protection.keys),
-        }
-        self.log.write(
-            "warning",
-            "all_models_exhausted",
-            request_id=exchange.id,
-            code=error.code,
-            mode=chat.need.mode,
-            model=chat.model or "auto",
-            attempts=len(exchange.failures),
-            waited_ms=round(exchange.waited_s * 1000),
-            retry_after_s=soonest_s,
-            pool=pool,
-        )
-        return error
-
     def refuse(self, exchange: Exchange, error: GatewayError) -> None:
         """Log a request that was refused before any attempt."""
-        if exchange.failures or exchange.chat is None:
-            return
-        skipped = self._skipped(exchange.plan) if exchange.plan is not None else []
-        self.store.log(refused_row(exchange, exchange.chat, error.status, error.message, skipped))
-
-    def _skipped(self, plan: Plan) -> list[str]:
-        """What this request leaves alone; at level debug with each one's reason."""
-        if not self.log.wants("debug"):
-            return plan.skipped_labels()
-        reasons = self.router.reasons(plan, time.monotonic())
-        return [f"{label}: {reason}" for label, reason in reasons.items()]
-
-    def _close(self, exchange: Exchange) -> None:
-        failed = len(exchange.failures)
-        if exchange.drill is None:
-            self.metrics.request(exchange.status, failed - (exchange.status == "error" and failed > 0))
-        if exchange.waited_s:
-            self.metrics.waited(exchange.status)
-        self.explanations.keep(exchange)
-        if not self.log.wants("info"):
-            return
-        chat, route = exchange.chat, exchange.route
-        self.log.write(
-            "info",
-            "request",
-            request_id=exchange.id,
-            model=chat.model if chat else None,
-            route=route.model.label if route else None,
-            attempts=exchange.attempts,
-            failures=trail(exchange) or None,
-            status=exchange.status,
-            first_event_ms=exchange.first_event_ms,
-            waited_ms=round(exchange.waited_s * 1000) or None,
-            total_ms=round((time.monotonic() - exchange.started) * 1000),
-        )
+        if not exchange.failures:
+            self._journal.refused(exchange, error)

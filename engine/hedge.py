@@ -14,7 +14,7 @@ SAMPLES_MIN = 20  # SPEC 15.1: below them nothing is known
 SAMPLES_MAX = 200  # of one model: a change in its pace has its effect within some ten answers
 MODELS_MAX = 2_000  # far more than any catalogue has; of 3 KB each
 LATE_SHARE = 0.95
-DAY_LEFT_MIN = 0.1  # of a key's requests or tokens of the day; what is left is for those that have no other route
+DAY_LEFT_MIN = 0.1  # of a key's requests or tokens of the day: the rest is for those that have no other route
 SAVED_MAX = 10  # hedges that a quiet hour may save for a bad one
 WHOLE = 100  # a hedge, in percent of a request
 
@@ -26,13 +26,14 @@ class Bounds:
     low_s: float
     high_s: float
 
+    @classmethod
+    def of_ms(cls, low_high: tuple[int, int]) -> Bounds:
+        low_ms, high_ms = low_high
+        return cls(low_ms / 1000, high_ms / 1000)
+
     def clamp(self, seconds: float | None) -> float:
         """The higher one where nothing is known."""
         return self.high_s if seconds is None else min(max(seconds, self.low_s), self.high_s)
-
-
-FIRST_TOKEN = Bounds(2.0, 8.0)  # of a stream
-WHOLE_ANSWER = Bounds(5.0, 30.0)
 
 
 class Latencies:
@@ -78,10 +79,14 @@ class HedgeBudget:
         """A request has come."""
         self._balance = min(self._balance + self._percent, SAVED_MAX * WHOLE)
 
-    def spend(self, day_left: float) -> bool:
-        """Whether a second route may join now, on a key with this fraction of its day left (1 without a limit); then it
-        is paid for."""
-        if self._balance <= 0 or day_left < DAY_LEFT_MIN:
+    @property
+    def any_left(self) -> bool:
+        """Whether a second route may join now."""
+        return self._balance > 0
+
+    def spend(self) -> bool:
+        """Pay for a second route, where one may join."""
+        if not self.any_left:
             return False
         self._balance -= WHOLE
         return True

@@ -6,7 +6,8 @@ import asyncio
 import time
 from math import inf
 
-from engine.hedge import FIRST_TOKEN, WHOLE_ANSWER, HedgeBudget, Latencies
+from config.settings import Settings
+from engine.hedge import DAY_LEFT_MIN, Bounds, HedgeBudget, Latencies
 from providers import Attempt
 from router import Router
 from routing.plan import Plan
@@ -15,14 +16,14 @@ from wire.chat import Need
 
 
 class Hedging:
-    """The budget of one gateway, and what it knows of its models' pace. `percent` 0: never."""
+    """The budget of one gateway, and what it knows of its models' pace."""
 
-    def __init__(self, router: Router, percent: int) -> None:
+    def __init__(self, router: Router, settings: Settings) -> None:
         self._router = router
-        self._percent = percent
-        self._budget = HedgeBudget(percent)
-        self._first_tokens = Latencies(FIRST_TOKEN)
-        self._whole_answers = Latencies(WHOLE_ANSWER)
+        self._percent = settings.hedge_percent
+        self._budget = HedgeBudget(settings.hedge_percent)
+        self._first_tokens = Latencies(Bounds.of_ms(settings.late_first_token_ms))
+        self._whole_answers = Latencies(Bounds.of_ms(settings.late_answer_ms))
 
     def arrived(self) -> None:
         """A request has come."""
@@ -41,25 +42,21 @@ class Hedging:
 
     def second_route(self, plan: Plan, first: Route) -> Route | None:
         """The route that joins, paid for; None where there is none or no budget."""
-        now = time.monotonic()
-        route = self._router.second_route(plan, first, now)
-        if route is None:
+        if not self._budget.any_left:
             return None
-        if self._budget.spend(self._router.ledger.day_left(route.model, route.key.id, now)):
-            return route
-        self._router.ledger.take_back(route.reservation)
-        return None
+        route = self._router.second_route(plan, first, time.monotonic(), day_left=DAY_LEFT_MIN)
+        if route is not None:
+            self._budget.spend()
+        return route
 
 
 def let_go(task: asyncio.Task[bool], attempt: Attempt) -> None:
-    """Stop an attempt's waiting and close its connection now, and once more behind a connection that is just being
-    made."""
+    """Stop waiting for an attempt that is being settled."""
 
     def ended(task: asyncio.Task[bool]) -> None:
-        attempt.close()
+        attempt.close()  # once more: its connection may have been made in the moment in which it was settled
         if not task.cancelled():
             task.exception()  # it failed in the same moment, which is nobody's affair any more
 
     task.cancel()
-    attempt.close()
     task.add_done_callback(ended)

@@ -64,7 +64,7 @@ class Resuming:
     def quiet_s(self, resumption: Resumption | None, longest_s: float) -> float:
         """The longest time without a meaningful event that is waited for now: less where another route could go on."""
         if resumption is not None and resumption.seam.holding:
-            return HELD_S
+            return min(HELD_S, self._rescue_after_s)
         if self._never or not self.elsewhere or not self.story.open or self._exhausted(resumption):
             return longest_s
         return min(self._rescue_after_s, longest_s)

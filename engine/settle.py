@@ -50,7 +50,6 @@ from records.rows import Row
 from router import Router
 from routing.route import Route, Rung
 from routing.standing import Protection
-from wire.chat import Chat
 
 
 class Books:
@@ -245,13 +244,3 @@ def judged(running: Running | None, error: UpstreamError) -> Failed:
     blameless = running.resumption is not None and running.resumption.judge(error)
     running.attempt.outcome = failed = Failed(error, phase, blameless=blameless)
     return failed
-
-
-def refused_row(exchange: Exchange, chat: Chat, status: int, message: str, skipped: list[str]) -> Row:
-    """The row of a request that was refused before any attempt."""
-    row = Row(request_id=exchange.id, created_at=exchange.utc, requested_model=chat.model or "auto")
-    row.routing_mode, row.streamed, row.client = str(chat.need.mode), chat.stream, exchange.client
-    row.http_status, row.error, row.drill = status, message, exchange.drill is not None
-    row.latency_ms = round((time.monotonic() - exchange.started) * 1000)
-    row.skipped_models = orjson.dumps(skipped).decode() if skipped else None
-    return row

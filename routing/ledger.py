@@ -83,17 +83,6 @@ class Ledger:
         account.day_tokens += tokens
         return reservation
 
-    def take_back(self, reservation: Reservation | None) -> None:
-        """Undo a reservation whose attempt is not made after all."""
-        if reservation is None:
-            return
-        account = self._accounts[reservation.model, reservation.key]
-        if reservation in account.minute:
-            account.minute.remove(reservation)
-        if account.day == reservation.day:
-            account.day_requests -= 1
-            account.day_tokens = max(0, account.day_tokens - reservation.tokens)
-
     def settle(self, reservation: Reservation | None, tokens: int) -> None:
         """Replace the estimate by what was really used; the request itself stays counted."""
         if reservation is None:

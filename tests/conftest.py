@@ -7,6 +7,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -328,9 +329,10 @@ class PromptServer(uvicorn.Server):
         await self.lifespan.shutdown()
 
 
-async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None = None) -> Gateway:
-    """`http` stands in for the class of connections."""
+async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None = None, **unnamed: object) -> Gateway:
+    """`http` stands in for the class of connections; `unnamed` are settings without a name in the environment."""
     loaded = load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **PLAIN, **settings}, cwd)
+    loaded = dataclasses.replace(loaded, **unnamed)
     listener = socket.socket(proto=socket.IPPROTO_TCP)  # without it asyncio sets no TCP_NODELAY
     listener.bind(("127.0.0.1", 0))
     config = gateway.uvicorn_config(gateway.Gateway(loaded))
@@ -365,10 +367,12 @@ async def start_gateway(fake: FakeProvider, tmp_path: Path):
     """Start a gateway over these platforms. A second call uses the same database: a restart, after `stop`."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(platforms: Platforms = ("a", "b", "c"), settings: dict[str, str] | None = None) -> Gateway:
+        async def start(
+            platforms: Platforms = ("a", "b", "c"), settings: dict[str, str] | None = None, **unnamed: object
+        ) -> Gateway:
             catalog = tmp_path / "test-catalog.json"
             catalog.write_text(json.dumps(catalog_of(platforms, fake)))
-            running = await run_gateway({"GATEWAY_CATALOG": str(catalog), **(settings or {})}, tmp_path)
+            running = await run_gateway({"GATEWAY_CATALOG": str(catalog), **(settings or {})}, tmp_path, **unnamed)
             stack.push_async_callback(running.stop)
             return running
 

@@ -5,11 +5,29 @@ and so on. None stands for a 400 to a prefill. `TEXTS` are what is written. `ser
 where it may also break off: at a character, in one of the ways of `BREAKS`.
 """
 
+import asyncio
 import re
 from collections.abc import Callable
 from dataclasses import replace
 
-from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Reply, ReplyTo, Request, chunk, error, event, sse, usage_chunk
+from conftest import Stream
+from fake_provider import (
+    CUT,
+    PAUSE,
+    RESET,
+    ROLE,
+    STOP,
+    Reply,
+    ReplyTo,
+    Request,
+    Wait,
+    chunk,
+    error,
+    event,
+    raw,
+    sse,
+    usage_chunk,
+)
 
 from routing import catalog as catalogue
 
@@ -187,3 +205,53 @@ def served(model: Model, *, break_at: int | None = None, how: str = "fin", usage
         return sse(ROLE, *map(chunk, pieces(said)), STOP, usage_chunk(*usage))
 
     return reply
+
+
+# --- What a client makes of it --------------------------------------------------------------------------------------
+PROSE = TEXTS["prose"]
+HALF = len(PROSE) // 2
+ON = {"RESCUE": "on"}
+STALLS = {"RESCUE_AFTER_MS": "150"}  # only where a stall is meant: a busy machine pauses too
+NO_RESTS = {"TRANSIENT_COOLDOWN_MS": "1"}
+
+
+def on(how: str) -> dict[str, str]:
+    """The settings of a gateway that mends an answer which breaks in this way."""
+    return ON | (STALLS if how == "stall" else {})
+
+
+def broken(text: str = PROSE, at: int = HALF, how: str = "fin"):
+    """A provider whose answer breaks behind so many characters."""
+    return served(starts_over(text), break_at=at, how=how)
+
+
+def later(reply_to, go_on: asyncio.Event):
+    """The same answer, after a while."""
+
+    def reply(request):
+        steps = reply_to(request).steps
+        return raw(steps[0], Wait(go_on), *steps[1:])
+
+    return reply
+
+
+def assert_one_answer(got: Stream, text: str) -> None:
+    """Nobody who reads it can tell that it came from several providers."""
+    got.assert_whole(text)
+    assert len({(part["id"], part["created"], part["model"]) for part in got.chunks}) == 1
+    assert [delta["role"] for delta in got.deltas if "role" in delta] == ["assistant"]
+
+
+def assert_lost(got: Stream, text: str, kind: str = "stream_error") -> None:
+    """The client has been told so much, and that it is not all."""
+    assert got.text == text
+    assert got.error["type"] == kind
+    assert got.finishes == ["error"]
+    got.assert_done_once()
+
+
+async def counted(gateway, name: str) -> dict[str, float]:
+    """One of the metrics that are counted by result."""
+    lines = (await gateway.get("/metrics")).body.decode().splitlines()
+    found = [line.removeprefix(f'freeway_{name}{{result="').split('"} ') for line in lines if name + "{result=" in line]
+    return {result: float(count) for result, count in found}

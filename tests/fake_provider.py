@@ -25,6 +25,7 @@ from dataclasses import dataclass, field, replace
 
 DEADLINE_S = 5.0  # for everything that a test waits for; a healthy run needs a few ms of it
 POLL_S = 0.002
+CLOSE_WITHIN_S = 0.1  # a provider's connection, once nobody waits for its answer any more (SPEC 8.6, 15.1)
 
 
 async def until(condition: Callable[[], object], within_s: float = DEADLINE_S) -> None:
@@ -435,5 +436,6 @@ def close(writer: asyncio.StreamWriter, *, reset: bool) -> None:
     if not reset:
         writer.close()
         return
-    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    if (connection := writer.get_extra_info("socket")) is not None:  # else the other side was quicker
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

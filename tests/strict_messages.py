@@ -6,9 +6,11 @@ The client itself is lenient: it builds its objects unchecked, and a wrong field
 import json
 import typing
 
+import aiohttp
 from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
 from anthropic.types.shared.error_response import ErrorResponse
-from conftest import Answer, Stream
+from conftest import IN_ORDER, Answer, Stream
+from multidict import CIMultiDict
 from pydantic import BaseModel
 from strict_models import unknown_fields
 
@@ -132,3 +134,27 @@ def assert_in_order(events: list[dict], model: str) -> list[dict]:
         assert names[-2:] == ["message_delta", LAST]
     assert names.count(LAST) == names.count("message_delta") <= 1
     return blocks
+
+
+async def raw_message(gateway, **fields) -> Stream:
+    """A stream to its end, whatever that is; `cut` in its headers says that its connection was closed within it."""
+    request = {"model": IN_ORDER, "max_tokens": 4000, "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    pieces, cut = [], ""
+    async with gateway.post(request | fields, path="/v1/messages") as response:
+        try:
+            async for data in response.content.iter_any():
+                pieces.append(data)
+        except aiohttp.ClientPayloadError:
+            cut = "yes"
+        headers = CIMultiDict(response.headers, cut=cut)
+        return Stream(response.status, headers, b"".join(pieces))
+
+
+async def streamed_message(gateway, **fields) -> tuple[list[dict], list[dict]]:
+    """All events and all blocks of a stream that ends as it should."""
+    got = await raw_message(gateway, **fields)
+    assert not got.headers["cut"]
+    events = events_of(got)
+    blocks = assert_in_order(events, fields.get("model", IN_ORDER))
+    assert events[-1]["type"] == "message_stop"
+    return events, blocks

@@ -10,6 +10,7 @@ import time
 import pytest
 from conftest import both_ways
 from fake_provider import (
+    CLOSE_WITHIN_S,
     CUT,
     PAUSE,
     PROMISED,
@@ -25,7 +26,6 @@ from fake_provider import (
     until,
 )  # fmt: skip
 
-CLOSE_WITHIN_S = 0.1
 ESTABLISHED, SYN_SENT = "01", "02"  # states of /proc/net/tcp
 
 # How far the exchange has got when the client leaves: is it a stream, what has the provider done so far.

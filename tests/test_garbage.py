@@ -11,7 +11,21 @@ from collections.abc import Iterator
 
 import pytest
 from conftest import ROOT
-from fake_provider import CUT, PAUSE, RESET, Wait, body, chunk, error, event, head, raw, sse, until
+from continuing import (
+    BREAKS,
+    ON,
+    PROSE,
+    assert_one_answer,
+    broken,
+    has_preamble,
+    later,
+    on,
+    refuses_prefill,
+    repeats_anchor,
+    served,
+    starts_over_differently,
+)
+from fake_provider import CUT, PAUSE, RESET, Wait, answer, body, chunk, error, event, head, raw, sse, until
 
 # Ours, by their dotted names.
 MODULES = {
@@ -121,6 +135,81 @@ async def test_a_client_that_leaves_leaves_no_cycle(fake, start_gateway, garbage
     async with gateway.post(gateway.request("hi", stream=True)) as response:
         await response.content.readany()
     await fake.closed()
+    await at_rest(gateway)
+    collect(garbage)
+    assert not garbage
+
+
+@pytest.mark.parametrize("how", BREAKS)
+async def test_an_answer_that_is_made_whole_leaves_no_cycle(fake, start_gateway, garbage, how):
+    gateway = await start_gateway({"a": {}, "b": {"prefill": "plain"}, "c": {}}, on(how))
+    fake.script("a", broken(how=how))
+    fake.script("b", served(refuses_prefill(has_preamble(PROSE))))
+    fake.script("c", served(repeats_anchor(PROSE)))
+    assert_one_answer(await gateway.stream(), PROSE)
+    assert fake.called == ["a", "b", "b", "c"]
+    await at_rest(gateway)
+    collect(garbage)
+    assert not garbage
+
+
+async def test_an_answer_that_nobody_could_make_whole_leaves_no_cycle(fake, start_gateway, garbage):
+    gateway = await start_gateway(["a", "b"], ON)
+    fake.script("a", broken())
+    fake.script("b", served(starts_over_differently(PROSE)))
+    assert (await gateway.stream()).error
+    await at_rest(gateway)
+    collect(garbage)
+    assert not garbage
+
+
+LATE = {"late_first_token_ms": (20, 20), "late_answer_ms": (20, 20)}
+LOSERS = {"silent": raw(PAUSE), "an error": error(500), "cut": raw(CUT), "reset": raw(RESET), "odd": body("no JSON")}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("loser", LOSERS.values(), ids=LOSERS)
+async def test_a_race_leaves_no_cycle(fake, start_gateway, garbage, streaming, loser):
+    gateway = await start_gateway(["a", "b", "c"], {"HEDGE_PERCENT": "100"}, **LATE)
+    go_on = asyncio.Event()
+    fake.script("a", later(answer("hello from a"), go_on))
+    fake.script("b", loser)
+    asyncio.get_running_loop().call_later(0.1, go_on.set)
+    assert (await gateway.ask("hi", streaming=streaming)).text == "hello from a"
+    assert fake.called == ["a", "b"]
+    await at_rest(gateway)
+    collect(garbage)
+    assert not garbage
+
+
+async def test_a_race_that_both_lose_and_one_that_the_client_leaves_leave_no_cycle(fake, start_gateway, garbage):
+    gateway = await start_gateway(["a", "b", "c"], {"HEDGE_PERCENT": "100"}, **LATE)
+    go_on = asyncio.Event()
+    fake.script("a", later(lambda request: error(500), go_on), raw(PAUSE))
+    fake.script("b", error(503), raw(PAUSE))
+    asyncio.get_running_loop().call_later(0.1, go_on.set)
+    assert (await gateway.stream()).text == "hello from c"
+    await gateway.recovered()
+    fake.clear()
+    asking = asyncio.create_task(gateway.stream())
+    await until(lambda: len(fake.requests) == 2)
+    asking.cancel()
+    await fake.closed(0)
+    await fake.closed(1)
+    await at_rest(gateway)
+    collect(garbage)
+    assert not garbage
+
+
+async def test_a_request_that_waits_leaves_no_cycle(fake, start_gateway, garbage):
+    gateway = await start_gateway(["a"], {"WAIT_FOR_CAPACITY_MS": "5000"})
+    fake.script("a", error(429, headers={"retry-after": "1"}), answer("at last"))
+    assert (await gateway.stream()).text == "at last"
+    asking = asyncio.create_task(gateway.stream("I will not wait"))
+    fake.script("a", error(429, headers={"retry-after": "3"}))
+    await until(lambda: len(fake.requests) == 3)
+    await asyncio.sleep(0)
+    asking.cancel()
     await at_rest(gateway)
     collect(garbage)
     assert not garbage

@@ -4,8 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.hedge import FIRST_TOKEN, MODELS_MAX, SAMPLES_MAX, WHOLE_ANSWER, HedgeBudget, Latencies
+from config.settings import Settings
+from engine.hedge import MODELS_MAX, SAMPLES_MAX, Bounds, HedgeBudget, Latencies
 
+FIRST_TOKEN = Bounds.of_ms(Settings().late_first_token_ms)
+WHOLE_ANSWER = Bounds.of_ms(Settings().late_answer_ms)
 SPREAD = [number / 10 for number in range(1, 101)]  # 0.1 to 10 seconds
 
 
@@ -62,7 +65,7 @@ def test_in_an_hour_in_which_everything_is_late_the_share_is_kept(percent):
     hedges = 0
     for requests in range(1, 1001):
         budget.earn()
-        hedges += budget.spend(1.0)
+        hedges += budget.spend()
         assert hedges <= requests * percent / 100 + 1
     assert hedges == 10 * percent
 
@@ -70,26 +73,19 @@ def test_in_an_hour_in_which_everything_is_late_the_share_is_kept(percent):
 def test_the_first_late_request_of_all_is_hedged():
     budget = HedgeBudget(5)
     budget.earn()
-    assert budget.spend(1.0)
-    assert not budget.spend(1.0)
+    assert budget.spend()
+    assert not budget.spend()
 
 
 def test_a_share_of_nothing_never_hedges():
     budget = HedgeBudget(0)
     for _ in range(1000):
         budget.earn()
-    assert not budget.spend(1.0)
+    assert not budget.spend()
 
 
 def test_a_quiet_hour_saves_ten_hedges_and_no_more():
     budget = HedgeBudget(5)
     for _ in range(10_000):
         budget.earn()
-    assert [budget.spend(1.0) for _ in range(11)] == [True] * 10 + [False]
-
-
-def test_a_key_near_the_end_of_its_day_is_spared_and_nothing_is_paid():
-    budget = HedgeBudget(5)
-    budget.earn()
-    assert not budget.spend(0.09)
-    assert budget.spend(0.1)
+    assert [budget.spend() for _ in range(11)] == [True] * 10 + [False]

@@ -1,40 +1,16 @@
 """SPEC 16.3: the events of a streamed message, as they are on the wire and as the anthropic client joins them."""
 
-import aiohttp
 import anthropic
 import pytest
-from conftest import IN_ORDER, Stream
+from conftest import IN_ORDER
 from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Every, answer, chunk, error, event, sse, usage_chunk
 from faults import BREAKS
-from multidict import CIMultiDict
 from strict_messages import assert_in_order, events_of
+from strict_messages import raw_message as raw_stream
+from strict_messages import streamed_message as streamed
 from turns import CALLS, WEATHER, piece
 
 SHORT_STALL = {"MAX_STREAM_STALL_MS": "60"}
-
-
-async def raw_stream(gateway, **fields) -> Stream:
-    """A stream to its end, whatever that is; `cut` in its headers says that its connection was closed within it."""
-    request = {"model": IN_ORDER, "max_tokens": 4000, "messages": [{"role": "user", "content": "hi"}], "stream": True}
-    pieces, cut = [], ""
-    async with gateway.post(request | fields, path="/v1/messages") as response:
-        try:
-            async for data in response.content.iter_any():
-                pieces.append(data)
-        except aiohttp.ClientPayloadError:
-            cut = "yes"
-        headers = CIMultiDict(response.headers, cut=cut)
-        return Stream(response.status, headers, b"".join(pieces))
-
-
-async def streamed(gateway, **fields) -> tuple[list[dict], list[dict]]:
-    """All events and all blocks of a stream that ends as it should."""
-    got = await raw_stream(gateway, **fields)
-    assert not got.headers["cut"]
-    events = events_of(got)
-    blocks = assert_in_order(events, fields.get("model", IN_ORDER))
-    assert events[-1]["type"] == "message_stop"
-    return events, blocks
 
 
 def names(events: list[dict]) -> list[str]:

@@ -11,7 +11,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from records.metrics import Histogram, Metrics
 from records.rows import Row
 
-LABELS = ("platform", "model", "kind", "direction", "status", "le")  # in the order in which the tests name them
+LABELS = (
+    "platform",
+    "model",
+    "kind",
+    "direction",
+    "status",
+    "result",
+    "le",
+)  # in the order in which the tests name them
 
 
 async def scrape(gateway) -> dict[tuple, float]:

@@ -3,63 +3,17 @@
 import json
 
 import pytest
-from conftest import IN_ORDER, Stream
+from conftest import IN_ORDER
 from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Every, answer, chunk, event, sse, usage_chunk
 from faults import BREAKS
 from openai.types.responses import Response
 from pydantic import BaseModel
-from strict_models import assert_event
+from strict_models import streamed_response as streamed
 from turns import CALLS, piece
 
 TOOL = {"type": "function", "name": "weather", "parameters": {"type": "object", "properties": {}}, "strict": True}
 PATCH = {"type": "custom", "name": "patch"}
 SHORT_STALL = {"MAX_STREAM_STALL_MS": "60"}
-LAST = ("response.completed", "response.incomplete", "response.failed")
-
-
-async def streamed(gateway, **fields) -> tuple[list[dict], Stream]:
-    """The events of a raw stream, with what holds of every stream checked."""
-    request = {"model": IN_ORDER, "input": "hi", "stream": True} | fields
-    got = await gateway.send(request, path="/v1/responses")
-    assert got.status == 200, got.body
-    assert got.headers["content-type"].startswith("text/event-stream")
-    stream = Stream(got.status, got.headers, got.body)
-    events = stream.chunks
-    assert "[DONE]" not in stream.data
-    blocks = [block for block in got.body.decode().split("\n\n") if block and not block.startswith(":")]
-    assert [block.split("\n")[0] for block in blocks] == [f"event: {e['type']}" for e in events]
-    assert got.body.endswith(b"\n\n")
-    assert [e["sequence_number"] for e in events] == list(range(len(events)))
-    assert [e["type"] for e in events[:2]] == ["response.created", "response.in_progress"]
-    assert [e["type"] for e in events if e["type"] in LAST] == [events[-1]["type"]]
-    assert len({e["response"]["id"] for e in events if "response" in e}) == 1
-    for e in events:
-        assert_event(e)
-    assert_items_add_up(events)
-    return events, stream
-
-
-def assert_items_add_up(events: list[dict]) -> None:
-    """What was told in pieces is what the whole items say, and every item is announced once and in its place."""
-    final = events[-1]["response"]["output"]
-    added = [e for e in events if e["type"] == "response.output_item.added"]
-    assert [e["output_index"] for e in added] == list(range(len(final)))
-    assert [e["item"]["id"] for e in added] == [item["id"] for item in final]
-    done = {e["output_index"]: e["item"] for e in events if e["type"] == "response.output_item.done"}
-    if events[-1]["type"] != "response.failed":
-        assert [done[index] for index in sorted(done)] == final
-    told = dict.fromkeys(range(len(final)), "")
-    for e in events:
-        if e["type"].endswith(".delta"):
-            assert e["item_id"] == final[e["output_index"]]["id"]
-            told[e["output_index"]] += e["delta"]
-    assert list(told.values()) == [text_of(item) for item in final]
-
-
-def text_of(item: dict) -> str:
-    parts = item.get("content") or item.get("summary") or []
-    text = "".join(part.get("text") or part.get("refusal", "") for part in parts)
-    return text or item.get("arguments") or item.get("input", "")
 
 
 def names(events: list[dict]) -> list[str]:
