@@ -144,6 +144,8 @@ class Attempt:
     async def _advance(self, late_at: float) -> bool:
         """Wait once, and judge what has come. False when it has become late."""
         limit = self._limit()
+        if self._incoming is not None and self._incoming.holding:
+            late_at = inf  # it makes a tool call, which goes out when it is whole (SPEC 14.7): that is no late start
         if self._clock() >= limit:  # a provider that never pauses would never let the timer run
             if not self._may_end:
                 raise TimeoutError

@@ -1,6 +1,8 @@
 """Which name a provider's failing answer gets (SPEC 5.2, 7.8)."""
 
 import pytest
+from conftest import both_ways
+from fake_provider import error
 
 from protection import RULES, Failure, Kind, classify
 
@@ -132,3 +134,37 @@ def test_an_error_whose_text_speaks_of_truncation_is_one_in_any_case(text, spell
     failure = classify(400, None, f"sorry: {spelled(text)}.")
 
     assert RULES[failure].kind is Kind.TRUNCATION
+
+
+WORDS = [
+    "Invalid request: Your request exceeded model token limit: 131072",
+    "Trying to keep the first 4523 tokens when context the overflows. However, the model is loaded with context length "
+    "of only 4096 tokens, which is not enough.",
+    "n_keep: 5000 >= n_ctx: 4096",
+]
+
+
+@both_ways
+async def test_three_servers_whose_windows_are_too_small_outvote_no_fourth(start_gateway, fake, streaming):
+    windows = {name: {"model": {"context_window": 8_000 * 2**place}} for place, name in enumerate("abcd")}
+    gateway = await start_gateway(windows)
+    for platform, words in zip("abc", WORDS, strict=True):
+        fake.script(platform, error(400, words))
+
+    got = await gateway.ask(streaming=streaming)
+
+    assert got.text == "hello from d"
+    assert fake.called == ["a", "b", "c", "d"]
+    assert got.headers["X-Fallback-Trail"].count("context_length") == 3
+
+
+async def test_a_window_that_is_not_larger_is_not_tried(start_gateway, fake):
+    gateway = await start_gateway(
+        {"a": {"model": {"context_window": 16_000}}, "b": {"model": {"context_window": 8_000}}}
+    )
+    fake.script("a", error(400, WORDS[0]))
+
+    got = await gateway.chat()
+
+    assert (got.status, fake.called) == (400, ["a"])
+    assert got.error["code"] == "context_length_exceeded"

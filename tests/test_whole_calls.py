@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import case
@@ -9,14 +10,20 @@ from fake_provider import CUT, PAUSE, ROLE, Every, Wait, chunk, completion, even
 from hypothesis import given
 from hypothesis import strategies as st
 from wires import Gemini, Said
+from worlds import World
 
 from adapters.tool_calls import StreamedCalls
 from adapters.whole_calls import HELD_CHARS_MAX, WholeCalls
 from dialects.chat import chat_from
 from protection import UpstreamError
+from providers import Providers, Timeouts
+from routing.catalog import KEYLESS, Platform
+from routing.route import Route
+from transport.upstream import Upstream
 
 SCHEMA = {"type": "object", "properties": {"tags": {"type": "array"}, "text": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": SCHEMA}} for name in ("f", "g")]
+STREAMED = chat_from({"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS, "stream": True})
 CHAT = chat_from({"messages": [{"role": "user", "content": "hi"}], "tools": TOOLS})
 STOP = chunk(finish="stop")
 CALLS = chunk(finish="tool_calls")
@@ -302,3 +309,18 @@ async def test_a_whole_answer_is_streamed_with_its_calls_in_two_pieces(start_gat
 
     pieces = [one for delta in got.deltas for one in delta.get("tool_calls") or []]
     assert joined(pieces) == [("f", '{"text":"x"}')]
+
+
+async def test_an_attempt_that_makes_a_call_is_not_late(fake):
+    later = asyncio.Event()
+    fake.script("a", sse(*ONE[:2], Wait(later), ONE[2], CALLS))
+    platform = Platform("a", "A", "openai", fake.url("a"), keyless=True)
+    model = replace(World({}).route(1).model, platform=platform)
+    async with Upstream(connect_s=1.0) as upstream:
+        attempt = Providers(Timeouts(5.0, 5.0, 5.0), upstream).attempt(Route(model, KEYLESS, None), STREAMED, 1)
+        opening = asyncio.create_task(attempt.open(late_at=asyncio.get_running_loop().time() + 0.2))
+        await asyncio.sleep(0.4)
+        assert not opening.done()
+        later.set()
+        assert await opening
+        attempt.close()
