@@ -89,8 +89,8 @@ def wrapped_in_choice(choices: object, quirks: Mapping[str, Any]) -> Fault | Non
 
 def wrapped_by_vendor(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Fault | None:
     """An error in an object of the vendor's own: `x_vendor.error`."""
-    for name, vendor in body.items():
-        if name.startswith("x_") and isinstance(vendor, dict) and is_error(vendor.get("error")):
+    for name in body:
+        if name[:2] == "x_" and isinstance(vendor := body[name], dict) and is_error(vendor.get("error")):
             return read({"error": vendor["error"]}, quirks)
     return None
 

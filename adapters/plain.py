@@ -3,7 +3,6 @@ so far is counted, by whichever path it came. No I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from wire.chat import Tally, Usage
@@ -127,19 +126,16 @@ def note_part(part: JSON | None, finish: str | None, tally: Tally) -> bool:
 
 
 def find_usage(body: JSON) -> JSON | None:
-    """The tokens that an answer or a chunk tells, wherever a platform puts them (SPEC 3.11)."""
-    return next((usage for usage in told_usages(body) if Usage.read(usage) is not None), None)
-
-
-def told_usages(body: JSON) -> Iterator[Any]:
-    yield body.get("usage")
+    """The tokens that an answer or a chunk tells, wherever a platform puts them (SPEC 3.11): at the root, in the choice
+    or in what it says, in an object of the vendor's own."""
+    places: list[Any] = [body]
     choices = body.get("choices")
-    choice = choices[0] if isinstance(choices, list) and choices else None
-    if isinstance(choice, dict):
-        yield choice.get("usage")
-        for name in ("delta", "message"):
-            if isinstance(choice.get(name), dict):
-                yield choice[name].get("usage")
-    for name, vendor in body.items():  # in an object of the vendor's own: x_vendor.usage
-        if name.startswith("x_") and isinstance(vendor, dict):
-            yield vendor.get("usage")
+    if type(choices) is list and choices and type(choices[0]) is dict:
+        choice = choices[0]
+        places += (choice, choice.get("delta"), choice.get("message"))
+    places += [body[name] for name in body if name[:2] == "x_"]
+    for place in places:
+        usage: JSON | None = place.get("usage") if type(place) is dict else None
+        if usage and Usage.read(usage) is not None:
+            return usage
+    return None

@@ -52,8 +52,9 @@ def well_formed_choice(choice: Any, part: str) -> bool:
         return (message is None or message == {}) and not elsewhere
     if type(message) is not dict or not isinstance(message.get("content"), CONTENT):
         return False
-    if any(not isinstance(message.get(name), TEXT_OR_NONE) for name in TEXT_FIELDS):
-        return False
+    for name in TEXT_FIELDS:
+        if not isinstance(message.get(name), TEXT_OR_NONE):
+            return False
     if type(message.get("content")) is list and not all(map(well_formed_segment, message["content"])):
         return False
     calls = message.get("tool_calls")

@@ -39,6 +39,7 @@ class Incoming:
         self.error: UpstreamError | None = None  # found behind the events that `feed` returned
         self.bytes_seen = 0
         self.progressed = False  # the last bytes said something, even if it is held back
+        self._held_chars = 0  # how much of calls the translator had held back when that was last looked at
         self._decoder = SSEDecoder()
         self._translator = translator
         self._tally = tally
@@ -66,7 +67,7 @@ class Incoming:
         if self.bytes_seen > STREAM_BYTES_MAX:
             self.error = UpstreamError(Failure.MALFORMED, f"The answer is larger than {STREAM_BYTES_MAX} bytes.")
             return [], False
-        return self._decoded(partial(self._decoder.feed, data))
+        return self._decoded(self._decoder.feed, data)
 
     def flush(self) -> tuple[list[Event], bool]:
         """The rest, where nothing more will come."""
@@ -75,14 +76,15 @@ class Incoming:
             meaningful |= self._take(self._translator.end, events)
         return events, meaningful
 
-    def _decoded(self, decode: Callable[[], list[Frame]]) -> tuple[list[Event], bool]:
-        held_before = self._translator.held_chars
+    def _decoded(self, decode: Callable[..., list[Frame]], *data: bytes) -> tuple[list[Event], bool]:
         try:
-            events, meaningful = self._events(decode())
+            events, meaningful = self._events(decode(*data))
         except EventTooLarge:
             self.error = UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
             return [], False
-        self.progressed = meaningful or self._translator.held_chars > held_before
+        self.progressed = meaningful
+        if not meaningful and self._translator.held_chars > self._held_chars:
+            self.progressed, self._held_chars = True, self._translator.held_chars
         return events, meaningful
 
     def _events(self, frames: list[Frame]) -> tuple[list[Event], bool]:
