@@ -260,12 +260,14 @@ async def test_an_image_by_address_is_neither_fetched_nor_sent(google, fake, url
     assert "data: URL" in (await gateway.rows(2))[0]["error"]
 
 
-async def test_a_tool_that_is_no_function_is_not_dropped_in_silence(google, fake):
+async def test_a_custom_tool_is_declared_as_a_function(google, fake):
     gateway = await google()
 
     got = await gateway.chat(tools=[tool(), {"type": "custom", "custom": {"name": "x"}}])
 
-    assert (got.text, fake.called) == ("hello from b", ["b"])
+    declared = [d["name"] for t in fake.requests[0].json["tools"] for d in t["functionDeclarations"]]
+    assert (got.text, fake.called) == ("fine", ["google"])
+    assert "x" in declared
 
 
 # --- Schemas ------------------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ def asked(world: World, plan: Plan, now: float = LATER, skip: Skip = GONE) -> li
         routes.append(route)
         plan.attempts_left = max(LAST_ATTEMPTS + 1, plan.attempts_left - 1)
         plan.note_failure(route, skip, now, None)
-        world.protection.trials.restore((), now)
+        world.protection.trials.restore(((), 0.0))
     return routes
 
 

@@ -163,8 +163,9 @@ async def test_a_stall_after_the_first_token_ends_the_stream_with_an_error_and_d
     assert got.text == "half an ans"
     assert (got.error["type"], got.error["code"]) == ("stream_timeout", 504)
     assert got.error["message"]
-    failing = next(part for part in got.chunks if part.get("error"))
-    assert failing["choices"] == [{"index": 0, "delta": {}, "finish_reason": "error"}]
+    told, ended = got.chunks[-2:]  # the error alone, then an ending of its own (SPEC 8.5)
+    assert told.keys() == {"error"}
+    assert ended["choices"] == [{"index": 0, "delta": {}, "finish_reason": "error"}]
     got.assert_done_once()
     assert fake.called == ["a"]
     assert await fake.closed(0) - fake.requests[0].arrived_at < 5 * STALL_MS / 1000
