@@ -37,6 +37,7 @@ from fake_provider import (
     PROMISED,
     ROLE,
     STOP,
+    Reply,
     chunk,
     chunked,
     error,
@@ -49,7 +50,7 @@ from fake_provider import (
 )
 from strict_messages import assert_in_order, events_of, raw_message, streamed_message
 from strict_models import streamed_response
-from turns import piece
+from turns import CALLS, piece
 
 # What the log says of an attempt that broke in each way.
 KINDS = {
@@ -347,6 +348,46 @@ async def test_a_text_is_continued_without_the_thoughts_of_whoever_goes_on(start
 
     assert_one_answer(got, PROSE)
     assert "".join(delta.get("reasoning_content", "") for delta in got.deltas) == "Hm."
+
+
+# --- Tool calls -------------------------------------------------------------------------------------------------------
+ARGUMENTS = '{"city": "Köln", "days": 3}'
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+LOOKS = "I look up the weather of the next three days for you."
+BEFORE = {
+    "alone": (),
+    "behind text": (chunk(LOOKS[:30]), chunk(LOOKS[30:])),
+    "behind another call": (piece(0, "{}", id="call_zero", name="weather"),),
+}
+
+
+def calls_after(request) -> Reply:
+    """The rest of what is said before, if it is asked for that, and the whole call."""
+    asked = reasked(request.json)
+    said = LOOKS if asked is None else asked[1] + LOOKS[len(asked[0]) :]
+    return sse(ROLE, chunk(said), piece(0, ARGUMENTS, id="call_b", name="weather"), CALLS)
+
+
+@pytest.mark.parametrize("before", BEFORE.values(), ids=BEFORE)
+@pytest.mark.parametrize("cut", [0, 1, len(ARGUMENTS) // 2, len(ARGUMENTS) - 1, len(ARGUMENTS)])
+async def test_a_call_that_is_cut_comes_once_and_whole_or_there_is_an_error(start_gateway, fake, before, cut):
+    gateway = await start_gateway(["a", "b"], ON)
+    index = sum("tool_calls" in part["choices"][0]["delta"] for part in before)
+    fake.script("a", sse(ROLE, *before, piece(index, ARGUMENTS[:cut], id="call_a", name="weather"), CUT))
+    fake.script("b", calls_after)
+
+    got = await gateway.stream(tools=TOOLS)
+
+    told: dict[int, str] = {}
+    for call in [call for delta in got.deltas for call in delta.get("tool_calls", [])]:
+        told[call["index"]] = told.get(call["index"], "") + call["function"].get("arguments", "")
+    got.assert_done_once()
+    if index:  # the client has a call, and what would follow it cannot be known
+        assert (got.finishes, fake.called) == (["error"], ["a"])
+        assert told in ({0: "{}"}, {0: "{}", 1: ARGUMENTS})
+    else:
+        assert (got.text, got.finishes, told) == (LOOKS, ["tool_calls"], {0: ARGUMENTS})
+        assert fake.called == ["a", "b"]
 
 
 # --- JSON -------------------------------------------------------------------------------------------------------------
