@@ -289,7 +289,8 @@ class Router:
         whose turn has not come, or with a key that has less than this share of its day left."""
         world = self._reach(plan.need)
         for model in plan.models():
-            if model.platform is first.model.platform or plan.failed.get(model.id) == inf or not world.has_key(model):
+            same = model.platform.id == first.model.platform.id
+            if same or plan.failed.get(model.id) == inf or not world.has_key(model):
                 continue
             step = self._step(model, plan, now)
             if step.key is None or step.rung > min(first.rung, FIRST_TRIAL - 1) or model.id == plan.trial:
@@ -305,7 +306,7 @@ class Router:
         world = self._reach(plan.need)
         others = world.others if plan.more is not None and not plan.need.strict else ()
         return any(
-            model is not route.model and plan.failed.get(model.id) != inf and world.has_key(model)
+            model.id != route.model.id and plan.failed.get(model.id) != inf and world.has_key(model)
             for model in itertools.chain(plan.order, permitted(plan.need, others))
         )
 

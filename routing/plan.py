@@ -133,7 +133,7 @@ class Plan:
             self.times_failed[route.key.id, model.id] = self.times_failed.pop((0, model.id), 1)  # blame the key alone
 
         def distance(other: Model) -> int:
-            same_family = model.family is not None and other.family == model.family
+            same_family = bool(model.family) and other.family == model.family
             return 0 if other.model_id == model.model_id else 1 if same_family else 2
 
         self.order = sorted(self.complete(), key=distance)
