@@ -127,7 +127,7 @@ async def test_two_hundred_requests_through_a_storm_are_all_answered(start_gatew
     rows = await gateway.rows(attempted)
     failures = Counter(row["platform"] for row in rows if row["status"] == "error")
     assert failures == {name: len(weather.failed) for name, weather in weathers.items()}
-    assert sum(failures.values()) > 20  # it was a storm, though rests, trials and health gates soon spare the sickest
+    assert sum(failures.values()) > 10  # it was a storm, though rests, trials and health gates soon spare the sickest
     assert Counter(row["status"] for row in rows)["success"] == REQUESTS
     assert all(row["error_kind"] for row in rows if row["status"] == "error")
     by_request = Counter(row["request_id"] for row in rows)
