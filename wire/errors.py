@@ -56,7 +56,7 @@ class PromptTooLong(InvalidRequest):
     def __init__(self, tokens: int, window: int, *, attempts: list[dict[str, Any]] | None = None) -> None:
         super().__init__(
             f"This model's maximum context length is {window} tokens. However, your messages resulted in {tokens} "
-            "tokens. Please reduce the length of the messages.",
+            "tokens. Please reduce the length of the messages. (context_length_exceeded)",
             param="messages",
             code="context_length_exceeded",
         )
