@@ -225,8 +225,19 @@ class Router:
         if steps:
             return self._taken(min(steps, key=lambda ranked: ranked[0])[1], plan, now)
         plan.wait_s = min((b.left_s for b in plan.blocked.values() if b.left_s is not None), default=None)
-        plan.on_trial = any(b.reason == "trial" for b in plan.blocked.values())
+        plan.at_any_moment = any(b.reason == "trial" for b in plan.blocked.values()) or self._in_use(plan, now)
         return None
+
+    def _in_use(self, plan: Plan, now: float) -> bool:
+        """Whether a model has no capacity only because of what running calls may not need after all."""
+        need, keys_of = plan.need, self._reach(plan.need).keys
+        return any(
+            self.ledger.may_be_given_back(model, key.id, need.tokens, now)
+            for model in plan.order
+            if model.limited and model.id in plan.blocked and plan.blocked[model.id].reason == "keys"
+            for key in keys_of[model.platform.id]
+            if self._key_wait(key, model, plan, now, capacity=False)[0] == 0
+        )
 
     def keys_left(self, route: Route, plan: Plan, now: float) -> bool:
         """Whether this request may still ask the model with another key than the route's."""
@@ -502,8 +513,11 @@ class Router:
                 trial, trial_until = key, until
         return (trial, trial_until, None) if trial is not None else (None, 0.0, soonest)
 
-    def _key_wait(self, key: Key, model: Model, plan: Plan, now: float) -> tuple[float | None, float]:
-        """Seconds until this key may be used for this model (None: never by this request), and until when it rests."""
+    def _key_wait(
+        self, key: Key, model: Model, plan: Plan, now: float, *, capacity: bool = True
+    ) -> tuple[float | None, float]:
+        """Seconds until this key may be used for this model (None: never by this request), and until when it rests;
+        without `capacity` as far as the ledger does not matter."""
         wait_s, until = 0.0, 0.0
         if (rest := self._protection.keys.get((key.id, model.id), now)) is not None:
             wait_s, until = rest.trial_at() - now, rest.until
@@ -513,7 +527,7 @@ class Router:
             wait_s = max(wait_s, self._failed_s(self._protection.keys, (key.id, model.id), failed_at, plan, now))
         if wait_s <= 0 and not until and plan.patient:
             wait_s = self._protection.keys.room_s((key.id, model.id), now)
-        if wait_s > 0:
+        if wait_s > 0 or not capacity:
             return wait_s, until
         return self.ledger.wait_s(model, key.id, plan.need.tokens, now), until
 

@@ -327,7 +327,7 @@ class Engine:
             if (route := self.router.next_route(plan, now)) is not None:
                 return route
             wait_s, left_s = plan.wait_s, exchange.wait_left_s(now)
-            if wait_s is not None and plan.on_trial:  # it may end at any moment
+            if wait_s is not None and plan.at_any_moment:
                 wait_s = min(wait_s, left_s)
             if wait_s is not None and wait_s <= left_s > 0 and not self.waiting.is_full:
                 await self._wait(exchange, plan, wait_s)

@@ -84,8 +84,10 @@ class Books:
         route, outcome = attempt.route, attempt.outcome
         assert outcome is not None
         row = self._row(exchange, running, now)
-        if not isinstance(outcome, LostRace):  # its answer is assumed to be billed, so the estimate stays
-            self._router.ledger.settle(route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0))
+        if isinstance(outcome, LostRace):  # its answer is assumed to be billed
+            self._router.ledger.keep(route.reservation)
+        elif self._router.ledger.settle(route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0)):
+            self._freed()
         if isinstance(outcome, Failed):
             error = outcome.error
             error.__traceback__ = error.__context__ = None  # their frames hold this exchange: nothing would be freed

@@ -24,6 +24,7 @@ class Reservation:
     at: float
     tokens: int
     day: int
+    running: bool = True  # the tokens are an estimate, of which a part may be given back
 
 
 @dataclass(slots=True)
@@ -65,6 +66,18 @@ class Ledger:
             wait_s = max(wait_s, self._tokens_wait_s(account, model.tpm, tokens, now))
         return wait_s
 
+    def may_be_given_back(self, model: Model, key: int, tokens: int, now: float) -> bool:
+        """Whether there would be room if the calls that run now turned out to use none of the tokens they have
+        reserved."""
+        if model.tpm is None and model.tpd is None:
+            return False
+        account = self._account(model.id, key, now)
+        running = sum(entry.tokens for entry in account.minute if entry.running)
+        used = sum(entry.tokens for entry in account.minute) - running
+        if not running or exceeds(model.rpm, len(account.minute) + 1) or exceeds(model.rpd, account.day_requests + 1):
+            return False
+        return not exceeds(model.tpm, used + tokens) and not exceeds(model.tpd, account.day_tokens - running + tokens)
+
     def day_left(self, model: Model, key: int, now: float) -> float:
         """The share of this key's day that is left, of requests or tokens, whichever is less; 1 without a limit."""
         if model.rpd is None and model.tpd is None:
@@ -83,21 +96,29 @@ class Ledger:
         account.day_tokens += tokens
         return reservation
 
-    def settle(self, reservation: Reservation | None, tokens: int) -> None:
-        """Replace the estimate by what was really used; the request itself stays counted."""
+    def keep(self, reservation: Reservation | None) -> None:
+        """What was really used will never be known, so the estimate stays."""
+        if reservation is not None:
+            reservation.running = False
+
+    def settle(self, reservation: Reservation | None, tokens: int) -> bool:
+        """Replace the estimate by what was really used; the request itself stays counted. Gives whether that has made
+        room."""
         if reservation is None:
-            return
+            return False
         account = self._accounts[reservation.model, reservation.key]
         if account.day == reservation.day:
             account.day_tokens = max(0, account.day_tokens + tokens - reservation.tokens)  # a clock may have jumped
-        reservation.tokens = tokens
+        made_room = tokens < reservation.tokens
+        reservation.tokens, reservation.running = tokens, False
+        return made_room
 
     def restore(self, model: int, key: int, *, at: float, requests: int, tokens: int, now: float) -> None:
         """Count attempts found in the log, the last of them at `at`, which is on the scale of `now`; oldest first, and
         those of the last minute one by one."""
         account = self._account(model, key, now)
         if at > now - MINUTE_S:
-            account.minute.append(Reservation(model, key, at, tokens, account.day))
+            account.minute.append(Reservation(model, key, at, tokens, account.day, running=False))
         if (at + self.utc_offset_s) // DAY_S == account.day:
             account.day_requests += requests
             account.day_tokens += tokens

@@ -68,7 +68,7 @@ class Plan:
     times_failed: dict[tuple[int, int], int] = field(default_factory=dict)  # by key (0: all of them) and model
     blocked: dict[int, Blocked] = field(default_factory=dict)
     wait_s: float | None = None  # until the soonest of what is blocked comes back
-    on_trial: bool = False  # another request is trying one of them, and may be done at any moment
+    at_any_moment: bool = False  # or sooner: another request tries one of them, or may give tokens back
     cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
 
     def complete(self) -> list[Model]:

@@ -349,6 +349,19 @@ def test_the_last_attempts_are_spread_over_the_wait_where_every_platform_has_bee
     assert world.router.next_route(plan, NOW + 6) is not None
 
 
+async def test_who_needs_tokens_that_others_only_reserve_waits_until_they_are_given_back(start_gateway, fake):
+    """Each request is taken for some 1,000 tokens and uses 18 of them."""
+    gateway = await start_gateway({"a": {"model": {"tpm": 2500}}}, QUICK)
+    going_on = asyncio.Event()
+    fake.script("a", raw(Wait(going_on), *completion("one of many").steps))
+    asking = [asyncio.create_task(gateway.chat(f"number {n}")) for n in range(6)]
+    await wait_for(gateway, 4)
+    assert len(fake.requests) == 2
+    going_on.set()
+
+    assert {answer.text for answer in await asyncio.gather(*asking)} == {"one of many"}
+
+
 async def change(gateway, method: str, path: str, body: object) -> None:
     headers = {"authorization": f"Bearer {gateway.api_key}"}
     async with gateway.http.request(method, gateway.base_url + path, json=body, headers=headers) as got:
