@@ -173,7 +173,7 @@ async def six_platforms_at_46_percent_one_client() -> Row:
             day.fake.script(platform, weather.reply)
         results = await day.crowd.at_once(range(100), workers=1)
         return day.row(
-            "the same, one client",
+            "six platforms, each fails 46 %, one client",
             results,
             Bound("of what could be answered", of_answerable(results, weather), at_least=0.97),
             Bound("calls per answer", day.calls_per_answer(results), at_most=2.5),
@@ -203,7 +203,7 @@ async def one_healthy_among_five_sick() -> Row:
 
 @scenario
 async def one_healthy_among_five_dead_without_cooling() -> Row:
-    return await one_healthy("the same, all failures of the kind that rests nobody", NOT_COOLING, 1.0)
+    return await one_healthy("one healthy among five dead ones that never rest", NOT_COOLING, 1.0)
 
 
 async def outage(models: int, fault: Fault, *, each: int = 1, at_once: int = 0, rate: float = 5.0) -> Row:
@@ -323,12 +323,12 @@ async def few_at_a_time(name: str, headers: Mapping[str, str]) -> Row:
 
 @scenario
 async def fifty_at_once_at_a_limit_that_is_not_known() -> Row:
-    return await few_at_a_time("50 at once, the platform takes 5 a second and says nothing", {})
+    return await few_at_a_time("50 at once, the platform takes 5 a second and names no time", {})
 
 
 @scenario
 async def fifty_at_once_at_a_limit_that_names_a_time() -> Row:
-    return await few_at_a_time("the same, with Retry-After: 1", {"retry-after": "1"})
+    return await few_at_a_time("50 at once, the platform takes 5 a second and names 1 s", {"retry-after": "1"})
 
 
 @alone

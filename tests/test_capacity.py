@@ -32,7 +32,7 @@ from worlds import NOW, World
 from bench.health import replay
 from bench.weather import BEFORE, NOT_COOLING, Crowd, End, Fault, Result, Weather, ends
 from engine.waiting import WOKEN_AT_ONCE, WaitingRoom
-from protection import Failure, Scope, Skip
+from protection import Answered, Failure, Scope, Skip
 from routing.cooldowns import FOLLOWERS_LIMITED, RAMP_S, RAMP_STEP_S, TRIAL_SPACING_S, Cooldowns
 from routing.plan import LAST_ATTEMPTS
 from routing.route import Rung
@@ -434,6 +434,23 @@ async def test_a_pinned_route_is_not_asked_again_after(start_gateway, fake, fail
 
     assert (await gateway.chat(model="a-model", headers=headers)).text == "hello from b"
     assert fake.called == called
+
+
+def test_a_pinned_model_is_back_within_20_s_of_an_outage_of_a_minute(world_store):
+    world, now, recovers = World({}, {}), NOW, NOW + 60
+    world.keep_books(world_store)
+    while True:
+        plan = world.plan("m1", now=now)
+        route = world.router.next_route(plan, now)
+        while route.model.id == 1 and now < recovers:
+            world.fail(route, Failure.SERVER_ERROR, now, plan=plan, status=503)
+            route = world.router.next_route(plan, now)
+        world.settle(route, Answered(), now, plan=plan)
+        if route.model.id == 1:
+            break
+        now += 1.5
+
+    assert recovers <= now <= recovers + 20
 
 
 def test_a_pinned_route_is_not_asked_again_before_the_time_that_another_was_told():
