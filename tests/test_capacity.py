@@ -9,7 +9,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from conftest import IN_ORDER, both_ways
+from conftest import IN_ORDER, both_ways, case
 from fake_provider import (
     PAUSE,
     RESET,
@@ -43,7 +43,7 @@ QUICK = {
     "TRIAL_SPACING_MS": "50", "TRANSIENT_COOLDOWN_MS": "1500", "RATE_LIMIT_COOLDOWN_MS": "1600",
     "WAIT_FOR_CAPACITY_MS": "5000",
 }  # fmt: skip
-IMPATIENT = {"MAX_STREAM_STALL_MS": "150", "FIRST_TOKEN_TIMEOUT_MS": "200", "REQUEST_TIMEOUT_MS": "200"}
+IMPATIENT = {"MAX_STREAM_STALL_MS": "300", "FIRST_TOKEN_TIMEOUT_MS": "400", "REQUEST_TIMEOUT_MS": "400"}
 AGAIN, NEVER = Skip(Scope.MODEL, again=True), Skip(Scope.MODEL, again=False)
 
 
@@ -71,7 +71,7 @@ async def test_six_platforms_that_fail_half_of_the_time_answer_what_any_of_them_
     for platform in SIX:
         fake.script(platform, weather.reply)
 
-    results = await crowd_of(gateway).at_once(range(60), workers=12)
+    results = await crowd_of(gateway).at_once(range(50), workers=12)
 
     counted = ends(results)
     assert counted[End.SILENT] == counted[End.HANG] == 0
@@ -96,7 +96,7 @@ async def test_the_one_healthy_platform_of_six_is_found_and_kept(start_gateway, 
     assert len(fake.requests) <= 1.1 * whole(results)
 
 
-@pytest.mark.parametrize(("platforms", "models"), [(1, 1), (4, 3), (3, 9)])
+@pytest.mark.parametrize(("platforms", "models"), [(1, 1), (3, 9)])
 async def test_everybody_who_comes_while_nobody_answers_is_answered_soon_after(start_gateway, fake, platforms, models):
     """Fifty requests a second for 0.5 s of outage, which is ten seconds of five on the scale of the trials' spacing."""
     names = [f"p{n}" for n in range(platforms)]
@@ -356,7 +356,7 @@ async def test_who_needs_tokens_that_others_only_reserve_waits_until_they_are_gi
     fake.script("a", raw(Wait(going_on), *completion("one of many").steps))
     asking = [asyncio.create_task(gateway.chat(f"number {n}")) for n in range(6)]
     await wait_for(gateway, 4)
-    assert len(fake.requests) == 2
+    await until(lambda: len(fake.requests) == 2)
     going_on.set()
 
     assert {answer.text for answer in await asyncio.gather(*asking)} == {"one of many"}
@@ -403,19 +403,20 @@ PINNED_AGAIN = {
 
 
 @both_ways
-@pytest.mark.parametrize(("failing", "pause_s"), PINNED_AGAIN.values(), ids=PINNED_AGAIN)
-async def test_a_pinned_route_is_asked_once_more_when_its_time_has_come(
-    start_gateway, fake, failing, pause_s, streaming
-):
-    gateway = await start_gateway(["a", "b"], QUICK)
-    fake.script("a", failing, answer("second thoughts"))
+async def test_a_pinned_route_is_asked_once_more_when_its_time_has_come(start_gateway, fake, streaming):
+    gateway = await start_gateway([f"a{n}" for n in range(len(PINNED_AGAIN))], QUICK)
 
-    got = await gateway.ask(model="a-model", streaming=streaming)
+    async def one(platform: str, name: str) -> None:
+        failing, pause_s = PINNED_AGAIN[name]
+        fake.script(platform, failing, answer("second thoughts"))
+        got = await gateway.ask(model=f"{platform}-model", streaming=streaming)
+        with case(name):
+            assert got.text == "second thoughts"
+            first, second = (r.arrived_at for r in fake.requests if r.platform == platform)
+            assert pause_s <= second - first < pause_s + 1
+            assert int(got.headers["X-Waited-Ms"]) >= pause_s * 1000 - 10
 
-    assert got.text == "second thoughts"
-    assert fake.called == ["a", "a"]
-    assert pause_s <= fake.requests[1].arrived_at - fake.requests[0].arrived_at < pause_s + 1
-    assert int(got.headers["X-Waited-Ms"]) >= pause_s * 1000 - 10
+    await asyncio.gather(*(one(f"a{n}", name) for n, name in enumerate(PINNED_AGAIN)))
 
 
 NOT_AGAIN = {
@@ -523,10 +524,10 @@ async def test_a_limit_that_nobody_has_told_is_not_stormed_again_and_again(start
 
     fake.script("a", limited)
 
-    got = await asyncio.gather(*(gateway.chat(f"number {n}") for n in range(12)))
+    got = await asyncio.gather(*(gateway.chat(f"number {n}") for n in range(10)))
 
     assert {answer.text for answer in got} == {"in time"}
-    assert len(fake.requests) <= 12 * 3.5
+    assert len(fake.requests) <= 10 * 3.5
 
 
 async def test_nobody_is_refused_because_of_a_crowd(start_gateway, fake):
