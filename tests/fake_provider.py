@@ -365,7 +365,7 @@ class FakeProvider:
     def _next_reply(self, request: Request) -> Reply:
         queue = self._scripts[request.platform]
         if not queue:
-            entry = answer(f"hello from {request.platform}")
+            entry = answer(f"hello from {request.platform}") if request.raw else error(404)  # no lists, no checks
         else:
             entry = queue.popleft() if len(queue) > 1 else queue[0]
         return entry if isinstance(entry, Reply) else entry(request)

@@ -156,8 +156,8 @@ async def test_what_was_noted_of_a_model_that_its_server_no_longer_lists_is_not_
         listed = body({"data": [{"id": name} for name in names]})
         return lambda request: listed if request.method == "GET" else error(503)
 
+    fake.script("mine", lists("m:1b"))  # before the start, which asks for the list too
     gateway = await start_gateway({"mine": {"keyless": True, "discover": True, "models": []}, "b": {}})
-    fake.script("mine", lists("m:1b"))
     await gateway.call("POST", "/api/models/discover", {})
     await gateway.chat(model="m:1b")
     assert [c["model_id"] for c in (await gateway.protection())["transient_cooldowns"]] == ["m:1b"]
