@@ -7,6 +7,7 @@ DEV := $(VENV)/.installed-requirements-dev
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := .
 SECONDS ?= 300
+WORKERS ?= auto
 
 .PHONY: all run test test-browser browser check fmt clean bench soak hostile chaos drill doctor
 
@@ -27,7 +28,7 @@ run: $(RUNTIME)
 	$(BIN)/python gateway.py
 
 test: $(DEV)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 test-browser: $(DEV) browser
 	$(BIN)/python -m pytest tests/browser

@@ -221,6 +221,8 @@ def base_url_variable(id: str) -> str:
 
 def checked_quirks(quirks: Mapping[str, Any], place: str, warnings: list[str]) -> dict[str, Any]:
     """Quirks that we know, each of its type."""
+    if not quirks:
+        return {}
     if unknown := sorted(quirks.keys() - QUIRKS.keys()):
         warnings.append(f"{place}: ignored unknown quirks {', '.join(unknown)}")
     known = {name: value for name, value in quirks.items() if name in QUIRKS}

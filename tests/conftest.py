@@ -45,6 +45,9 @@ IN_ORDER = "auto-priority"  # the mode without sampling: platforms are tried as 
 Platforms = Mapping[str, Mapping] | list[str]
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 
+# Tests run in several processes side by side; what hypothesis has found is each process's own.
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f".hypothesis/{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+
 # Two thousand databases come and go: on a disk each waits three times for it, in memory never.
 if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")

@@ -1,8 +1,8 @@
 """SPEC 21.5 and 21.6: `python gateway.py doctor`, `clients` and `drill`, as an operator runs them."""
 
+import asyncio
 import json
 import re
-import socket
 import time
 from email.utils import formatdate
 
@@ -101,16 +101,12 @@ async def test_settings_that_would_stop_the_start_are_told(start_process, settin
 
 
 async def test_a_port_that_something_else_has_is_told_and_the_flag_is_read(start_process):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = str(taken.getsockname()[1])
-        taken.close()
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", int(port)))
-        taken.listen()
-        taken.settimeout(0)
+    async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 mail.example ESMTP\r\n")
+        writer.close()
 
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as taken:
+        port = str(taken.sockets[0].getsockname()[1])
         status, text = await run(start_process, "doctor", "--port", port)
 
     assert status == 1

@@ -202,8 +202,8 @@ async def test_a_race_that_both_lose_and_one_that_the_client_leaves_leave_no_cyc
 
 
 async def test_a_request_that_waits_leaves_no_cycle(fake, start_gateway, garbage):
-    gateway = await start_gateway(["a"], {"WAIT_FOR_CAPACITY_MS": "5000"})
-    fake.script("a", error(429, headers={"retry-after": "1"}), answer("at last"))
+    gateway = await start_gateway(["a"], {"WAIT_FOR_CAPACITY_MS": "5000", "TRIAL_SPACING_MS": "100"})
+    fake.script("a", error(429, headers={"retry-after": "0.1"}), answer("at last"))
     assert (await gateway.stream()).text == "at last"
     asking = asyncio.create_task(gateway.stream("I will not wait"))
     fake.script("a", error(429, headers={"retry-after": "3"}))
