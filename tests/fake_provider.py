@@ -35,6 +35,26 @@ async def until(condition: Callable[[], object], within_s: float = DEADLINE_S) -
             await asyncio.sleep(POLL_S)
 
 
+class TooLate(AssertionError):
+    """A limit of milliseconds was missed. It may have been the machine, which had something else to do just then: a
+    test that fails with this is tried up to three times (conftest), and what is too slow for its limit fails them all.
+    """
+
+
+def assert_in_time(took_s: float, limit_s: float = CLOSE_WITHIN_S) -> None:
+    if took_s >= limit_s:
+        raise TooLate(f"took {took_s * 1000:.0f} ms of the {limit_s * 1000:.0f} ms that it may take")
+
+
+@contextlib.asynccontextmanager
+async def in_time(limit_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(limit_s):
+            yield
+    except TimeoutError:
+        raise TooLate(f"took more than the {limit_s * 1000:.0f} ms that it may take") from None
+
+
 # --- What a reply is made of --------------------------------------------------------------------------------------
 
 

@@ -10,13 +10,13 @@ import time
 import pytest
 from conftest import both_ways
 from fake_provider import (
-    CLOSE_WITHIN_S,
     CUT,
     PAUSE,
     PROMISED,
     ROLE,
     Every,
     answer,
+    assert_in_time,
     chunk,
     chunked,
     event,
@@ -66,7 +66,7 @@ async def test_a_client_that_leaves_ends_the_providers_work(start_gateway, fake,
 
     left_at = await leave_when(gateway, lambda: fake.requests and fake.requests[0].paused, streaming=streaming)
 
-    assert await fake.closed(0) - left_at < CLOSE_WITHIN_S
+    assert_in_time(await fake.closed(0) - left_at)
     row = await gateway.row()
     assert (row["status"], row["platform"], row["streamed"]) == ("cancelled", "a", int(streaming))
     assert fake.called == ["a"]
@@ -84,7 +84,7 @@ async def test_a_client_that_leaves_while_connecting_ends_the_attempt(start_gate
         left_at = await leave_when(gateway, lambda: len(connections_to(port, SYN_SENT)) > before, streaming=streaming)
 
         await until(lambda: len(connections_to(port, SYN_SENT)) == before)
-        assert time.monotonic() - left_at < CLOSE_WITHIN_S
+        assert_in_time(time.monotonic() - left_at)
         assert (await gateway.row())["status"] == "cancelled"
         assert fake.called == []
         assert await gateway.cooled_models() == {}
@@ -101,7 +101,7 @@ async def test_a_client_that_leaves_while_the_provider_does_not_even_read_ends_t
         left_at = await leave_when(gateway, stuck, streaming=True, padding="x" * (16 << 20))
 
         await until(lambda: not connections_to(port, ESTABLISHED))
-        assert time.monotonic() - left_at < CLOSE_WITHIN_S
+        assert_in_time(time.monotonic() - left_at)
         assert (await gateway.row())["status"] == "cancelled"
 
 
@@ -119,7 +119,7 @@ async def test_a_client_that_leaves_after_a_failover_cancels_only_the_last_attem
 
     left_at = await leave_when(gateway, lambda: len(fake.requests) == 2, streaming=True)
 
-    assert await fake.closed(1) - left_at < CLOSE_WITHIN_S
+    assert_in_time(await fake.closed(1) - left_at)
     assert [row["status"] for row in await gateway.rows(2)] == ["error", "cancelled"]
     assert fake.called == ["a", "b"]
 
@@ -157,7 +157,7 @@ async def test_a_client_that_leaves_with_a_second_request_in_the_pipe_ends_the_f
     left_at = time.monotonic()
     writer.transport.abort()
 
-    assert await fake.closed(0) - left_at < CLOSE_WITHIN_S
+    assert_in_time(await fake.closed(0) - left_at)
     assert [row["status"] for row in await gateway.rows(1)] == ["cancelled"]
     assert fake.called == ["a"]
 

@@ -250,7 +250,8 @@ async def test_chosen_cases_and_wrong_ones(start_gateway, fake):
 
 async def test_a_chain_of_one_may_wait_for_its_only_route(start_gateway, fake):
     gateway = await start_gateway(
-        {"a": {"keys": []}}, QUICK | {"GATEWAY_PRIVACY": "no-train", "WAIT_FOR_CAPACITY_MS": "2000", "TRIAL_SPACING_MS": "100"}
+        {"a": {"keys": []}},
+        QUICK | {"GATEWAY_PRIVACY": "no-train", "WAIT_FOR_CAPACITY_MS": "2000", "TRIAL_SPACING_MS": "100"},
     )
 
     told = await whole_drill(gateway, {"cases": ["429"]})

@@ -31,13 +31,13 @@ from continuing import (
     starts_over_differently,
 )
 from fake_provider import (
-    CLOSE_WITHIN_S,
     CUT,
     PAUSE,
     PROMISED,
     ROLE,
     STOP,
     Reply,
+    assert_in_time,
     chunk,
     chunked,
     error,
@@ -275,7 +275,7 @@ async def test_a_client_that_leaves_while_its_answer_is_being_mended_ends_all_wo
         await until(lambda: len(fake.requests) == 2 and fake.requests[1].paused)
         left_at = time.monotonic()
 
-    assert await fake.closed(1) - left_at < CLOSE_WITHIN_S
+    assert_in_time(await fake.closed(1) - left_at)
     first, second = await gateway.rows(2)
     assert [first["status"], second["status"]] == ["error", "cancelled"]
     assert set(await gateway.cooled_models()) == {"a-model"}
