@@ -48,7 +48,7 @@ LOGGED += ("error", "input_tokens", "output_tokens", "attempt", "streamed", "ski
 ROUTED = ("X-Routed-Via", "X-Fallback-Attempts", "X-Fallback-Trail")
 MODEL = {"max_output": 4000, "prefer_in": ["smart"]}
 PLATFORMS = {"a": {"protection": "provider-ban", "model": MODEL, **TWO_KEYS}, "b": {}}
-TIMES = {"THREAD_COOLDOWN_MS": "1"}
+TIMES = {"THREAD_COOLDOWN_MS": "1", "TRIAL_SPACING_MS": "60000"}  # no trial is due, however long a row takes
 SHORT_TIMES = {"REQUEST_TIMEOUT_MS": "100", "MAX_STREAM_STALL_MS": "100", "FIRST_TOKEN_TIMEOUT_MS": "200"}
 
 

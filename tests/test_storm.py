@@ -4,7 +4,7 @@ import asyncio
 from collections import Counter
 from random import Random
 
-from conftest import Stream
+from conftest import Answer, Stream
 from fake_provider import (
     CUT,
     PAUSE,
@@ -14,6 +14,7 @@ from fake_provider import (
     Every,
     Reply,
     Request,
+    TooLate,
     answer,
     body,
     chunk,
@@ -88,19 +89,33 @@ class Weather:
         self.rng = Random(f"{SEED}{platform}")
         self.failing = failing
         self.bad_requests = bad_requests
-        self.fates: dict[tuple[str, str], bool] = {}  # whether it failed, by prompt and model: once in each request
+        self.failures: dict[tuple[str, str], Reply | None] = {}  # by prompt and model: once in each request
 
     @property
     def failed(self) -> int:
-        return sum(self.fates.values())
+        return sum(reply is not None for reply in self.failures.values())
+
+    @property
+    def silent(self) -> int:
+        steps = [reply.steps for reply in self.failures.values() if reply is not None]
+        return sum(any(step is PAUSE or isinstance(step, Every) for step in each) for each in steps)
 
     def __call__(self, request: Request) -> Reply:
-        fails = self.rng.random() < self.failing
-        self.fates[request.prompt, request.json["model"]] = fails  # a call resent on a new connection has a new fate
-        if not fails:
+        call = request.prompt, request.json["model"]
+        self.failures[call] = None  # also where it is resent on a new connection: it has a new fate then
+        if self.rng.random() >= self.failing:
             return answer(f"echo of {request.prompt}: größer 🦊")(request)
         failures = ANY + (STREAMED if request.streaming else WHOLE) + (BAD_REQUESTS if self.bad_requests else [])
-        return self.rng.choice(failures)
+        self.failures[call] = reply = self.rng.choice(failures)
+        return reply
+
+
+def is_late(got: Answer) -> bool:
+    """Whether the client is told of a time limit. The last platform never fails, so it was the machine, or the gateway
+    takes whole seconds too long."""
+    if isinstance(got, Stream) and got.status == 200:
+        return any((chunk.get("error") or {}).get("type") == "stream_timeout" for chunk in got.chunks)
+    return got.status == 504
 
 
 async def test_two_hundred_requests_through_a_storm_are_all_answered(start_gateway, fake):
@@ -110,10 +125,10 @@ async def test_two_hundred_requests_through_a_storm_are_all_answered(start_gatew
         "a": Weather("a", failing=0.8, bad_requests=True),
         "b": Weather("b", failing=0.6, bad_requests=True),
         "c": Weather("c", failing=0.5, bad_requests=False),
+        "d": Weather("d", failing=0, bad_requests=False),
     }
     for name, weather in weathers.items():
         fake.script(name, weather)
-    fake.script("d", Weather("d", failing=0, bad_requests=False))
     turns = asyncio.Semaphore(AT_ONCE)
 
     attempted = 0  # as clients are told: a call that is given up at once may never reach its provider
@@ -124,6 +139,8 @@ async def test_two_hundred_requests_through_a_storm_are_all_answered(start_gatew
             got = await gateway.ask(f"request {number}", streaming=bool(number % 2))
         attempted += int(got.headers.get("X-Fallback-Attempts", 0)) + 1
         expected = f"echo of request {number}: größer 🦊"
+        if is_late(got):
+            raise TooLate(f"request {number}: an answer took longer than its limit of a second or two")
         assert got.text == expected
         if isinstance(got, Stream):
             got.assert_whole(expected)
@@ -134,7 +151,10 @@ async def test_two_hundred_requests_through_a_storm_are_all_answered(start_gatew
 
     rows = await gateway.rows(attempted)
     failures = Counter(row["platform"] for row in rows if row["status"] == "error")
-    assert failures == {name: weather.failed for name, weather in weathers.items()}
+    given_up = Counter(row["platform"] for row in rows if row["error_kind"] in ("timeout", "stall"))
+    if any(given_up[name] > weather.silent for name, weather in weathers.items()):
+        raise TooLate("a platform that did answer was given up")
+    assert failures == {name: weather.failed for name, weather in weathers.items() if weather.failed}
     assert sum(failures.values()) > 200  # it was a storm
     assert Counter(row["status"] for row in rows)["success"] == REQUESTS
     assert all(row["error_kind"] for row in rows if row["status"] == "error")
