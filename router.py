@@ -534,12 +534,15 @@ class Router:
     def _ordered(
         self, models: list[Model], mode: Mode, standing: Standing, plan: Plan, now: float, rng: Random
     ) -> list[Model]:
-        """Models of the chain: by the mode's own order, then what it prefers, then what the session prefers first."""
+        """Models of the chain: by the mode's own order, then what it prefers, then those without doubts, then what the
+        session prefers first."""
         ranked = models if mode is Mode.PRIORITY else self._sampled(models, mode, plan, now, rng)
         liked = [m for m in ranked if mode in m.prefer_in and self.usable_key(m, plan, now)]
         if liked:
             liked.sort(key=lambda m: self.catalog.position[m.id])
             ranked = liked + [m for m in ranked if m not in liked]
+        if doubted := self.gates.doubted(now):
+            ranked = sorted(ranked, key=lambda m: m.id in doubted)
         if standing is NO_STANDING:
             return ranked
         ranked = sorted(ranked, key=lambda m: m.id != standing.preferred_model)
@@ -560,8 +563,6 @@ class Router:
             ]
         else:
             ranks = [(False, -score, n) for n, score in enumerate(scores)]
-        if doubted := self.gates.doubted(now):
-            ranks = [(late or models[n].id in doubted, score, n) for late, score, n in ranks]
         return [models[n] for _, _, n in sorted(ranks)]
 
     def _penalised(self, scores: list[float], models: Sequence[Model], now: float) -> list[float]:

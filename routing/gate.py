@@ -63,7 +63,8 @@ class Gates:
         return bool(self._open)
 
     def doubted(self, now: float) -> Collection[int]:
-        """The models whose gates are held, lately: others are better first, if there are any without doubts."""
+        """The models whose gates are held, lately: in every mode others come first, if there are any without doubts.
+        Where all have doubts, which is what holding is for, the order stays as it is."""
         if self._held:
             self._held = {model: until for model, until in self._held.items() if until > now}
         return self._held
