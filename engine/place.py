@@ -32,6 +32,7 @@ class Misfit(StrEnum):
     TOO_LATE = "too_late"  # and in seconds
     WHITE_SPACE = "white_space"  # the words fit, the white space at the seam does not
     ENDED = "ended"  # before it came to the seam
+    DOUBLED = "doubled"  # the anchor comes twice
     NOT_JSON = "not_json"  # the whole answer, where JSON was asked for
 
 
@@ -65,7 +66,12 @@ class Place:
         starts = list(self._starts(new))
         for start, words in starts:
             if self._is_cue(words, blank_before=start > 0):
-                return self._found(new, start, len(self._cue))
+                again = words[len(self._cue) :].lstrip()
+                if self._way is Way.REASK and again.startswith(self._cue):
+                    return Misfit.DOUBLED
+                if ended or self._way is not Way.REASK or not self._cue.startswith(again):
+                    return self._found(new, start, len(self._cue))
+                return None  # it may be saying the anchor twice
             if words.startswith(self._whole):
                 return self._found(new, start, len(self._whole))
         restarts = [words for _, words in starts if self._whole.startswith(words)]

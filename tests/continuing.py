@@ -124,6 +124,10 @@ def straightens_quotes(text: str) -> Model:
     return echoing(text, lambda anchor: re.sub("[“”]", '"', anchor))
 
 
+def repeats_anchor_twice(text: str) -> Model:
+    return echoing(text, lambda anchor: f"{anchor}\n\n{anchor}")
+
+
 def has_preamble(text: str) -> Model:
     """Comments on what it was asked, then does it."""
     return lambda body: PREAMBLE + (repeats_anchor(text)(body) or "")

@@ -17,6 +17,7 @@ from continuing import (
     has_preamble,
     refuses_prefill,
     repeats_anchor,
+    repeats_anchor_twice,
     repeats_less,
     starts_over,
     starts_over_differently,
@@ -142,7 +143,9 @@ def test_what_is_no_continuation_is_given_up_wherever_the_answer_was_cut(text, m
 
 
 @ten_texts
-@pytest.mark.parametrize(("model", "to"), [(goes_on_without_echo, NONE), (trims_its_answer, PLAIN)])
+@pytest.mark.parametrize(
+    ("model", "to"), [(goes_on_without_echo, NONE), (repeats_anchor_twice, NONE), (trims_its_answer, PLAIN)]
+)
 def test_what_cannot_be_joined_with_certainty_is_joined_exactly_or_given_up(text, model, to):
     for cut, whole in cut_everywhere(text, model(text), to):
         assert isinstance(whole, Misfit) or whole.rstrip() == text.rstrip(), f"cut behind {cut}: {whole!r}"
