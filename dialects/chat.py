@@ -261,11 +261,10 @@ class ChatEncoder:
         usage = tally.usage_raw or frame({**chunk_head(tally.head), "choices": [], "usage": tally.usage_object})
         return rest + usage + DONE
 
-    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
+    def fail(self, error: GatewayError, tally: Tally) -> bytes:
         """The error alone, and then how it ended: some clients see nothing else in a chunk that has choices, and some
         nothing in one that has none (SPEC 8.5)."""
-        error = {"message": message, "type": type, "code": code, "param": None}
-        return frame({"error": error}) + frame(chunk_of(tally.head, {}, "error")) + DONE
+        return frame({"error": error.in_stream()}) + frame(chunk_of(tally.head, {}, "error")) + DONE
 
     def heartbeat(self) -> bytes:
         return KEEP_ALIVE

@@ -133,9 +133,8 @@ class CompletionsEncoder:
             return DONE
         return frame({**self._told(tally.head), "choices": [], "usage": tally.usage_object}) + DONE
 
-    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
-        error = {"error": {"message": message, "type": type, "code": code, "param": None}}
-        return frame(error) + frame(self._chunk(tally.head, "", "error")) + DONE
+    def fail(self, error: GatewayError, tally: Tally) -> bytes:
+        return frame({"error": error.in_stream()}) + frame(self._chunk(tally.head, "", "error")) + DONE
 
     def heartbeat(self) -> bytes:
         return KEEP_ALIVE

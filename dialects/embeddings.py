@@ -117,8 +117,8 @@ class EmbeddingsEncoder:
     def end(self, tally: Tally) -> bytes:
         return b""
 
-    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
-        return frame({"error": {"message": message, "type": type, "code": code, "param": None}})
+    def fail(self, error: GatewayError, tally: Tally) -> bytes:
+        return frame({"error": error.in_stream()})
 
     def heartbeat(self) -> bytes:
         return b""

@@ -12,7 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dialects.message_errors import error_of
 from wire.chat import CHARS_PER_TOKEN, Completion, Event, Tally, Usage, token_count
+from wire.errors import GatewayError
 from wire.jsontext import JSON, dump, load_inner
 
 Emit = Callable[..., None]
@@ -201,12 +203,15 @@ class MessagesEncoder:
         self._emit("message_stop")
         return self._flush()
 
-    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes | None:
+    def fail(self, error: GatewayError, tally: Tally) -> bytes | None:
         """Clients send a request again whose connection breaks before a block is complete, and never one that got an
-        error event (SPEC 14.9)."""
-        if not self._blocks.content:
+        error event (SPEC 14.9). What only they can mend they are told: to send it again would be in vain."""
+        if error.type == "invalid_request_error":
+            self._emit("error", error=error_of(error))
+        elif self._blocks.content:
+            self._emit("error", error={"type": "overloaded_error", "message": error.message})
+        else:
             return None
-        self._emit("error", error={"type": "overloaded_error", "message": message})
         return self._flush()
 
     def heartbeat(self) -> bytes:

@@ -14,10 +14,11 @@ from typing import Any
 
 from dialects.chat import chat_from
 from dialects.message_blocks import chat_messages, invalid
+from dialects.message_errors import error_of, status_of
 from dialects.message_events import Asked, MessagesEncoder
 from dialects.message_tools import Offer, chat_choice, effort_of_turn
 from wire.chat import Chat, Completion, Event, LocalRoute, Mode, Need, Tally, chunk_of, frame
-from wire.errors import GatewayError, InvalidRequest, ModelNotFound, PromptTooLong
+from wire.errors import GatewayError, InvalidRequest
 from wire.jsontext import JSON, dump, load_object
 
 # Names for pickers that show only what sounds like this vendor's models, and what each means.
@@ -41,11 +42,6 @@ PROBE_WORDS = "OK"
 # a page or two.
 PART_TOKENS = {"image_url": 1500, "file": 3000}
 CREATED_AT = "2026-01-01T00:00:00Z"  # of a model whose release nobody here knows
-ERROR_TYPES = {
-    401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large",
-    429: "rate_limit_error", 500: "api_error", 529: "overloaded_error",
-}  # fmt: skip
-OVERLOADED = 529
 OWN_NAMES = {"stop": "stop_sequences", "reasoning_effort": "output_config.effort", "response_format": "output_config"}
 
 
@@ -63,19 +59,10 @@ class MessagesDialect:
         return path.startswith("/v1/messages/") or (models and b"anthropic-version" in headers)
 
     def status(self, error: GatewayError) -> int:
-        """What this API's clients know: 4xx for what only they can mend, 529 for all that may pass (SPEC 16.4)."""
-        if isinstance(error, PromptTooLong) or error.status == 422:
-            return 400
-        if isinstance(error, ModelNotFound):
-            return 404
-        return OVERLOADED if error.status > 500 else error.status
+        return status_of(error)
 
     def error(self, error: GatewayError, request_id: str) -> bytes:
-        kind = ERROR_TYPES.get(self.status(error), "invalid_request_error")
-        words = error.message.replace("error.attempts", "the header X-Fallback-Trail")
-        if isinstance(error, PromptTooLong):  # clients look for these very words, and then shorten the conversation
-            words = f"prompt is too long: {error.tokens} tokens > {error.window} maximum"
-        return dump({"type": "error", "error": {"type": kind, "message": words}, "request_id": request_id})
+        return dump({"type": "error", "error": error_of(error), "request_id": request_id})
 
     def extra_routes(self) -> tuple[LocalRoute, ...]:
         return (

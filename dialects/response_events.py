@@ -22,6 +22,8 @@ from wire.jsontext import JSON, dump
 Emit = Callable[..., None]
 Keep = Callable[[JSON, int], None]  # a finished response and the bytes of it
 MADE_UP_CALL_ID = re.compile(r"call_\d{1,3}")  # counted anew in every answer by some providers
+# What failures are called here. Everything else is a server_error, because some clients refuse names they do not know.
+CODES = {"context_length_exceeded": "context_length_exceeded", "rate_limited": "rate_limit_exceeded"}
 NO_SUMMARY = "The model gave no summary of the conversation. Send the request again."
 INCOMPLETE = {"length": "max_output_tokens", "content_filter": "content_filter"}
 # The names of a part's events: of the part itself, and of the text in it.
@@ -351,18 +353,18 @@ class ResponsesEncoder:
         self._begin(tally.head)
         self._output.finish(complete=tally.finish not in INCOMPLETE)
         if self._lacks_summary:
-            return self.fail(NO_SUMMARY, "provider_error", 502, tally)
+            return self.fail(GatewayError(NO_SUMMARY, status=502, type="provider_error"), tally)
         response = self._ended(tally.finish, tally.usage_object)
         self._emit(f"response.{response['status']}", response=response)
         self._keep(response, len(self._frames[-1]))
         return self._flush()
 
-    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes:
+    def fail(self, error: GatewayError, tally: Tally) -> bytes:
         self._begin(tally.head)
         self._output.abandon()
         response = self._response("failed", usage=self._usage(tally.usage_object))
-        # Of the codes that clients know it is this one; some refuse an answer with any other.
-        response["error"] = {"code": "server_error", "message": message, "type": type}
+        code = CODES.get(error.code or "", "server_error")
+        response["error"] = {"code": code, "message": error.message, "type": error.type}
         self._emit("response.failed", response=response)
         return self._flush()
 

@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from transport.client import ClientGone, CutShort, Send, Stopping
 from wire.chat import Encoder, Tally
+from wire.errors import GatewayError
 
 Headers = list[tuple[bytes, bytes]]
 HEADER_SAFE = "".join(map(chr, range(33, 127))).replace("%", "") + " "
@@ -107,9 +108,9 @@ class Delivery:
                 self._heartbeat = self._loop.create_task(self._say_something())
         self._timer = self._loop.call_at(due, self._beat)
 
-    def fail(self, message: str, type: str, code: int) -> bytes | None:
+    def fail(self, error: GatewayError) -> bytes | None:
         """The last bytes of a stream that broke; None where the connection has to break off."""
-        return self.encoder.fail(message, type, code, self.tally)
+        return self.encoder.fail(error, self.tally)
 
     async def _say_something(self) -> None:
         await self.begin_stream()
@@ -132,7 +133,9 @@ def stopped(delivery: Delivery) -> bytes | None:
         raise ClientGone
     if not delivery.started:
         raise Stopping
-    return delivery.fail(Stopping.words, "stream_error", 503) if delivery.streams else None
+    if not delivery.streams:
+        return None
+    return delivery.fail(GatewayError(Stopping.words, status=503, type="stream_error"))
 
 
 async def finish(send: Send, last: bytes | None) -> None:

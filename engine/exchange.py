@@ -163,7 +163,7 @@ class Engine:
         except GatewayError as error:
             if not delivery.streams:
                 raise
-            return delivery.fail(error.message, error.type, error.status)
+            return delivery.fail(error)
 
     async def _open(self, exchange: Exchange, plan: Plan, chat: Chat) -> Running:
         """Wait for the answer to begin; where that takes too long, a second route joins (SPEC 15). Raises
@@ -283,7 +283,7 @@ class Engine:
         assert exchange.broken is not None
         if exchange.resuming is not None and exchange.drill is None:
             self.metrics.rescued("lost")
-        return delivery.fail(*exchange.broken.in_mid_stream())
+        return delivery.fail(exchange.broken.in_mid_stream())
 
     def _plan(self, exchange: Exchange, chat: Chat) -> Plan:
         now, auto = time.monotonic(), chat.need.pinned is None

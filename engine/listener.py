@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from wire.chat import Chat, Completion, Encoder, Event, Tally, chunk_head
+from wire.errors import GatewayError
 from wire.jsontext import JSON, dump
 
 TEXTS = ("content", "reasoning_content", "refusal")
@@ -41,9 +42,9 @@ class Listener:
         self._tally = tally
         return self._encoder.end(tally)
 
-    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes | None:
+    def fail(self, error: GatewayError, tally: Tally) -> bytes | None:
         self._lost = True
-        return self._encoder.fail(message, type, code, tally)
+        return self._encoder.fail(error, tally)
 
     def heartbeat(self) -> bytes:
         return self._encoder.heartbeat()

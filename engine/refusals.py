@@ -26,15 +26,16 @@ class FailedAttempt:
     error: UpstreamError
     ms: int
 
-    def in_mid_stream(self) -> tuple[str, str, int]:
-        """What the client is told of it when it has a part of the answer already: message, type and code."""
+    def in_mid_stream(self) -> GatewayError:
+        """What the client is told of it when it has a part of the answer already."""
         error = self.error
         stalled = error.failure is Failure.STALL
         words = "stopped sending" if stalled else "failed in the middle of its answer"
         message = f"{self.route.model.platform.name} {words}. The answer is incomplete; send the request again."
         if stalled:
-            return message, "stream_timeout", 504
-        return message, "stream_error", error.status if error.status is not None and error.status >= 400 else 502
+            return GatewayError(message, status=504, type="stream_timeout")
+        status = error.status if error.status is not None and error.status >= 400 else 502
+        return GatewayError(message, status=status, type="stream_error")
 
     @property
     def calls_request_bad(self) -> bool:

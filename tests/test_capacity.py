@@ -37,7 +37,6 @@ from routing.cooldowns import FOLLOWERS_LIMITED, RAMP_S, RAMP_STEP_S, TRIAL_SPAC
 from routing.plan import LAST_ATTEMPTS
 from routing.route import Rung
 from routing.trials import LEASE_S, UNPACED_MAX, Trials
-from wire.chat import Mode
 
 SIX = ("a", "b", "c", "d", "e", "f")
 QUICK = {
@@ -170,31 +169,6 @@ def test_a_model_that_breaks_without_cooling_is_left_at_once_and_won_back_within
 
     assert outage.first_20 <= 6
     assert outage.back_s <= 120
-
-
-@pytest.mark.parametrize("mode", [*Mode])
-def test_models_whose_gates_are_held_come_last_among_their_like(mode):
-    """More than half of the models cannot be gated at once, but those that work are asked before them: in every mode,
-    as an open gate puts its model last in every mode."""
-    world = World({}, {}, {"prefer_in": ["smart"]}, {})
-    for id in (1, 2, 3):
-        for _ in range(4):
-            hold = world.router.gates_hold(world.models[id - 1], NOW)
-            world.router.gates.feed(id, ok=False, rate=0.9, hold=hold, began=NOW, now=NOW, rng=world.rng)
-
-    assert [world.router.gates.is_open(id) for id in (1, 2, 3)] == [True, True, False]
-    for _ in range(50):
-        assert world.router.next_route(world.plan(f"auto-{mode}"), NOW).model.id == 4
-
-
-def test_where_all_gates_are_held_the_order_is_what_it_was():
-    """Then the fault is ours, and no model is any better than the others."""
-    world = World({}, {}, {}, {})
-    for id in (1, 2, 3, 4):
-        for _ in range(4):
-            world.router.gates.feed(id, ok=False, rate=0.9, hold=True, began=NOW, now=NOW, rng=world.rng)
-
-    assert [model.id for model in world.plan("auto-priority").order] == [1, 2, 3, 4]
 
 
 async def test_an_open_gate_is_shown_and_closed_by_the_operator(start_gateway, fake):

@@ -11,7 +11,7 @@ from collections import Counter
 import aiohttp
 import pytest
 from conftest import Answer, Stream, both_ways
-from fake_provider import PAUSE, ROLE, Every, chunk, completion, error, event, sse
+from fake_provider import PAUSE, ROLE, Every, Wait, chunk, completion, error, event, raw, sse
 from faults import BREAKS, EITHER, STREAMED, TWO_KEYS, WHOLE, Failure, of_status
 from strict_messages import assert_error, assert_in_order, assert_message, events_of
 
@@ -156,3 +156,24 @@ def bans_of(protection: dict) -> Counter:
 
 def bad(keys: list[dict]) -> list[dict]:
     return [key for key in keys if key["status"] in ("invalid", "rate_limited")]
+
+
+async def test_a_prompt_too_long_is_called_so_also_in_a_stream_that_only_heartbeats_have_begun(start_gateway, fake):
+    """The client alone can mend it, and knows it by its name; it is not asked to send the same again."""
+    gateway = await start_gateway(["a"], {"FIRST_HEARTBEAT_MS": "10", "KEEPALIVE_INTERVAL_MS": "10"})
+    last = {}
+    for path, request in REQUESTS.items():
+        heard = asyncio.Event()
+        fake.script("a", raw(Wait(heard), *error(400, code="context_length_exceeded").steps))
+        async with gateway.post({"model": "auto", "stream": True, **request}, path=path) as response:
+            begun = await response.content.readany()
+            heard.set()
+            last[path] = Stream(200, response.headers, begun + await response.read())
+
+    (told,) = [part["error"] for part in last["/v1/chat/completions"].chunks if "error" in part]
+    assert (told["type"], told["code"]) == ("invalid_request_error", "context_length_exceeded")
+    assert last["/v1/chat/completions"].finishes == ["error"]
+    assert last["/v1/responses"].chunks[-1]["type"] == "response.failed"
+    assert last["/v1/responses"].chunks[-1]["response"]["error"]["code"] == "context_length_exceeded"
+    assert last["/v1/messages"].chunks[-1]["error"]["type"] == "invalid_request_error"
+    assert "prompt is too long" in last["/v1/messages"].chunks[-1]["error"]["message"]

@@ -19,6 +19,7 @@ from routing.gate import (
     TRIAL_S_MAX,
     Gates,
 )
+from wire.chat import Mode
 
 HEALTHY = 0.95
 M = 1
@@ -351,6 +352,31 @@ def test_a_trial_goes_first_with_failover_behind_it_and_one_request_has_it(world
     world.fail(trial, Failure.EMPTY, now, plan=plan)
     assert not dict(world.protection.trials.running())
     assert world.router.next_route(plan, now).model.id == 2
+
+
+@pytest.mark.parametrize("mode", [*Mode])
+def test_models_whose_gates_are_held_come_last_among_their_like(mode):
+    """More than half of the models cannot be gated at once, but those that work are asked before them: in every mode,
+    as an open gate puts its model last in every mode."""
+    world = World({}, {}, {"prefer_in": ["smart"]}, {})
+    for id in (1, 2, 3):
+        for _ in range(4):
+            hold = world.router.gates_hold(world.models[id - 1], NOW)
+            world.router.gates.feed(id, ok=False, rate=0.9, hold=hold, began=NOW, now=NOW, rng=world.rng)
+
+    assert [world.router.gates.is_open(id) for id in (1, 2, 3)] == [True, True, False]
+    for _ in range(50):
+        assert world.router.next_route(world.plan(f"auto-{mode}"), NOW).model.id == 4
+
+
+def test_where_all_gates_are_held_the_order_is_what_it_was():
+    """Then the fault is ours, and no model is any better than the others."""
+    world = World({}, {}, {}, {})
+    for id in (1, 2, 3, 4):
+        for _ in range(4):
+            world.router.gates.feed(id, ok=False, rate=0.9, hold=True, began=NOW, now=NOW, rng=world.rng)
+
+    assert [model.id for model in world.plan("auto-priority").order] == [1, 2, 3, 4]
 
 
 def test_two_good_trials_bring_a_model_back(world_store):

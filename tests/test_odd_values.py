@@ -264,7 +264,7 @@ def streamed(adapter: str, dialect: str, raw: bytes, last: dict) -> None:
     out = encoder.feed(events) if events else b""
     if error := incoming.error or incoming.ending():
         told(error)
-        out += encoder.fail(error.message, "stream_error", 502, tally)
+        out += encoder.fail(GatewayError(error.message, status=502, type="stream_error"), tally)
     else:
         out += encoder.end(tally)
     frames(out)

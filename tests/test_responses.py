@@ -12,7 +12,7 @@ from turns import NOW, PIXEL, call_of, parsed, tokens
 
 from dialects.responses import KEPT_MAX, KEPT_S, ResponsesDialect
 from wire.chat import Completion, Event, Tally
-from wire.errors import InvalidRequest
+from wire.errors import GatewayError, InvalidRequest
 
 TOOL = {"type": "function", "name": "weather", "description": "…", "parameters": {"type": "object", "properties": {}}}
 NESTED = {"type": "function", "function": {name: value for name, value in TOOL.items() if name != "type"}}
@@ -416,7 +416,7 @@ def test_what_must_not_be_kept_is_not():
 def test_a_stream_that_broke_is_not_kept():
     dialect = ResponsesDialect(tokens())
     encoder = dialect.encoder(parsed(dialect), NOW)
-    frames = encoder.feed([]) + encoder.fail("It broke.", "stream_error", 502, Tally())
+    frames = encoder.feed([]) + encoder.fail(GatewayError("It broke.", status=502, type="stream_error"), Tally())
 
     id = json.loads(frames.split(b"data: ")[1].split(b"\n")[0])["response"]["id"]
     assert not known(dialect, id)

@@ -179,7 +179,7 @@ class Encoder(Protocol):
     def end(self, tally: Tally) -> bytes:
         """The last bytes of a finished stream."""
 
-    def fail(self, message: str, type: str, code: int, tally: Tally) -> bytes | None:
+    def fail(self, error: GatewayError, tally: Tally) -> bytes | None:
         """The last bytes of a stream that broke: an unfinished answer never ends like a finished one. None where the
         client is told best by closing the connection."""
 

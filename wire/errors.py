@@ -36,6 +36,12 @@ class GatewayError(Exception):
             error["attempts"] = self.attempts
         return orjson.dumps({"error": error})
 
+    def in_stream(self) -> dict[str, Any]:
+        """The same as an event of a stream, where the code stands for the status (SPEC 8.4); what the client alone can
+        mend keeps its name, by which clients know it."""
+        code = self.code if self.type == "invalid_request_error" and self.code else self.status
+        return {"message": self.message, "type": self.type, "code": code, "param": self.param}
+
 
 class InvalidRequest(GatewayError):
     """The client's request cannot be understood or served as it is; `param` names the offending field."""
