@@ -16,7 +16,7 @@ from adapters.text_rescue import found_json
 from engine.place import Found, Joint, Misfit, Place, Restart
 from engine.rescue import Continuation
 from engine.story import Story
-from engine.wording import is_first_half, whole_letters
+from engine.wording import is_first_half, is_unfinished, whole_letters
 from wire.chat import Event, chunk_of, frame
 from wire.jsontext import JSON
 
@@ -41,6 +41,7 @@ class Seam:
         text, self._half = story.text_and_half()
         self.joined = not text.strip() and not self._half
         self._story = story
+        self._lacks_more = is_unfinished(text)  # as long as nothing has been added to it
         self._place = Place(text, asked)
         self._restart: Restart | None = None
         self._joint: Joint | None = None
@@ -68,7 +69,8 @@ class Seam:
     def end(self) -> Step:
         """The stream has ended without saying how."""
         out: list[Event] = []
-        return Step(out, self._ended(out))
+        misfit = self._ended(out)
+        return Step(out, misfit or (Misfit.ENDED if self._lacks_more and self._story.open else None))
 
     def _chunk(self, choice: JSON, now: float, out: list[Event]) -> Misfit | None:
         """Reasoning and role are left out: the client has them, or is past them."""
@@ -84,6 +86,8 @@ class Seam:
             return None
         if misfit := self._ended(out):
             return misfit
+        if finish == "stop" and self._lacks_more:
+            return Misfit.ENDED
         if finish == "stop" and self._json is not None and found_json("".join(self._json)) is None:
             self._story.spoilt = True
             return Misfit.NOT_JSON
@@ -101,6 +105,7 @@ class Seam:
             self._skips_blank = not text
         if self._json is not None:
             self._json.append(text)
+        self._lacks_more = self._lacks_more and not text.strip()
         if text:
             self._give({"content": text}, out)
 

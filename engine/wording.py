@@ -12,6 +12,7 @@ import unicodedata
 
 WHITE_SPACE = re.compile(r"\s+")  # in the sense of str.isspace, as str.strip has it
 QUOTES = str.maketrans({"“": '"', "”": '"', "„": '"', "‟": '"', "‘": "'", "’": "'", "‚": "'", "‛": "'"})
+MORE_FOLLOWS = (",", "(", "[", "{", "،", "，", "、")
 SURROGATE = re.compile("[\ud800-\udfff]")
 HIGH_HALVES = ("\ud800", "\udbff")  # the first and the last
 JOINER = "\u200d"  # makes one picture of the emojis on both sides
@@ -39,6 +40,11 @@ def written_length(text: str, plain_length: int) -> int:
         if not left:
             break
     return at + left
+
+
+def is_unfinished(text: str) -> bool:
+    """Whether no answer ends so: inside a block of code, or where something must follow."""
+    return text.count("```") % 2 == 1 or text.rstrip().endswith(MORE_FOLLOWS)
 
 
 def whole_letters(text: str) -> str:

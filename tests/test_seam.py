@@ -434,6 +434,30 @@ def test_a_json_answer_goes_on_by_prefill_or_by_an_equal_restart_and_must_parse(
     assert story.spoilt is (last.misfit is Misfit.NOT_JSON)
 
 
+@pytest.mark.parametrize(
+    ("delivered", "more", "whole"),
+    [
+        ("Use a guard, like this:\n\n```python\ndef half(n):\n    return n", "", False),
+        ("Use a guard, like this:\n\n```python\ndef half(n):\n    return n", "\n", False),
+        ("Use a guard, like this:\n\n```python\ndef half(n):\n    return n", "\n```", True),
+        ("Of all the towns we saw in those three weeks,", "", False),
+        ("Of all the towns we saw in those three weeks,", " one.", True),
+        ("All that has come is the whole answer, but not how it ended.", "", True),
+        ("The last word of a heading may be the end of it", "", True),  # nobody can tell
+    ],
+)
+@pytest.mark.parametrize("finish", ["stop", None])
+def test_a_model_that_repeats_the_anchor_and_stops_where_no_answer_ends_is_given_up(delivered, more, whole, finish):
+    story = told(delivered)
+    asked = continuation(CHAT, story, NONE)
+    seam = Seam(story, asked)
+    step = seam.feed([event(asked.cue + more)], 0.0)
+    last = seam.feed([event(finish=finish)], 0.0) if finish else seam.end()
+
+    assert step.misfit is None
+    assert last.misfit is (None if whole else Misfit.ENDED)
+
+
 def test_a_stream_that_ends_without_a_word_of_how_is_given_up_unless_it_had_joined():
     story = told(BEFORE)
     asked = continuation(CHAT, story, NONE)
