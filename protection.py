@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from msgspec import Struct
+
 HINTLESS_STEPS = 16  # the first rest after a 429 that names no time is this part of the longest (SPEC 7.9)
 RETRY_WAIT_MAX_S = 5.0  # a pinned route's Retry-After up to this is waited out (SPEC 5.1)
 RETRY_PAUSE_S = 0.4  # before a pinned route is asked again after a 500, 502 or a broken connection (SPEC 5.1)
@@ -292,15 +294,13 @@ def parse_levels(text: str, defaults: Mapping[str, Level]) -> tuple[dict[str, Le
 # --- What an attempt's end costs --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
+class Answered(Struct, frozen=True):
     """The provider answered to the end. `cut_short`: far below every length that was allowed (SPEC 7.8)."""
 
     cut_short: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """`blameless`: it costs nothing, such as a prefill that a model does not take."""
 
     error: UpstreamError
@@ -308,13 +308,11 @@ class Failed:
     blameless: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Cancelled:
+class Cancelled(Struct, frozen=True):
     """The client left, or the server stopped."""
 
 
-@dataclass(frozen=True, slots=True)
-class LostRace:
+class LostRace(Struct, frozen=True):
     """Another attempt of the same request answered first (SPEC 15)."""
 
 
@@ -430,8 +428,7 @@ class Rests:
     rate_limit_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(Struct, frozen=True):
     """What `costs` has to know beside the outcome."""
 
     level: Level

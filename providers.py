@@ -21,6 +21,7 @@ from adapters.stream import Incoming, checked_answer, cut_short, loaded, refusal
 from protection import Failure, Outcome, UpstreamError
 from routing.catalog import Key, Model, Platform, is_demo
 from routing.route import Route
+from transport.alarm import Alarm
 from transport.upstream import Call, CallFailed, ConnectTimeout, NoFileLeft, Response, Upstream
 from wire.chat import Chat, Completion, Event, Tally
 from wire.http import Endpoint
@@ -60,6 +61,7 @@ class Attempt:
 
     __slots__ = (
         "_adapter",
+        "_alarm",
         "_at_end",
         "_bare",
         "_call",
@@ -109,7 +111,8 @@ class Attempt:
         self._bare = False  # that has been refused
         self._upstream = providers.upstream
         self._timeouts = providers.timeouts
-        self._clock = asyncio.get_running_loop().time
+        self._clock = providers.loop.time
+        self._alarm = Alarm(providers.loop)
         self.began = self._heard_at = self._progressed_at = self._clock()
         self._whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
         self._call: Call | None = None
@@ -153,7 +156,7 @@ class Attempt:
             return True
         data = b""
         try:
-            async with asyncio.timeout_at(min(limit, late_at)):
+            with self._alarm.until(min(limit, late_at)):
                 if self._response is None:
                     self._response = await self._ask()
                     if not self._whole or self._refused:  # the next wait has another limit
@@ -334,7 +337,7 @@ class Attempt:
         try:
             if until <= now:
                 raise TimeoutError
-            async with asyncio.timeout_at(until):
+            with self._alarm.until(until):
                 data = await self._response.read()
         except TimeoutError:
             if incoming.finishing:
@@ -359,7 +362,7 @@ class Attempt:
         response = self._response
         if incoming.done and response is not None and not response.complete:  # lets the connection go to the pool
             try:
-                async with asyncio.timeout(CONNECTION_END_S):
+                with self._alarm.until(self._clock() + CONNECTION_END_S):
                     await response.read()
             except (TimeoutError, CallFailed):
                 pass
@@ -368,6 +371,7 @@ class Attempt:
     def close(self) -> None:
         """Let go of the provider: its connection is free or closed. May be called again."""
         self.state = State.ENDED
+        self._alarm.stop()
         if self._response is not None:
             self._response.close()  # goes back to the pool where the body has been read to its end
         elif self._call is not None:
@@ -381,6 +385,7 @@ class Providers:
         self.timeouts = timeouts
         self.whole_calls = whole_calls  # SPEC 14.7
         self.upstream = upstream
+        self.loop = asyncio.get_running_loop()
         self._adapters = {name: make(time.time) for name, make in ADAPTERS.items()}
 
     def adapter(self, platform: Platform) -> Adapter:

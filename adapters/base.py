@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
+
+from msgspec import Struct
 
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model, Platform, how_written, is_templated
@@ -16,8 +17,7 @@ from wire.jsontext import JSON
 USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(Struct, frozen=True):
     """What a provider is asked."""
 
     endpoint: Endpoint
@@ -113,8 +113,7 @@ class Adapter(Protocol):
         """The translator of one stream. With `whole_calls` a tool call goes out when it is complete (SPEC 14.7)."""
 
 
-@dataclass(slots=True)
-class Reply:
+class Reply(Struct):
     """A committed answer that is all there: whole, or as the events of a stream."""
 
     tally: Tally

@@ -8,8 +8,9 @@ of the field. Messages and tools that need no mending are passed on as the very 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from dialects.compaction import NO_SEAL
 from dialects.custom_tools import CustomCalls
@@ -37,6 +38,7 @@ from wire.errors import GatewayError, InvalidRequest
 from wire.jsontext import JSON, load_object, members, plain_value, without_nulls
 from wire.sse import DONE, KEEP_ALIVE
 
+SHORT_BYTES = 4096  # of a body that is read as it is: below that recognising costs more than it saves
 RAW_FIELDS = frozenset({"messages", "tools"})  # which mend their own nulls: what stands in them may be data
 CHAT_ONLY = ("max_tokens", "max_completion_tokens", "stream_options", "response_format", "prompt_cache_key")
 MODEL_CHARS_MAX = 300  # four times the longest in use
@@ -51,8 +53,8 @@ RANGES = {"temperature": (0, 2), "top_p": (0.01, 1)}  # 0 would mean no token at
 
 def read_chat(raw: bytes) -> Chat:
     """A request's text as a `Chat`. Raises InvalidRequest naming the field."""
-    texts = members(raw)
-    history = recognised(texts.pop("messages", b""))
+    texts = members(raw) if len(raw) > SHORT_BYTES else {}
+    history = recognised(texts.pop("messages")) if "messages" in texts else None
     if history is not None:
         try:
             toolset = toolset_of(texts.pop("tools")) if "tools" in texts else None

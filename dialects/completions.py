@@ -8,7 +8,8 @@ asked in chat for the continuation and nothing else. No I/O.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from dialects.chat import chat_from
 from dialects.values import boolean, number, wrong_type

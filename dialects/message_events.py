@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from dialects.message_errors import error_of
 from wire.chat import CHARS_PER_TOKEN, Completion, Event, Tally, Usage, token_count
 from wire.errors import GatewayError
@@ -24,8 +26,7 @@ USABLE_ID = re.compile(r"[a-zA-Z0-9_-]{4,64}")  # what this API takes back in a 
 MADE_UP_ID = re.compile(r"(call|tool|toolu)_\d{1,3}")  # counted anew in every answer by some providers
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """What an answer needs to know of its request; travels as `Chat.origin`."""
 
     model: str  # as the client wrote it: it is told so again, or a session cannot be taken up

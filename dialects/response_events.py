@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from dialects.client_tools import CLIENT_TOOLS, call_fields
 from dialects.compaction import Seal
 from dialects.custom_tools import custom_input
@@ -43,8 +45,7 @@ class Offer:
     namespace: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(Struct, frozen=True):
     """What an answer needs to know of its request; travels as `Chat.origin`."""
 
     repeated: JSON  # what a response says of its request

@@ -8,9 +8,10 @@ is an argument, and new ids and sealing come from the caller.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from hashlib import blake2b
 from typing import Any
+
+from msgspec.structs import replace
 
 from dialects.chat import chat_from
 from dialects.compaction import ASKED_FOR, NO_SEAL, TRIGGER, Seal

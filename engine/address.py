@@ -37,5 +37,8 @@ def tidy_path(path: str) -> tuple[str, str | None]:
 def credentials(headers: Given) -> list[bytes]:
     """What may be the client's key: a bearer token, a bare Authorization, and the headers of other APIs."""
     given = headers.get(b"authorization", b"").strip()
-    bearer = given[7:].strip() if given[:7].lower() == b"bearer " else given
-    return [key for key in (bearer, *(headers.get(name, b"") for name in KEY_HEADERS)) if key]
+    keys = [given[7:].strip() if given[:7].lower() == b"bearer " else given]
+    for name in KEY_HEADERS:
+        if name in headers:
+            keys.append(headers[name])
+    return [key for key in keys if key]

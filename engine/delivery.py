@@ -47,7 +47,14 @@ class Delivery:
     )
 
     def __init__(
-        self, send: Send, encoder: Encoder, headers: Callable[[], Headers], *, interval_s: float, silence_s: float
+        self,
+        send: Send,
+        encoder: Encoder,
+        headers: Callable[[], Headers],
+        *,
+        interval_s: float,
+        silence_s: float,
+        loop: asyncio.AbstractEventLoop,
     ) -> None:
         self.encoder = encoder
         self.started = False  # headers are out: nothing can be told by a status any more
@@ -58,8 +65,8 @@ class Delivery:
         self._headers = headers
         self._interval_s = interval_s  # between two heartbeats
         self._silence_s = silence_s  # before headers go out without an answer
-        self._loop = asyncio.get_running_loop()
-        self._written_at = self._loop.time()
+        self._loop = loop
+        self._written_at = loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._heartbeat: asyncio.Task[None] | None = None
 
@@ -93,6 +100,13 @@ class Delivery:
         self.blocked_since = self._loop.time()
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
         self.blocked_since, self._written_at = None, self._loop.time()
+
+    async def finish(self, last: bytes | None) -> None:
+        """End the response. Raises CutShort where the client is told best by a connection that breaks off."""
+        self.blocked_since = self._loop.time()
+        if last is None:
+            raise CutShort
+        await self._send({"type": "http.response.body", "body": last})
 
     async def _begin(self, headers: Headers) -> None:
         self.started = True
@@ -136,10 +150,3 @@ def stopped(delivery: Delivery) -> bytes | None:
     if not delivery.streams:
         return None
     return delivery.fail(GatewayError(Stopping.words, status=503, type="stream_error"))
-
-
-async def finish(send: Send, last: bytes | None) -> None:
-    """End the response. Raises CutShort where the client is told best by a connection that breaks off."""
-    if last is None:
-        raise CutShort
-    await send({"type": "http.response.body", "body": last})

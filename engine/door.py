@@ -7,11 +7,11 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
 from starlette.exceptions import HTTPException
 
 from config.settings import LOOPBACK_HOSTS, spelled
@@ -159,7 +159,9 @@ class Door:
     ) -> None:
         """One request of any dialect; `model` is the one that its address names."""
         # The body has no name here: it would live as long as its answer.
-        chat = dialect.parse(await read_body(headers, receive, self._body_bytes_max), exchange.utc, exchange.client)
+        arrived = scope["freeway.client"].sent_all
+        body = read_body(headers, receive, self._body_bytes_max, arrived=arrived)
+        chat = dialect.parse(await body, exchange.utc, exchange.client)
         chat = chat if model is None else chat.asking_for(model)
         private, catalog = self._private or (client is not None and client.private), self._engine.router.catalog
         exchange.chat, exchange.session = understood(chat, headers, catalog, private=private, client=exchange.client)
@@ -167,7 +169,8 @@ class Door:
         if (drill := headers.get(b"x-drill")) is not None:
             self._admit_drill(headers)
             exchange.begin_drill(parse_drill(drill.decode("latin-1")))
-        exchange.rescue = headers.get(b"x-rescue", b"").strip().lower() != b"off"
+        if b"x-rescue" in headers:
+            exchange.rescue = headers[b"x-rescue"].strip().lower() != b"off"
         if (wait := headers.get(b"x-max-wait")) is not None:
             exchange.wait_max_s = wait_seconds(wait)
         admission: Admission | None = None
@@ -236,9 +239,11 @@ def wished(need: Need, headers: Given, *, private: bool) -> Need:
 
 def wants_no_memory(headers: Given) -> bool:
     """Whether an answer must be made for this request alone (SPEC 18.1)."""
-    if headers.get(b"x-cache", b"").strip().lower() == b"off":
+    if b"x-cache" in headers and headers[b"x-cache"].strip().lower() == b"off":
         return True
-    return any(word.strip() == b"no-store" for word in headers.get(b"cache-control", b"").lower().split(b","))
+    if b"cache-control" not in headers:
+        return False
+    return any(word.strip() == b"no-store" for word in headers[b"cache-control"].lower().split(b","))
 
 
 def wait_seconds(text: bytes) -> float:

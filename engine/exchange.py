@@ -14,7 +14,7 @@ from random import Random
 
 from adapters.stream import cut_short
 from config.settings import Settings
-from engine.delivery import Delivery, finish, stopped
+from engine.delivery import Delivery, stopped
 from engine.drill import DrilledAttempt
 from engine.explain import Explanations
 from engine.hedging import Hedging, let_go
@@ -80,7 +80,7 @@ class Engine:
         now, utc = time.monotonic(), time.time()
         # Ids grow with time, so that the log's index over them grows at its end.
         id = f"req_{int(utc * 1000):012x}{self._rng.getrandbits(48):012x}"
-        task = asyncio.current_task()
+        task = asyncio.current_task(self.providers.loop)
         assert task is not None
         deadline = now + self.settings.request_budget_ms / 1000
         return Exchange(id, now, utc, deadline, task, self.settings.wait_for_capacity_ms / 1000)
@@ -97,6 +97,7 @@ class Engine:
             lambda: route_headers(exchange),
             interval_s=self.settings.keepalive_interval_ms / 1000,
             silence_s=self.settings.first_heartbeat_ms / 1000,
+            loop=self.providers.loop,
         )
         if chat.stream:
             delivery.keep_alive()
@@ -104,14 +105,13 @@ class Engine:
                 exchange.resuming = Resuming(chat, self._rescue_after_s)
         try:
             try:
-                last = await unless_gone(client, self._serve(exchange, chat, delivery))
+                last = await unless_gone(client, exchange.task, self._serve(exchange, chat, delivery))
             except asyncio.CancelledError:
                 last = stopped(delivery)
             finally:
                 delivery.rest()
-            delivery.blocked_since = asyncio.get_running_loop().time()
             try:
-                await finish(send, last)
+                await delivery.finish(last)
             except asyncio.CancelledError:  # its client takes nothing any more; for the provider all has been settled
                 return
         except ClientGone:

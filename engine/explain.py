@@ -9,9 +9,10 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from random import Random
 from typing import Any
+
+from msgspec import Struct
 
 from engine.record import Ended, Exchange
 from router import Router
@@ -24,8 +25,7 @@ KEPT_MAX = 1_000  # SPEC 21.1; about 10 KB each with a hundred candidates
 WEIGHT_MAX = 200_000  # entries of state over all of them, about 10 MB; reached only where hundreds of keys rest
 
 
-@dataclass(slots=True)
-class Kept:
+class Kept(Struct):
     """One request that is over."""
 
     model: str

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct
 
 from engine.delivery import Delivery, header_value
 from engine.drill import Drill
@@ -19,8 +20,7 @@ from routing.standing import Active
 from wire.chat import Chat
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
+class Running(Struct, frozen=True):
     """What goes with an attempt until it is settled."""
 
     attempt: Attempt
@@ -30,8 +30,7 @@ class Running:
     hedge: bool = False  # it joined another that was late
 
 
-@dataclass(slots=True)
-class Ended:
+class Ended(Struct):
     """One attempt that is over, for the request's explanation."""
 
     row: Row
@@ -39,8 +38,7 @@ class Ended:
     hedge: bool
 
 
-@dataclass(eq=False, slots=True)
-class Exchange:
+class Exchange(Struct, eq=False):
     """One request."""
 
     id: str
@@ -58,8 +56,8 @@ class Exchange:
     resuming: Resuming | None = None  # the answer, where that may be
     broken: FailedAttempt | None = None  # what broke it first
     attempts: int = 0  # begun so far
-    failures: list[FailedAttempt] = field(default_factory=list)
-    ended: list[Ended] = field(default_factory=list)
+    failures: list[FailedAttempt] = []
+    ended: list[Ended] = []
     moment: Moment | None = None  # what it was routed by
     route: Route | None = None  # of the attempt that is running or has answered
     reask: Route | None = None  # to ask at once, in another way: it takes no prefill

@@ -10,9 +10,11 @@ joins nothing before it has seen that. No I/O.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
+
+from msgspec.structs import replace
 
 from engine.story import Story
 from engine.wording import UNSPACED, letter_start, plain, repeats_itself

@@ -8,7 +8,9 @@ and says whether the answer can go on. Which route is next, and what a break cos
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from engine.rescue import Continuation, continuation, refused_prefill
 from engine.seam import HELD_S, Seam

@@ -176,9 +176,10 @@ class Books:
                 self._router.penalties.add(model.id, now)
 
     def _facts(self, exchange: Exchange, attempt: Attempt, now: float) -> Facts:
-        route, keys_left = attempt.route, False
-        if isinstance(attempt.outcome, Failed) and exchange.plan is not None:
-            keys_left = self._router.keys_left(route, exchange.plan, now)
+        route, plan = attempt.route, exchange.plan
+        keys_left = (
+            plan is not None and isinstance(attempt.outcome, Failed) and self._router.keys_left(route, plan, now)
+        )
         level = self._protection.level(route.model.platform.id)
         strikes = self._protection.strikes.get((route.key.id, route.model.id), 0)
         return Facts(level, keys_left, strikes, self._rests, route.trial)

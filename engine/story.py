@@ -8,10 +8,11 @@ everything else is worked out when a stream breaks. No I/O.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from enum import StrEnum
 from io import StringIO
 from typing import Any
+
+from msgspec.structs import replace
 
 from engine.wording import is_first_half, whole_letters
 from wire.chat import CHARS_PER_TOKEN, Chat, Event, Tally, Usage

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
+from msgspec import Struct
+
 UNSTORABLE = (OverflowError, ValueError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError)
 
 
-@dataclass(slots=True)
-class Row:
+class Row(Struct):
     """One row of `requests`, by column name; `created_at` in seconds since 1970 until it is written."""
 
     request_id: str
@@ -45,7 +45,7 @@ class Row:
         return (iso(self.created_at), *OTHER_COLUMNS_OF(self))
 
 
-ROW_COLUMNS = ("created_at", *(f.name for f in fields(Row) if f.name != "created_at"))
+ROW_COLUMNS = ("created_at", *(name for name in Row.__struct_fields__ if name != "created_at"))
 OTHER_COLUMNS_OF = attrgetter(*ROW_COLUMNS[1:])
 INSERT_ROWS = f"INSERT INTO requests ({', '.join(ROW_COLUMNS)}) VALUES "
 ONE_ROW = f"({', '.join('?' * len(ROW_COLUMNS))})"

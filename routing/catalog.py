@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
+
+from msgspec.structs import replace
 
 from protection import LEVELS as LEVELS
 from protection import KeyStatus as KeyStatus
@@ -189,6 +191,8 @@ class Catalog:
             self._spelled.setdefault(plain_name(name).removeprefix(VENDOR_PREFIX), name)
         self._spelled |= {model.label: model.label for model in self.models}
         self.aliases = {plain_name(name): meaning for name, meaning in aliases.items()}  # each a mode or a model
+        self._as_written = frozenset(name for name in self.by_name if self._alias(name) is None)
+        self._resolved: dict[tuple[str, ModelKind | None], list[Model]] = {}  # bounded by the names that there are
         in_order = sorted((m for m in self.models if m.enabled and m.in_chain), key=lambda m: m.priority)
         self.chain = [m for m in in_order if m.kind is ModelKind.CHAT]
         self.embeddings = [m for m in in_order if m.kind is ModelKind.EMBEDDING]
@@ -212,13 +216,16 @@ class Catalog:
             self._spelled.get(name) or self._spelled.get(plain) or self._spelled.get(plain.removeprefix(VENDOR_PREFIX))
         )
 
+    def _alias(self, name: str) -> str | None:
+        plain = plain_name(name)
+        return self.aliases.get(plain) or self.aliases.get(plain.removeprefix(VENDOR_PREFIX))
+
     def meant(self, need: Need) -> Need:
         """The need in the catalogue's own words: with the mode or the model that an alias stands for, and with a
         model's name as it is spelled here (SPEC 3.10); or with the mode that an unknown name stands for."""
-        if need.pinned is None:
+        if need.pinned is None or need.pinned in self._as_written:
             return need
-        plain = plain_name(need.pinned)
-        alias = self.aliases.get(plain) or self.aliases.get(plain.removeprefix(VENDOR_PREFIX))
+        alias = self._alias(need.pinned)
         mode, wanted = (need.mode, need.pinned) if alias is None else parse_model(alias)
         pinned = None if wanted is None else self.known_as(wanted) or wanted
         if pinned is not None and need.unknown_means is not None and self.known_as(pinned) is None:
@@ -233,6 +240,8 @@ class Catalog:
         An exact `model_id` wins over `platform/model_id`, because ids contain slashes. A `kind` of None is any. Raises
         ModelNotFound.
         """
+        if (found := self._resolved.get((name, kind))) is not None:
+            return found
         if name in self.by_name:
             named, others = self.by_name[name], []
         else:
@@ -247,7 +256,8 @@ class Catalog:
         named, others = ([m for m in models if kind in (m.kind, None)] for models in (named, others))
         if not (usable := [m for m in named if m.enabled]):
             raise ModelNotFound(f"The model '{name}' is disabled.", status=400)
-        return usable + [m for m in others if m.enabled]
+        found = self._resolved[name, kind] = usable + [m for m in others if m.enabled]
+        return found
 
 
 def is_demo(platform: Platform) -> bool:

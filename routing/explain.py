@@ -10,6 +10,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from msgspec import Struct
+
 from routing.catalog import Catalog, Model, is_demo
 from routing.clients import is_among
 from routing.cooldowns import Rest
@@ -35,8 +37,7 @@ RUNG_WORDS = {
 }
 
 
-@dataclass(slots=True)
-class Draws:
+class Draws(Struct):
     """The scores that one request drew: before and after penalties, in the models' order."""
 
     mode: Mode
@@ -79,8 +80,7 @@ class Candidate:
         }
 
 
-@dataclass(slots=True)
-class Moment:
+class Moment(Struct):
     """What routing went by when it planned one request. Nothing in it is changed by what happens later."""
 
     at: float

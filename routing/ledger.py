@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from routing.catalog import Model
 
 MINUTE_S, DAY_S = 60.0, 86_400.0
@@ -15,8 +17,7 @@ WAIT_S_MIN = 0.001  # a wait is never rounded to "now": that would be one reques
 PENALTY_STEP, PENALTY_MAX, PENALTY_DECAY_S = 3.0, 10.0, 120.0  # SPEC 4.6
 
 
-@dataclass(eq=False, slots=True)
-class Reservation:
+class Reservation(Struct, eq=False):
     """Capacity taken for one attempt: one request and, until settled, its estimated tokens."""
 
     model: int

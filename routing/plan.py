@@ -6,8 +6,10 @@ Made and read by router.py, and marked by the effects of failures. No I/O; `now`
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
 from math import inf
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from protection import Scope, Skip
 from routing.catalog import Key, Model
@@ -19,16 +21,14 @@ DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come f
 LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
 
 
-@dataclass(frozen=True, slots=True)
-class Blocked:
+class Blocked(Struct, frozen=True):
     """Why a model could not be asked when its turn came."""
 
     reason: str  # `transient`, `keys`, `trial` or `failed`
     left_s: float | None  # until it may be available again, where known
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(Struct, frozen=True):
     """What asking one model now would mean. Without a key it cannot be asked, for the reason in `blocked`."""
 
     model: Model
@@ -38,38 +38,37 @@ class Step:
     blocked: Blocked | None = None
 
 
-@dataclass(slots=True)
-class Plan:
+class Plan(Struct):
     """One request's way through the models: the order, and what has failed so far."""
 
     need: Need
-    order: list[Model] = field(default_factory=list)  # as far as it has been worked out
+    order: list[Model] = []  # as far as it has been worked out
     more: Callable[[Plan], list[Model]] | None = None  # works out the rest, which most requests never need
     preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
     asked_for: frozenset[int] = frozenset()  # the pinned model's rows: no gate keeps them back
-    held_back: set[int] = field(default_factory=set)
-    excluded: set[int] = field(default_factory=set)
-    banned: set[str] = field(default_factory=set)  # platforms
+    held_back: set[int] = set()
+    excluded: set[int] = set()
+    banned: set[str] = set()  # platforms
     trial: int | None = None  # a model whose open gate this request tries first
-    forgiven: set[int] = field(default_factory=set)  # models that may go on with their own answer, with another key
+    forgiven: set[int] = set()  # models that may go on with their own answer, with another key
     floored: bool = False  # the client's floor has kept models out that would fit
     patient: bool = False  # it waits rather than join a crowd at what has just come back
     attempts_left: int = 20
     reserve: int = LAST_ATTEMPTS  # of these attempts: they are spread over the wait where every platform was asked
-    failed: dict[int, float] = field(default_factory=dict)  # models, and when each failed; inf: never to be asked again
-    failed_keys: dict[tuple[int, int], float] = field(default_factory=dict)  # the same of (key, model)
+    failed: dict[int, float] = {}  # models, and when each failed; inf: never to be asked again
+    failed_keys: dict[tuple[int, int], float] = {}  # the same of (key, model)
     failed_at: float = 0.0  # the last time
     again_at: float = 0.0  # nothing that has failed is asked again before, unless it has answered others since
     draws: Draws | None = None  # the scores that made the order
-    passed: dict[int, Blocked] = field(default_factory=dict)  # what stood in a model's way when its turn first came
-    skipped: dict[int, Model] = field(default_factory=dict)
-    platform_failures: dict[str, int] = field(default_factory=dict)
-    key_failures: dict[int, int] = field(default_factory=dict)  # by model
-    times_failed: dict[tuple[int, int], int] = field(default_factory=dict)  # by key (0: all of them) and model
-    blocked: dict[int, Blocked] = field(default_factory=dict)
+    passed: dict[int, Blocked] = {}  # what stood in a model's way when its turn first came
+    skipped: dict[int, Model] = {}
+    platform_failures: dict[str, int] = {}
+    key_failures: dict[int, int] = {}  # by model
+    times_failed: dict[tuple[int, int], int] = {}  # by key (0: all of them) and model
+    blocked: dict[int, Blocked] = {}
     wait_s: float | None = None  # until the soonest of what is blocked comes back
     at_any_moment: bool = False  # or sooner: another request tries one of them, or may give tokens back
-    cooling: list[str] = field(default_factory=list)  # labels of models that rest or are banned at the outset
+    cooling: list[str] = []  # labels of models that rest or are banned at the outset
 
     def complete(self) -> list[Model]:
         """The whole order."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import IntEnum
+
+from msgspec import Struct
 
 from routing.catalog import Key, Model
 from routing.ledger import Reservation
@@ -23,8 +24,7 @@ class Rung(IntEnum):
 FIRST_TRIAL = Rung.DOUBTED  # from this rung on a model is asked by one request at a time
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(Struct, frozen=True):
     """A (model, key) pair chosen for one attempt. `trial`: whoever holds it is the only one who asks this model, until
     the attempt is committed or settled."""
 

@@ -7,7 +7,8 @@ the operator. `now` is in seconds of one monotonic clock.
 from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from protection import HINTLESS_STEPS, Level, RestKey
 from routing.cooldowns import COOLDOWNS_MAX, FOLLOWERS_LIMITED, TRIAL_SPACING_S, Cooldowns
@@ -15,8 +16,7 @@ from routing.sessions import Banned, Session, Sessions, Uses
 from routing.trials import Trials
 
 
-@dataclass(eq=False, slots=True)
-class Active:
+class Active(Struct, eq=False):
     """One attempt that is running now. `guards`: its session is a conversation, so others keep away (SPEC 7.10)."""
 
     session: str
@@ -26,8 +26,7 @@ class Active:
     guards: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(Struct, frozen=True):
     """What protection says of one request before it is routed. Ids of models; names of platforms."""
 
     preferred_model: int | None = None

@@ -6,9 +6,9 @@ is judged by the very functions on a request's path, and whatever they let out m
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from adapters import errors as faults
 from adapters import waits

@@ -5,9 +5,11 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from random import Random
+
+from msgspec.structs import replace
 
 from config.settings import Settings
 from dialects.chat import ChatDialect

@@ -36,30 +36,39 @@ class Stopping(GatewayError):
         super().__init__(self.words, status=503, type="routing_error", code="gateway_stopping")
 
 
-async def read_body(headers: Mapping[bytes, bytes], receive: Receive, bytes_max: int) -> bytes:
-    """The request's body, refused as soon as it is too large."""
+async def read_body(
+    headers: Mapping[bytes, bytes], receive: Receive, bytes_max: int, *, arrived: bool = False
+) -> bytes:
+    """The request's body, refused as soon as it is too large. `arrived`: all of it is here, nothing is waited for."""
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > bytes_max:
         raise too_large(bytes_max)
+    if arrived:
+        raw = await received(receive, bytes_max)
+    else:
+        try:
+            async with asyncio.timeout(BODY_READ_S):
+                raw = await received(receive, bytes_max)
+        except TimeoutError:
+            raise InvalidRequest("The body did not arrive in time.", code="request_timeout", status=408) from None
+        except asyncio.CancelledError:
+            raise Stopping from None
+    return unpacked(raw, headers.get(b"content-encoding", b""), bytes_max)
+
+
+async def received(receive: Receive, bytes_max: int) -> bytes:
     pieces: list[bytes] = []
     size, more = 0, True
-    try:
-        async with asyncio.timeout(BODY_READ_S):
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                pieces.append(message.get("body", b""))
-                size += len(pieces[-1])
-                if size > bytes_max:
-                    raise too_large(bytes_max)
-                more = message.get("more_body", False)
-    except TimeoutError:
-        raise InvalidRequest("The body did not arrive in time.", code="request_timeout", status=408) from None
-    except asyncio.CancelledError:
-        raise Stopping from None
-    raw = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-    return unpacked(raw, headers.get(b"content-encoding", b""), bytes_max)
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if size > bytes_max:
+            raise too_large(bytes_max)
+        more = message.get("more_body", False)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class Client:
@@ -68,10 +77,11 @@ class Client:
     `listen` makes the connection read on: uvicorn stops reading behind a large body, and would not notice its end.
     """
 
-    __slots__ = ("gone", "listen", "task")
+    __slots__ = ("gone", "listen", "sent_all", "task")
 
     def __init__(self, listen: Callable[[], None]) -> None:
         self.gone = False
+        self.sent_all = False  # its whole body has arrived
         self.listen = listen
         self.task: asyncio.Task[Any] | None = None  # that works for it
 
@@ -81,10 +91,9 @@ class Client:
             self.task.cancel()
 
 
-async def unless_gone(client: Client, work: Coroutine[Any, Any, T]) -> T:
-    """Run the work in the current task; the client's leaving cancels it and raises ClientGone."""
-    client.task = task = asyncio.current_task()
-    assert task is not None
+async def unless_gone(client: Client, task: asyncio.Task[Any], work: Coroutine[Any, Any, T]) -> T:
+    """Run the work in `task`, the current one; the client's leaving cancels it and raises ClientGone."""
+    client.task = task
     client.listen()
     try:
         result = await work

@@ -99,6 +99,8 @@ class ClientConnection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         if not self._declines:
+            if self._client is not None:
+                self._client.sent_all = True
             super().on_message_complete()
 
     def _head_without_offer(self) -> bytes:

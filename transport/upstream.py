@@ -179,7 +179,7 @@ class Call:
         """Connect and write. Raises CallFailed."""
         connection = self._connection = await self._upstream.connect(self._target)
         protocol, transport = handler(connection), connection.transport
-        self._idle_s = asyncio.get_running_loop().time() - protocol.idle_since
+        self._idle_s = self._upstream.now() - protocol.idle_since
         protocol.expect_response()
         if transport is None:  # lost in this moment, which `head` will notice
             return
@@ -242,6 +242,10 @@ class Upstream:
         self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=DNS_TTL_S)
         self._connector._factory = partial(Handler, loop=self._loop)  # type: ignore[assignment]
         return self
+
+    def now(self) -> float:
+        """By the loop's clock."""
+        return self._loop.time()
 
     async def __aexit__(self, *exc: object) -> None:
         await self._connector.close()

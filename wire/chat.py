@@ -8,9 +8,13 @@ unknown fields pass through. No I/O.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any, Protocol
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from wire.errors import GatewayError
 from wire.jsontext import dump
@@ -43,6 +47,7 @@ MODES = frozenset(Mode)
 VIRTUAL_MODELS = ("auto", *(f"auto-{mode}" for mode in Mode))
 
 
+@lru_cache(maxsize=1024)  # clients send a few, of 300 characters at most
 def parse_model(name: str) -> tuple[Mode, str | None]:
     """The mode that a model name asks for, and the model it pins, if any (SPEC 3.3)."""
     name = name.strip()
@@ -61,8 +66,7 @@ def plain_name(name: str) -> str:
     return name.strip().lower().removesuffix(LATEST)
 
 
-@dataclass(frozen=True, slots=True)
-class Need:
+class Need(Struct, frozen=True):
     """All that routing sees of a request: what must be served, and how the client wants it chosen."""
 
     mode: Mode
@@ -78,8 +82,7 @@ class Need:
     allowed: frozenset[str] | None = None  # names of the only models that may answer (SPEC 19.1); None: any
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
+class Chat(Struct, frozen=True):
     """One request, whatever dialect it came in. `body` is OpenAI's chat form without model and stream options; nobody
     changes what is in it."""
 
@@ -90,12 +93,16 @@ class Chat:
     include_usage: bool
     prompt_tokens: int  # estimated
     max_tokens: int | None
-    first_user_text: str = field(repr=False)
-    conversation: str = field(default="", repr=False)  # the client's own name for it, where the body has one
-    tool_names: Mapping[str, str] = field(default_factory=dict)  # renamed for strict servers: new name to the client's
-    origin: Any = field(default=None, repr=False)  # what a dialect wants to see again in its encoder
-    legacy: dict[str, Any] | None = field(default=None, repr=False)  # the same as a prompt, for endpoints that take one
-    answered: bytes | None = field(default=None, repr=False)  # the whole response, where no provider is needed
+    first_user_text: str
+    conversation: str = ""  # the client's own name for it, where the body has one
+    tool_names: Mapping[str, str] = {}  # renamed for strict servers: new name to the client's
+    origin: Any = None  # what a dialect wants to see again in its encoder
+    legacy: dict[str, Any] | None = None  # the same as a prompt, for endpoints that take one
+    answered: bytes | None = None  # the whole response, where no provider is needed
+
+    def __repr__(self) -> str:
+        """Without what the client said: this may end up in a traceback."""
+        return f"Chat(model={self.model!r}, stream={self.stream})"
 
     def asking_for(self, model: str) -> Chat:
         """The same with this model's name in place of the body's."""
@@ -107,8 +114,7 @@ def token_count(value: object) -> int | None:
     return int(value) if isinstance(value, (int, float)) and 0 <= value <= TOKENS_MAX else None
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
+class Usage(Struct, frozen=True):
     """Tokens of one answer."""
 
     input_tokens: int
@@ -123,31 +129,28 @@ class Usage:
         return None if prompt is None and answer is None else cls(prompt or 0, answer or 0)
 
 
-@dataclass(slots=True)
-class Event:
+class Event(Struct):
     """One streamed chunk in OpenAI's chat form: the frame as it goes out, and what it says."""
 
     raw: bytes
     chunk: dict[str, Any]
 
 
-@dataclass(slots=True)
-class Completion:
+class Completion(Struct):
     """One whole answer in OpenAI's chat form: the body as it goes out, and what it says."""
 
     raw: bytes
     body: dict[str, Any]
 
 
-@dataclass(slots=True)
-class Tally:
+class Tally(Struct):
     """What an answer has amounted to so far; whoever relays it keeps count here."""
 
     finish: str | None = None
     usage: Usage | None = None
     usage_object: dict[str, Any] | None = None  # as the provider gave it
     usage_raw: bytes | None = None  # the provider's own event for usage alone
-    head: dict[str, Any] = field(default_factory=dict)  # a chunk to take id, created and model from
+    head: dict[str, Any] = {}  # a chunk to take id, created and model from
     text_chars: int = 0
     has_text: bool = False  # other than white space; reasoning and refusals count
     has_tool_calls: bool = False
