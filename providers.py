@@ -307,7 +307,7 @@ class Attempt:
             return None
         while not (self._at_end or incoming.done or incoming.error):
             finishing = incoming.finishing
-            data = await self._read(quiet_s, incoming)
+            data = await self._read(quiet_s, incoming, finishing=finishing)
             if data:
                 events, _ = incoming.feed(data)
                 if incoming.progressed:
@@ -322,14 +322,14 @@ class Attempt:
                 return events
         return await self._ending(incoming)
 
-    async def _read(self, quiet_s: float, incoming: Incoming) -> bytes:
+    async def _read(self, quiet_s: float, incoming: Incoming, *, finishing: bool) -> bytes:
         """The next bytes; b"" at the end, and when nothing more comes behind a finish reason.
 
         Only waiting counts as silence, never the time that our client takes.
         """
         assert self._response is not None
         now, stall_s = self._clock(), self._timeouts.stall_s
-        if incoming.finishing:
+        if finishing:
             self._end_at = min(self._end_at, now + stall_s)  # whatever comes until then, if it says nothing
             until = min(self._end_at, now + min(stall_s, incoming.silence_s))
         else:
@@ -340,11 +340,11 @@ class Attempt:
             with self._alarm.until(until):
                 data = await self._response.read()
         except TimeoutError:
-            if incoming.finishing:
+            if finishing:
                 return b""
             raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504) from None
         except CallFailed as error:
-            if incoming.finishing:  # a broken connection says nothing once the answer is complete
+            if finishing:  # a broken connection says nothing once the answer is complete
                 return b""
             words = redact(str(error), self.route.key.secret)
             raise UpstreamError(Failure.CONNECTION, f"The connection broke: {words}") from None

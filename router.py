@@ -25,7 +25,7 @@ from routing.fit import below_floor, fitting, no_private_route, permitted, reach
 from routing.gate import RATE_UNSEEN, Gates
 from routing.kinds import named, same_vectors
 from routing.ledger import Ledger, Penalties
-from routing.plan import DEEP_FAILURES, LAST_ATTEMPTS, Blocked, Plan, Step
+from routing.plan import DEEP_FAILURES, LAST_ATTEMPTS, NOTHING, Blocked, Plan, Step
 from routing.reach import Reach, reach
 from routing.route import FIRST_TRIAL, Route, Rung
 from routing.scores import UNSEEN, Scores
@@ -90,7 +90,9 @@ class Router:
 
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
-        plan = Plan(need, preferred=(standing.preferred_model, standing.preferred_key), banned=set(standing.banned))
+        plan = Plan(
+            need, preferred=(standing.preferred_model, standing.preferred_key), banned=frozenset(standing.banned)
+        )
         if need.kind is ModelKind.EMBEDDING:
             self._plan_vectors(plan, now, rng)
         elif need.pinned is None:
@@ -109,7 +111,7 @@ class Router:
         plan.order = self._ordered(self._fit(plan, world.candidates[need.mode]), need.mode, standing, plan, now, rng)
         if excluded := world.excluded[need.mode]:
             last = self._fit(plan, excluded)
-            plan.excluded = {m.id for m in last}
+            plan.excluded = frozenset(m.id for m in last)
             plan.order = plan.order + last
         if not plan.order:
             raise self._unserved(need, lambda world: world.candidates[need.mode] + world.excluded[need.mode])
@@ -146,7 +148,7 @@ class Router:
 
         def rest(plan: Plan) -> list[Model]:  # given: one that held it would be a cycle
             last = self._fit(plan, others_of(world.excluded[Mode.BALANCED]))
-            plan.excluded = {m.id for m in last}
+            plan.excluded = frozenset(m.id for m in last)
             others = self._fit(plan, others_of(world.others))
             return self._ordered(others, need.mode, NO_STANDING, plan, now, rng) + last
 
@@ -205,7 +207,19 @@ class Router:
 
     def next_route(self, plan: Plan, now: float) -> Route | None:
         """The best (model, key) that is left for this plan, with its capacity reserved; None when nothing is."""
-        plan.blocked.clear()
+        blocked: dict[int, Blocked] = {}
+        step = self._next_step(plan, now, blocked)
+        plan.blocked = blocked or NOTHING
+        if blocked:
+            plan.passed = {**blocked, **plan.passed}
+        if step is not None:
+            return self._taken(step, plan, now)
+        plan.wait_s = min((b.left_s for b in blocked.values() if b.left_s is not None), default=None)
+        plan.at_any_moment = any(b.reason == "trial" for b in blocked.values()) or self._in_use(plan, now)
+        return None
+
+    def _next_step(self, plan: Plan, now: float, blocked: dict[int, Blocked]) -> Step | None:
+        """The best that can be asked now; what cannot goes into `blocked`."""
         world = self._reach(plan.need)
         usual = plan.attempts_left > LAST_ATTEMPTS and not (plan.platform_failures and self._some_deep(plan))
         steps: list[tuple[tuple[float, ...], Step]] = []
@@ -215,18 +229,13 @@ class Router:
             step = self._step(model, plan, now)
             if step.key is None:
                 assert step.blocked is not None
-                plan.blocked[model.id] = step.blocked
-                plan.passed.setdefault(model.id, step.blocked)
+                blocked[model.id] = step.blocked
             elif usual and step.rung < FIRST_TRIAL and not plan.failures(step):
-                return self._taken(step, plan, now)  # the order is by rung, so nothing behind it is better
+                return step  # the order is by rung, so nothing behind it is better
             else:
                 usual = usual and step.rung >= FIRST_TRIAL  # else one that has failed before might be
                 steps.append((self._rank(step, place, plan), step))
-        if steps:
-            return self._taken(min(steps, key=lambda ranked: ranked[0])[1], plan, now)
-        plan.wait_s = min((b.left_s for b in plan.blocked.values() if b.left_s is not None), default=None)
-        plan.at_any_moment = any(b.reason == "trial" for b in plan.blocked.values()) or self._in_use(plan, now)
-        return None
+        return min(steps, key=lambda ranked: ranked[0])[1] if steps else None
 
     def _in_use(self, plan: Plan, now: float) -> bool:
         """Whether a model has no capacity only because of what running calls may not need after all."""
@@ -241,17 +250,12 @@ class Router:
 
     def keys_left(self, route: Route, plan: Plan, now: float) -> bool:
         """Whether this request may still ask the model with another key than the route's."""
-        failed = plan.failed_keys
-        before, patient = failed.get((route.key.id, route.model.id)), plan.patient
-        failed[route.key.id, route.model.id], plan.patient = inf, False
+        failed, patient = plan.failed_keys, plan.patient
+        plan.failed_keys, plan.patient = {**failed, (route.key.id, route.model.id): inf}, False
         try:
             return self._available(route.model, plan, now)[0] is not None
         finally:
-            plan.patient = patient
-            if before is None:
-                del failed[route.key.id, route.model.id]
-            else:
-                failed[route.key.id, route.model.id] = before
+            plan.failed_keys, plan.patient = failed, patient
 
     def usable_key(self, model: Model, plan: Plan, now: float) -> Key | None:
         """The key that this request would use for this model now."""
@@ -374,7 +378,7 @@ class Router:
             protection.trials.snapshot(),
             self.gates.snapshot(),
             plan.order,
-            tuple(plan.banned),
+            plan.banned,
             plan.trial,
         )
 
@@ -546,7 +550,7 @@ class Router:
         if standing is NO_STANDING:
             return ranked
         ranked = sorted(ranked, key=lambda m: m.id != standing.preferred_model)
-        plan.held_back = {m.id for m in ranked if standing.holds_back(m.id, m.platform.id)}
+        plan.held_back = frozenset(m.id for m in ranked if standing.holds_back(m.id, m.platform.id))
         return sorted(ranked, key=lambda m: m.id in plan.held_back) if plan.held_back else ranked
 
     def _sampled(self, models: list[Model], mode: Mode, plan: Plan, now: float, rng: Random) -> list[Model]:

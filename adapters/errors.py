@@ -14,6 +14,8 @@ from typing import Any
 
 import orjson
 
+from adapters.plain import PLAIN_CHUNK
+
 MESSAGE_CHARS_MAX = 500  # of a body that is plain words
 # Finish reasons with which a server says that it failed; each with the status that it amounts to, if any.
 FAILED_FINISHES: Mapping[str, int | None] = {
@@ -60,6 +62,8 @@ class Fault:
 
 def wrapped(body: Mapping[str, Any], quirks: Mapping[str, Any] = NO_QUIRKS) -> Fault | None:
     """The error inside a 200's body or a streamed event, if there is one (SPEC 6.1)."""
+    if body.get("choices") and PLAIN_CHUNK.issuperset(body):  # nothing stands beside the answer
+        return wrapped_in_choice(body["choices"], quirks)
     if is_error(body.get("error")):
         return read(body, quirks)
     if "choices" not in body or body["choices"] is None:

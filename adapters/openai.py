@@ -282,7 +282,8 @@ class ChunkMender:
         cut = self._finish in ("length", "content_filter")
         rest = self._calls.rest(cut=cut)
         if self._whole is not None:
-            events += self._pieces([*self._whole.take(rest), *self._whole.finish(cut=cut)])
+            if rest or self._whole.holding:
+                events += self._pieces([*self._whole.take(rest), *self._whole.finish(cut=cut)])
         elif rest:
             events.append(piece_of(self._head, {"tool_calls": rest}))
         finish = final_finish(self._finish, has_calls=bool(self._calls))
@@ -381,7 +382,8 @@ class ChunkMender:
         """Where no tools are declared, only an answer that begins with a tag is not what it seems."""
         text = plain_text(chunk)
         if text and self._gate is not None:
-            if self._gate.begun or text[0] in FIRST_CHARS or text[0].isspace():
+            first = text.lstrip()[:1]
+            if self._gate.begun or not first or first in FIRST_CHARS:
                 return None
             self._gate = None
         return text

@@ -128,14 +128,17 @@ def note_part(part: JSON | None, finish: str | None, tally: Tally) -> bool:
 def find_usage(body: JSON) -> JSON | None:
     """The tokens that an answer or a chunk tells, wherever a platform puts them (SPEC 3.11): at the root, in the choice
     or in what it says, in an object of the vendor's own."""
-    places: list[Any] = [body]
+    if (usage := usage_in(body)) is not None:
+        return usage
+    places: list[Any] = []
     choices = body.get("choices")
     if type(choices) is list and choices and type(choices[0]) is dict:
         choice = choices[0]
         places += (choice, choice.get("delta"), choice.get("message"))
     places += [body[name] for name in body if name[:2] == "x_"]
-    for place in places:
-        usage: JSON | None = place.get("usage") if type(place) is dict else None
-        if usage and Usage.read(usage) is not None:
-            return usage
-    return None
+    return next((usage for place in places if (usage := usage_in(place)) is not None), None)
+
+
+def usage_in(place: Any) -> JSON | None:
+    usage: JSON | None = place.get("usage") if type(place) is dict else None
+    return usage if usage and Usage.read(usage) is not None else None

@@ -196,14 +196,14 @@ class Engine:
                 if resuming is None:
                     body += encoder.feed(events)
                 else:
-                    body += resuming.feed(running.resumption, events, encoder, attempt.route.model.label)
+                    body += resuming.feed(running.resumption, events, encoder, attempt.route.model)
                 del events  # a slow client would keep them: parsed, they are several times the size
                 if body and not attempt.ended:
                     await delivery.write(body)
                     body = b""
             if resuming is None:
                 return body + encoder.end(attempt.tally)
-            body += resuming.feed(running.resumption, None, encoder, attempt.route.model.label)
+            body += resuming.feed(running.resumption, None, encoder, attempt.route.model)
             return body + encoder.end(resuming.told(attempt.tally))
         except UpstreamError:
             if body:  # whoever goes on takes it for delivered

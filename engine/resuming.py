@@ -71,8 +71,8 @@ class Resuming:
             return longest_s
         return min(self._rescue_after_s, longest_s)
 
-    def feed(self, resumption: Resumption | None, events: list[Event] | None, encoder: Encoder, label: str) -> bytes:
-        """What the client is sent of these events; None stands for the end of the stream. `label` names the model.
+    def feed(self, resumption: Resumption | None, events: list[Event] | None, encoder: Encoder, model: Model) -> bytes:
+        """What the client is sent of these events of `model`'s; None stands for the end of the stream.
 
         Raises UpstreamError where the two texts do not fit together.
         """
@@ -87,7 +87,7 @@ class Resuming:
         told = b""
         if resumption is not None and not resumption.goes_on:
             resumption.goes_on = True
-            told = encoder.resumed(label)
+            told = encoder.resumed(model.label)
         self.story.feed(events)
         return told + encoder.feed(events)
 

@@ -5,8 +5,10 @@ Made and read by router.py, and marked by the effects of failures. No I/O; `now`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import inf
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -18,7 +20,13 @@ from routing.route import Route, Rung
 from wire.chat import Need
 
 DEEP_FAILURES = 3  # of one platform, or of one model's keys: then others come first (SPEC 5.1)
+# What most requests meet with. A thousand plans are kept to explain them, and eight empty dicts in each would cost more
+# in caches that they push out than all the rest of the keeping.
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
 LAST_ATTEMPTS = 3  # these go to platforms that have not been asked (SPEC 5.1)
+
+
+K = TypeVar("K")
 
 
 class Blocked(Struct, frozen=True):
@@ -46,29 +54,29 @@ class Plan(Struct):
     more: Callable[[Plan], list[Model]] | None = None  # works out the rest, which most requests never need
     preferred: tuple[int | None, int | None] = (None, None)  # the session's model and key
     asked_for: frozenset[int] = frozenset()  # the pinned model's rows: no gate keeps them back
-    held_back: set[int] = set()
-    excluded: set[int] = set()
-    banned: set[str] = set()  # platforms
+    held_back: frozenset[int] = frozenset()
+    excluded: frozenset[int] = frozenset()
+    banned: frozenset[str] = frozenset()  # platforms
     trial: int | None = None  # a model whose open gate this request tries first
-    forgiven: set[int] = set()  # models that may go on with their own answer, with another key
+    forgiven: frozenset[int] = frozenset()  # models that may go on with their own answer, with another key
     floored: bool = False  # the client's floor has kept models out that would fit
     patient: bool = False  # it waits rather than join a crowd at what has just come back
     attempts_left: int = 20
     reserve: int = LAST_ATTEMPTS  # of these attempts: they are spread over the wait where every platform was asked
-    failed: dict[int, float] = {}  # models, and when each failed; inf: never to be asked again
-    failed_keys: dict[tuple[int, int], float] = {}  # the same of (key, model)
+    failed: Mapping[int, float] = NOTHING  # models, and when each failed; inf: never to be asked again
+    failed_keys: Mapping[tuple[int, int], float] = NOTHING  # the same of (key, model)
     failed_at: float = 0.0  # the last time
     again_at: float = 0.0  # nothing that has failed is asked again before, unless it has answered others since
     draws: Draws | None = None  # the scores that made the order
-    passed: dict[int, Blocked] = {}  # what stood in a model's way when its turn first came
-    skipped: dict[int, Model] = {}
-    platform_failures: dict[str, int] = {}
-    key_failures: dict[int, int] = {}  # by model
-    times_failed: dict[tuple[int, int], int] = {}  # by key (0: all of them) and model
-    blocked: dict[int, Blocked] = {}
+    passed: Mapping[int, Blocked] = NOTHING  # what stood in a model's way when its turn first came
+    skipped: Mapping[int, Model] = NOTHING
+    platform_failures: Mapping[str, int] = NOTHING
+    key_failures: Mapping[int, int] = NOTHING  # by model
+    times_failed: Mapping[tuple[int, int], int] = NOTHING  # by key (0: all of them) and model
+    blocked: Mapping[int, Blocked] = NOTHING
     wait_s: float | None = None  # until the soonest of what is blocked comes back
     at_any_moment: bool = False  # or sooner: another request tries one of them, or may give tokens back
-    cooling: list[str] = []  # labels of models that rest or are banned at the outset
+    cooling: Sequence[str] = ()  # labels of models that rest or are banned at the outset
 
     def complete(self) -> list[Model]:
         """The whole order."""
@@ -95,20 +103,19 @@ class Plan(Struct):
                 failed_at = now
             if (skip.again and again) or self.attempts_left <= self.reserve:
                 self.again_at = max(self.again_at, now + pause_s)
-        self.platform_failures[model.platform.id] = self.platform_failures.get(model.platform.id, 0) + 1
-        failed = (route.key.id if skip.scope is Scope.KEY else 0, model.id)
-        self.times_failed[failed] = self.times_failed.get(failed, 0) + 1
+        self.platform_failures = one_more(self.platform_failures, model.platform.id)
+        self.times_failed = one_more(self.times_failed, (route.key.id if skip.scope is Scope.KEY else 0, model.id))
         if skip.scope is Scope.KEY:
-            self.key_failures[model.id] = self.key_failures.get(model.id, 0) + 1
-            self.failed_keys[route.key.id, model.id] = failed_at
+            self.key_failures = one_more(self.key_failures, model.id)
+            self.failed_keys = {**self.failed_keys, (route.key.id, model.id): failed_at}
         elif skip.scope is Scope.WINDOW:
             self.skip_window(model)
         else:
             self.skip(model, failed_at)
 
     def skip(self, model: Model, failed_at: float = inf) -> None:
-        self.skipped[model.id] = model
-        self.failed[model.id] = failed_at
+        self.skipped = {**self.skipped, model.id: model}
+        self.failed = {**self.failed, model.id: failed_at}
 
     def spares(self, model: Model) -> bool:
         """Whether the few attempts that are left are too good for more of the same platform just now."""
@@ -126,10 +133,12 @@ class Plan(Struct):
         can, then its family (SPEC 14.3)."""
         model = route.model
         if other_keys:
-            self.failed.pop(model.id, None)
-            self.failed_keys[route.key.id, model.id] = failed_at
-            self.forgiven.add(model.id)
-            self.times_failed[route.key.id, model.id] = self.times_failed.pop((0, model.id), 1)  # blame the key alone
+            self.failed = {id: at for id, at in self.failed.items() if id != model.id}
+            self.failed_keys = {**self.failed_keys, (route.key.id, model.id): failed_at}
+            self.forgiven |= {model.id}
+            times = dict(self.times_failed)
+            times[route.key.id, model.id] = times.pop((0, model.id), 1)  # blame the key alone
+            self.times_failed = times
 
         def distance(other: Model) -> int:
             same_family = bool(model.family) and other.family == model.family
@@ -138,7 +147,7 @@ class Plan(Struct):
         self.order = sorted(self.complete(), key=distance)
 
     def ban(self, platform: str) -> None:
-        self.banned.add(platform)
+        self.banned |= {platform}
 
     def rung(self, model: Model) -> Rung:
         """Where it stands apart from what rests."""
@@ -166,10 +175,14 @@ class Plan(Struct):
         known = list(moment.order)
         later = [model for model in self.order if model not in known]
         return replace(
-            self, need=moment.need, order=known + later, more=None, banned=set(moment.banned), trial=moment.trial,
-            forgiven=set(), failed={}, failed_keys={}, again_at=0.0, platform_failures={},
-            key_failures={}, times_failed={}, patient=False,
+            self, need=moment.need, order=known + later, more=None, banned=frozenset(moment.banned), trial=moment.trial,
+            forgiven=frozenset(), failed=NOTHING, failed_keys=NOTHING, again_at=0.0,
+            platform_failures=NOTHING, key_failures=NOTHING, times_failed=NOTHING, patient=False,
         )  # fmt: skip
 
     def skipped_labels(self) -> list[str]:
         return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
+
+
+def one_more(counts: Mapping[K, int], key: K) -> Mapping[K, int]:
+    return {**counts, key: counts.get(key, 0) + 1}

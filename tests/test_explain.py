@@ -131,7 +131,7 @@ def test_what_is_kept_of_a_request_says_what_a_look_at_that_moment_would_have_sa
     then = world.router.explain(plan, world.now)
     world.failing(plan, attempts_max=5)
 
-    plan.passed.clear()
+    plan.passed = {}
     now = Router.as_of(moment).explain(plan.as_of(moment), moment.at)
 
     assert now == then
