@@ -38,7 +38,6 @@ from wire.errors import GatewayError, InvalidRequest
 from wire.jsontext import JSON, load_object, members, plain_value, without_nulls
 from wire.sse import DONE, KEEP_ALIVE
 
-SHORT_BYTES = 4096  # of a body that is read as it is: below that recognising costs more than it saves
 RAW_FIELDS = frozenset({"messages", "tools"})  # which mend their own nulls: what stands in them may be data
 CHAT_ONLY = ("max_tokens", "max_completion_tokens", "stream_options", "response_format", "prompt_cache_key")
 MODEL_CHARS_MAX = 300  # four times the longest in use
@@ -53,8 +52,8 @@ RANGES = {"temperature": (0, 2), "top_p": (0.01, 1)}  # 0 would mean no token at
 
 def read_chat(raw: bytes) -> Chat:
     """A request's text as a `Chat`. Raises InvalidRequest naming the field."""
-    texts = members(raw) if len(raw) > SHORT_BYTES else {}
-    history = recognised(texts.pop("messages")) if "messages" in texts else None
+    texts = members(raw)
+    history = recognised(texts.pop("messages", b""))
     if history is not None:
         try:
             toolset = toolset_of(texts.pop("tools")) if "tools" in texts else None
