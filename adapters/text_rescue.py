@@ -19,6 +19,8 @@ Tools = Mapping[str, JSON]  # the schema of each declared tool's parameters, by 
 Calls = list[tuple[str, str]]  # names and arguments
 CALL_CHARS_MAX = 262_144  # of a call written as text; what is longer is let go as text
 NAME = re.compile(r"[\w.-]{1,128}")
+NO_ARGUMENTS = frozenset({"", "null", "None", "undefined", '""'})  # what calls of tools that take none are made with
+LEFT_OVER = re.compile(r"[}\]\s]*(?:</?[\w:|.-]{1,40}>|<\|[\w|.-]{1,40}>)?[}\]\s]*")  # behind complete arguments
 
 
 class Unreadable(Exception):
@@ -202,17 +204,34 @@ def mended_arguments(text: str, schema: JSON | None) -> str | None:
     Some models encode the whole or a nested value twice. A nested value is decoded only where the schema asks for a
     list or an object, and never where it allows text.
     """
-    if not text.strip():
+    if text.strip() in NO_ARGUMENTS:
         return "{}"
     value = lenient(text)
     if isinstance(value, str):
         value = lenient(value)
+    if value is None:
+        value = told_apart(text)
     if not isinstance(value, dict):
         return None
     decoded = decoded_values(value, schema or {})
     if decoded is value and text[0] == "{" and load_inner(text) is not None:
         return text
     return dump(decoded).decode()
+
+
+def told_apart(text: str) -> JSON | None:
+    """The one object that arguments mean which say more than that: an empty object before it, the same once more, or
+    behind it brackets and marks that should have ended it. None where more than one could be meant."""
+    decoder, rest, found = json.JSONDecoder(strict=False), text.strip(), None
+    while rest[:1] == "{":
+        try:
+            value, end = decoder.raw_decode(rest)
+        except (ValueError, RecursionError):
+            return None
+        if found and value and value != found:
+            return None
+        found, rest = found or value, rest[end:].lstrip()
+    return found if found is not None and LEFT_OVER.fullmatch(rest) else None
 
 
 def lenient(text: str) -> Any:

@@ -10,10 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from adapters.text_rescue import CALL_CHARS_MAX, declared_tools, mended_arguments
+from adapters.text_rescue import CALL_CHARS_MAX, Tools, declared_tools, mended_arguments
 from protection import Failure, UpstreamError
 from wire.chat import Chat
 from wire.jsontext import JSON, dump, load_inner
+
+# What models put before the names of tools, because their own prompts tell of tools so.
+NAMESPACES = ("functions.", "default_api.", "default_api:", "functions:", "tools.", "tool.")
 
 
 def lost_turn() -> UpstreamError:
@@ -32,6 +35,18 @@ def called(answer: JSON, place: int, name: str, arguments: str) -> JSON:
     return {"id": made_id(answer, place), "type": "function", "function": function}
 
 
+def declared_name(name: str, tools: Tools) -> str:
+    """The declared tool that a name means: some models put a namespace before it, or what their server should have
+    read as the end of it behind. The very name where there is no such tool."""
+    if name in tools or not tools:
+        return name
+    bare = name.partition("<|")[0].strip().removesuffix("()")
+    for meant in (bare, *(bare.removeprefix(space) for space in NAMESPACES)):
+        if meant in tools:
+            return meant
+    return name
+
+
 # --- Whole answers --------------------------------------------------------------------------------------------------
 def mend_whole_calls(calls: list[JSON], answer: JSON, chat: Chat, *, cut: bool) -> bool:
     """True when something had to change (a call cut off by length stays so). Raises UpstreamError."""
@@ -47,6 +62,8 @@ def mend_whole_calls(calls: list[JSON], answer: JSON, chat: Chat, *, cut: bool) 
         if not isinstance(function, dict):
             continue
         name, arguments = function.get("name"), function.get("arguments")
+        if isinstance(name, str) and (meant := declared_name(name, tools)) != name:
+            function["name"], name, changed = meant, meant, True
         if name in tools and isinstance(arguments, str) and not cut:
             mended = mended_arguments(arguments, tools[name])
             if mended is None:
@@ -92,6 +109,12 @@ class ToolCallState:
         if self.chars <= CALL_CHARS_MAX:
             self.arguments.append(arguments)
 
+    def takes(self, name: str) -> bool:
+        """Whether a piece with this name and a new id still belongs to it."""
+        if not self.argued:
+            return not self.name
+        return self.name == name and self.text() is None
+
     def text(self) -> str | None:
         """The arguments, once they are the whole JSON of an object."""
         text = "".join(self.arguments)
@@ -103,6 +126,7 @@ class StreamedCalls:
 
     def __init__(self, chat: Chat) -> None:
         self._chat = chat
+        self._tools = declared_tools(chat.body) if chat.need.tools else {}
         self._states: list[ToolCallState] = []
         self._places: dict[int, int] = {}  # by the index that the provider gives
 
@@ -143,7 +167,7 @@ class StreamedCalls:
         pieces = []
         for place, state in enumerate(self._states):
             if state.held is not None:
-                schema = declared_tools(self._chat.body).get(state.name)
+                schema = self._tools.get(state.name)
                 text, state.held = mended_arguments(state.held, schema) or state.held, None
             elif state.argued or cut:
                 continue
@@ -155,22 +179,26 @@ class StreamedCalls:
     def _place_of(self, piece: JSON, function: JSON) -> int:
         """Which call a piece belongs to; the next place where it begins one.
 
-        With a new id and a name it begins one, whatever index it claims (some count none, some call all of them 0); so
-        does a name, where there are neither ids nor indexes. A known id belongs to its call, unless a name comes with
+        With a new id and a name it begins one, whatever index it claims (some count none, some call all of them 0),
+        unless the call under this index cannot be complete yet: some make a new id for each piece. So does a name,
+        where there are neither ids nor indexes. A known id belongs to its call, unless a name comes with
         an index that is new, or with other arguments than those that are complete: some give all calls one id.
         """
         states, following = self._states, len(self._states)
         given, call_id, named = piece.get("index"), piece.get("id"), bool(function.get("name"))
         known = None if given is None else self._places.get(given)
         if not call_id:
-            if given is None:
-                place = following if named or not states else following - 1
-            else:
-                place = following if known is None else known
+            if known is not None:
+                place = known
+            elif not states or named or (given is not None and states[-1].text() is not None):
+                place = following
+            else:  # a piece of the call that is being told, whatever index it claims
+                place = following - 1
         else:
             same = [place for place, state in enumerate(states) if state.id == call_id]
             if not same:
-                place = following if named or known is None else known
+                goes_on = known is not None and (not named or states[known].takes(str(function["name"])))
+                place = known if known is not None and goes_on else following
             elif known in same:
                 place = known
             else:
@@ -195,16 +223,17 @@ class StreamedCalls:
     def _mend_function(self, function: JSON, state: ToolCallState) -> bool:
         changed = False
         name, arguments = function.get("name"), function.get("arguments")
-        if name and state.name:
+        if "name" in function and (not name or state.name):  # once is enough, and later ones are often empty
             del function["name"]
             changed = True
-            if arguments and arguments == state.text():  # the whole call once more
+            if name and arguments and arguments == state.text():  # the whole call once more
                 function["arguments"] = ""
                 return True
         elif name:
-            state.name = name
-            if name in self._chat.tool_names:
-                function["name"], changed = self._chat.tool_names[name], True
+            state.name = declared_name(name, self._tools)
+            told = self._chat.tool_names.get(state.name, state.name)
+            if told != name:
+                function["name"], changed = told, True
         if not arguments:
             return changed
         if state.held is None and (state.argued or arguments[0] != '"'):
