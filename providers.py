@@ -25,8 +25,7 @@ from transport.alarm import Alarm
 from transport.upstream import Call, CallFailed, ConnectTimeout, NoFileLeft, Response, Upstream
 from wire.chat import Chat, Completion, Event, Tally
 from wire.http import Endpoint
-from wire.jsontext import load_lenient
-from wire.sse import BOM
+from wire.jsontext import BOM, load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
 ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
-from adapters.plain import find_usage, has_head
-from wire.chat import Completion, chunk_of
+from adapters.plain import find_usage, has_head, whole_number
+from wire.chat import Completion, Usage, chunk_of, is_exact, told_usage
 from wire.jsontext import JSON, dump
 
 
@@ -79,10 +79,12 @@ def completed(completion: Completion, model_id: str, utc: float) -> Completion:
         body["id"] = text_or(body.get("id"), f"chatcmpl-{seed}")
         body["object"] = "chat.completion"
         created = body.get("created")
-        body["created"] = int(created) if isinstance(created, int | float) and 0 < created < 1e12 else int(utc)
+        body["created"] = whole_number(created) or int(utc)
         body["model"] = text_or(body.get("model"), model_id)
-    if body.get("usage") is None and (usage := find_usage(body)) is not None:
-        body["usage"], before = usage, None
+    if (usage := find_usage(body)) is not None and not (usage is body.get("usage") and is_exact(usage)):
+        read = Usage.read(usage)
+        assert read is not None
+        body["usage"], before = told_usage(usage, read), None
     for place, choice in enumerate(body["choices"]):
         message = choice["message"]
         if type(choice.get("index")) is not int:

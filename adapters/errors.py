@@ -23,6 +23,12 @@ FAILED_FINISHES: Mapping[str, int | None] = {
     "canceled": None, "user_cancel": None, "error_limit": None, "error_toxic": None, "server_error": 500,
     "internal_error": 500, "insufficient_system_resource": 503, "overloaded": 503, "timeout": 504,
 }  # fmt: skip
+SUCCESSES = frozenset({"0", "200", "ok", "success", "none", "null"})
+# Where vendors account for a request beside OpenAI's form: the object (the root where it is none), its code, its words.
+ACCOUNTS = (
+    ("", "code", "message"), ("", "code", "msg"), ("", "error_code", "error_msg"), ("header", "code", "message"),
+    ("base_resp", "status_code", "status_msg"),
+)  # fmt: skip
 STATUS_BY_NAME = {
     "resource_exhausted": 429, "rate_limit_exceeded": 429, "rate_limit_error": 429, "rate_limited": 429,
     "too_many_requests": 429, "too_many_requests_error": 429, "insufficient_quota": 429, "quota_exceeded": 429,
@@ -66,16 +72,34 @@ def wrapped(body: Mapping[str, Any], quirks: Mapping[str, Any] = NO_QUIRKS) -> F
         return wrapped_in_choice(body["choices"], quirks)
     if is_error(body.get("error")):
         return read(body, quirks)
-    if "choices" not in body or body["choices"] is None:
-        if body.get("errors") or body.get("success") is False or body.get("object") == "error":
-            return read(body, quirks)
-        if body.get("code") and ("message" in body or "msg" in body):  # flat
-            return read(body, quirks)
-        if "usage" not in body and any(isinstance(body.get(name), str) for name in ("message", "detail")):  # bare words
-            return read(body, quirks)
+    if not body.get("choices"):
+        if (fault := reported(body, quirks)) is not None:
+            return fault
     elif body.get("success") is False and body.get("errors"):
         return read(body, quirks)
     return wrapped_in_choice(body.get("choices"), quirks) or wrapped_by_vendor(body, quirks)
+
+
+def reported(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Fault | None:
+    """The error that a body without an answer reports at its root, in one of the forms in use."""
+    answers = "choices" in body and body["choices"] is not None  # with none: a usage at the end says no more
+    if not answers and (body.get("errors") or body.get("success") is False or body.get("object") == "error"):
+        return read(body, quirks)
+    for account, code, words in ACCOUNTS:
+        place = body.get(account) if account else body
+        if isinstance(place, dict) and failed_code(place.get(code)) and isinstance(place.get(words), str):
+            return read({"code": place[code], "message": place[words]}, quirks)
+    if answers or "usage" in body or ("code" in body and not failed_code(body["code"])):
+        return None
+    words = body.get("detail")
+    if isinstance(words, list) and words and isinstance(words[0], dict):
+        return read(body, quirks)
+    return read(body, quirks) if isinstance(words, str) or isinstance(body.get("message"), str) else None
+
+
+def failed_code(code: object) -> bool:
+    """Whether a code says that something failed: some also report success by one."""
+    return code not in (None, "", False) and str(code).lower() not in SUCCESSES
 
 
 def wrapped_in_choice(choices: object, quirks: Mapping[str, Any]) -> Fault | None:

@@ -13,9 +13,9 @@ from typing import Any
 from adapters.base import Request, base_url, bearer_headers, piece_of
 from adapters.embeddings import embedding_request
 from adapters.legacy import legacy_request, takes_prompts
-from adapters.plain import find_usage, plain_answer, plain_text
+from adapters.plain import find_usage, odd_head, plain_answer, plain_text, right_head
 from adapters.quirks import given_back, holds_any, outgoing
-from adapters.shapes import joined_text, put_right, well_formed, well_formed_answer
+from adapters.shapes import is_summary, joined_text, put_right, well_formed, well_formed_answer
 from adapters.text_gate import TextGate
 from adapters.text_rescue import Unreadable, declared_tools, found_json, text_and_calls
 from adapters.thoughts import FIRST_CHARS, split_thoughts
@@ -28,10 +28,16 @@ from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump
 
 FINISH_REASONS = {
+    "content_filter": "content_filter", "tool_calls": "tool_calls",
     "stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop", "stop_sequence": "stop",
     "complete": "stop", "completed": "stop", "tool_use": "tool_calls", "tool_call": "tool_calls",
+    "function_call": "tool_calls", "tool-calls": "tool_calls", "function_call_filter": "stop",
+    "malformed_function_call": "stop", "unexpected_tool_call": "stop",
     "length": "length", "model_length": "length", "max_tokens": "length", "model_context_window_exceeded": "length",
-    "sensitive": "content_filter", "safety": "content_filter",
+    "max_output_tokens": "length", "max_length": "length", "context_length_exceeded": "length",
+    "sensitive": "content_filter", "safety": "content_filter", "content-filter": "content_filter",
+    "content_filtered": "content_filter", "recitation": "content_filter", "prohibited_content": "content_filter",
+    "blocklist": "content_filter", "spii": "content_filter", "refusal": "content_filter",
 }  # fmt: skip
 NO_FINISH = frozenset({"", "null", "none"})
 
@@ -91,7 +97,7 @@ def mend_completion(body: JSON, chat: Chat) -> bool:
         if isinstance(calls, list) and calls:
             changed |= mend_whole_calls(calls, body, chat, cut=choice.get("finish_reason") == "length")
         finish = final_finish(told_finish(choice.get("finish_reason")), has_calls=bool(calls))
-        if choice.get("finish_reason") != finish and not message.get("function_call"):
+        if choice.get("finish_reason") != finish:
             choice["finish_reason"], changed = finish, True
         if not calls and not message.get("content") and choice.get("finish_reason") == "stop":
             thoughts = message.get("reasoning_content")
@@ -189,7 +195,8 @@ def told_finish(value: object) -> str | None:
     """A finish reason by its one name; None for none."""
     if not isinstance(value, str) or value.lower() in NO_FINISH:
         return None
-    return FINISH_REASONS.get(value.lower(), value)
+    name = value.lower()
+    return FINISH_REASONS.get(name) or FINISH_REASONS.get(name.partition(":")[0], value)  # some say more behind it
 
 
 def final_finish(finish: str | None, *, has_calls: bool) -> str:
@@ -216,12 +223,13 @@ class ChunkMender:
         self._gated: list[Event] = []  # what the gate holds back, as it came
         self._head: JSON = {}  # a chunk to make others like
         self._finish: str | None = None
+        self._odd_head = False  # id, created or model are not of the types that clients insist on
         self._ending: Event | None = None  # the provider's own event of its ending, if it says nothing else
 
     @property
     def plain_text(self) -> Callable[[Any], str | None] | None:
         if self._gate is None:
-            return None if self.holding else plain_text
+            return None if self._odd_head or self.holding else plain_text
         return None if self._has_tools else self._first_text
 
     @property
@@ -297,13 +305,21 @@ class ChunkMender:
         UpstreamError."""
         changed = not well_formed(chunk)
         if changed:
+            if is_summary(chunk):
+                self._sum_up(chunk)
             put_right(chunk, payload, "delta")
+        if not self._head and chunk.get("choices"):
+            self._odd_head = odd_head(chunk)
+        if self._odd_head:
+            right_head(chunk)
+            changed = True
         choices, usage = chunk.get("choices"), find_usage(chunk)
         if usage is not None:  # it goes out last, to those who asked for it
             self._tally.note_usage(usage)
         if not choices:
             if usage is not None:
-                self._tally.usage_raw = raw if choices == [] and usage is chunk.get("usage") else None
+                as_told = choices == [] and usage is chunk.get("usage") and usage is self._tally.usage_object
+                self._tally.usage_raw = raw if as_told and not changed else None
             return changed
         choice = choices[0]
         for place in (chunk, choice):
@@ -327,6 +343,15 @@ class ChunkMender:
     def _complete_calls(self) -> list[Event]:
         """Something else follows: calls that are complete go out."""
         return [] if self._whole is None or not self._whole.holding else self._pieces(self._whole.release())
+
+    def _sum_up(self, chunk: JSON) -> None:
+        """Empty the message with which a stream tells its whole answer once more, at its end."""
+        choices = chunk["choices"]
+        choice = choices[0] if type(choices) is list else choices
+        content = choice["message"].get("content")
+        again = self._calls or (isinstance(content, str) and len(content) >= self._tally.text_chars)
+        if told_finish(choice.get("finish_reason")) and again and (self._tally.has_text or self._calls):
+            choice["message"] = {}
 
     def _note_finish(self, finish: str) -> None:
         """The last one counts, but `stop` takes back none that says more."""
@@ -381,6 +406,10 @@ class ChunkMender:
     def _first_text(self, chunk: Any) -> str | None:
         """Where no tools are declared, only an answer that begins with a tag is not what it seems."""
         text = plain_text(chunk)
+        if text is not None and not self._head:
+            if odd_head(chunk):
+                return None
+            self._head = chunk
         if text and self._gate is not None:
             first = text.lstrip()[:1]
             if self._gate.begun or not first or first in FIRST_CHARS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from wire.chat import Tally, Usage
+from wire.chat import Tally, Usage, is_exact
 from wire.jsontext import JSON
 
 PLAIN_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"})
@@ -39,6 +39,9 @@ def plain_answer(body: Any) -> str | None:
     """The text of a whole answer that holds nothing else, is complete (SPEC 3.11) and ended by itself."""
     if type(body) is not dict or not PLAIN_CHUNK.issuperset(body) or not has_head(body):
         return None
+    usage = body.get("usage")
+    if usage is not None and (type(usage) is not dict or not is_exact(usage)):
+        return None
     choices = body.get("choices")
     if type(choices) is not list or len(choices) != 1:
         return None
@@ -66,6 +69,39 @@ def has_head(body: JSON) -> bool:
         and type(body.get("model")) is str
         and body["model"] != ""
     )
+
+
+def odd_head(chunk: JSON) -> bool:
+    """Whether a chunk tells its id, moment or model in another type than the one that strict clients read."""
+    created = chunk.get("created", 0)
+    return (
+        type(created) is not int
+        or type(chunk.get("id", "")) is not str
+        or type(chunk.get("model", "")) is not str
+        or type(chunk.get("object", "")) is not str
+    )
+
+
+def right_head(chunk: JSON) -> None:
+    """The same in the right types, where that can be; left out where not."""
+    for name in ("id", "model", "object", "created"):
+        value = chunk.get(name)
+        number = whole_number(value) if name == "created" else None
+        if number is not None:
+            chunk[name] = number
+        elif name == "id" and type(value) is int:
+            chunk[name] = str(value)
+        elif name in chunk and (name == "created" or type(value) is not str):
+            del chunk[name]
+
+
+def whole_number(value: object) -> int | None:
+    """A count or a moment, also as a fraction or spelled as text."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else -1.0
+    except (ValueError, OverflowError):
+        return None
+    return int(number) if 0 <= number < 1e12 else None
 
 
 def note(chunk: JSON, tally: Tally) -> bool:

@@ -19,11 +19,19 @@ NUMBER_OR_NONE = (int, type(None))
 CONTENT = (str, list, type(None))
 ARGUMENTS = (str, dict, type(None))
 TEXT_FIELDS = ("role", "reasoning", "reasoning_content", "refusal")
+WRAPPERS = ("data", "result", "response")
 PART_NAMES = ("delta", "message", "text")  # what a choice says, in a stream, in a whole answer, in the older API
 
 
 def unreadable() -> UpstreamError:
     return UpstreamError(Failure.MALFORMED, "The provider sent a part of its answer that cannot be read.", status=200)
+
+
+def answer_within(body: JSON) -> JSON | None:
+    """The answer that some gateways put into an object of their own, beside an account of how it went."""
+    if "choices" in body:
+        return None
+    return next((body[name] for name in WRAPPERS if isinstance(body.get(name), dict) and "choices" in body[name]), None)
 
 
 # --- One look -------------------------------------------------------------------------------------------------------
@@ -58,7 +66,9 @@ def well_formed_choice(choice: Any, part: str) -> bool:
     if type(message.get("content")) is list and not all(map(well_formed_segment, message["content"])):
         return False
     calls = message.get("tool_calls")
-    return not calls or (type(calls) is list and all(map(well_formed_call, calls)))
+    if not calls:
+        return not message.get("function_call")
+    return type(calls) is list and all(map(well_formed_call, calls))
 
 
 def well_formed_segment(part: Any) -> bool:
@@ -101,6 +111,13 @@ def as_spelled(raw: bytes) -> Any:
         return json.loads(raw, parse_int=str, parse_float=str)
     except (ValueError, RecursionError):
         return None
+
+
+def is_summary(chunk: JSON) -> bool:
+    """Whether a stream's chunk has a whole message in place of something new: some tell the answer again at its end."""
+    choices = chunk.get("choices")
+    choice = choices[0] if type(choices) is list and choices else choices
+    return isinstance(choice, dict) and choice.get("delta") is None and isinstance(choice.get("message"), dict)
 
 
 def under(value: Any, name: str | int) -> Any:
@@ -151,6 +168,9 @@ def right_message(message: JSON, spelled: Any) -> JSON:
         message[name] = text
         if text is None:
             del message[name]
+    older = message.pop("function_call", None)
+    if isinstance(older, dict) and older and not message.get("tool_calls"):  # as the API had it before
+        message["tool_calls"], spelled = [{"function": older}], None
     if "tool_calls" in message:
         message["tool_calls"] = right_calls(message["tool_calls"], under(spelled, "tool_calls"))
         if not message["tool_calls"]:

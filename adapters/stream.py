@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,16 +13,20 @@ from adapters.embeddings import embedding_reply
 from adapters.errors import Fault, read, redact, wrapped
 from adapters.openai import with_json
 from adapters.plain import note, note_completion, note_plain, note_text
+from adapters.shapes import answer_within, unreadable
 from adapters.waits import retry_after_s
 from protection import Failure, UpstreamError, classify
 from routing.catalog import Model
 from routing.day import until_reset_s
 from routing.route import Route
 from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
-from wire.jsontext import dump, load_lenient
-from wire.sse import BOM, EventTooLarge, Frame, SSEDecoder
+from wire.jsontext import BOM, dump, load_lenient, load_mended
+from wire.sse import EventTooLarge, Frame, SSEDecoder
 
 STREAM_BYTES_MAX = 256 * 1024 * 1024  # of one stream; 128,000 tokens in chunks of 1 KB are half of it
+# In data that cannot be read: part of an answer, neither a heartbeat nor the head of a chunk alone (SPEC 6.6).
+ANSWERS = re.compile(rb"""(?:choices|candidates)['"].*['"](?:content|tool_calls|text|parts)['"]""", re.DOTALL)
+MORE_DATA = re.compile(rb"\A(?:data:\s*)+")
 AFTER_FINISH_S = 5.0  # of silence behind a finish reason, and it is believed (SPEC 8.9)
 AFTER_FINISH_BEFORE_CALL_S = 15.0  # where a tool call may still come: some servers say `stop` seconds before it
 
@@ -39,6 +44,7 @@ class Incoming:
         self.error: UpstreamError | None = None  # found behind the events that `feed` returned
         self.bytes_seen = 0
         self.progressed = False  # the last bytes said something, even if it is held back
+        self._flushing = False  # nothing more will come: what is cut off is no more than that
         self._held_chars = 0  # how much of calls the translator had held back when that was last looked at
         self._decoder = SSEDecoder()
         self._translator = translator
@@ -63,6 +69,8 @@ class Incoming:
 
     def feed(self, data: bytes) -> tuple[list[Event], bool]:
         """The events in these bytes, and whether one of them may open the answer."""
+        if self.error is not None:
+            return [], False
         self.bytes_seen += len(data)
         if self.bytes_seen > STREAM_BYTES_MAX:
             self.error = UpstreamError(Failure.MALFORMED, f"The answer is larger than {STREAM_BYTES_MAX} bytes.")
@@ -71,6 +79,7 @@ class Incoming:
 
     def flush(self) -> tuple[list[Event], bool]:
         """The rest, where nothing more will come."""
+        self._flushing = True
         events, meaningful = self._decoded(self._decoder.flush)
         if self.finishing and not self.done and self.error is None:
             meaningful |= self._take(self._translator.end, events)
@@ -99,26 +108,37 @@ class Incoming:
                 meaningful |= self._take(translator.end, events)
                 break
             chunk = decoded(payload)
+            if chunk is None and not is_error and (inner := mended_frames(payload)) is not None:
+                more, opens = self._events(inner)
+                events, meaningful = events + more, meaningful or opens
+                if self.error or self.done:
+                    break
+                continue
             if plain_text is not None and (text := plain_text(chunk)) is not None and not is_error:
                 meaningful |= note_text(text, tally)
                 if not tally.head:
                     tally.head = chunk
                 events.append(Event(raw, chunk))
                 continue
-            listed = type(chunk) is list and len(chunk) == 1
-            if listed:
+            moved = type(chunk) is list and len(chunk) == 1
+            if moved:
                 chunk = chunk[0]
+            if type(chunk) is dict and (inner_chunk := answer_within(chunk)) is not None:
+                chunk, moved = inner_chunk, True
             if is_error:
                 fault = read(chunk if chunk is not None else said(payload), self._route.model.quirks)
             elif type(chunk) is not dict:
                 tally.malformed += 1
+                if ANSWERS.search(payload) and not self._flushing:  # text would be missing, or a call
+                    self.error = unreadable()
+                    break
                 continue
             else:
                 fault = wrapped(chunk, self._route.model.quirks)
             if fault:
                 self.error = failure_inside(fault, chunk, self._route, self._utc)
                 break
-            meaningful |= self._take(partial(translator.feed, frame(chunk) if listed else raw, payload, chunk), events)
+            meaningful |= self._take(partial(translator.feed, frame(chunk) if moved else raw, payload, chunk), events)
             if self.error:
                 break
             plain_text = translator.plain_text  # which may have become possible
@@ -151,6 +171,28 @@ class Incoming:
 
 def empty_answer() -> UpstreamError:
     return UpstreamError(Failure.EMPTY, "The provider's answer was empty.", status=200)
+
+
+def mended_frames(payload: bytes) -> list[Frame] | None:
+    """The events that data which are no JSON were meant as: one on each line, a second `data:` within, JSON with odd
+    values. None where there is no more to be made of them."""
+    if b"\n" in payload:
+        lines = [line.removeprefix(b"data:").strip() for line in payload.split(b"\n")]
+        lines = [line for line in lines if line]
+        if all(line == b"[DONE]" or line[:1] == b"{" for line in lines):
+            return [framed(line) for line in lines]
+    if payload[:5] == b"data:":
+        return [framed(MORE_DATA.sub(b"", payload, count=1))]
+    if payload[:1] != b"{":
+        return None
+    try:
+        return [framed(dump(load_mended(payload)))]
+    except ValueError:
+        return None
+
+
+def framed(data: bytes) -> Frame:
+    return b"data: %b\n\n" % data, data, False
 
 
 def decoded(payload: bytes) -> Any:
@@ -225,6 +267,8 @@ def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route, utc: flo
     try:
         body = load_lenient(raw.removeprefix(BOM))
     except ValueError:
+        raw, body = mended_body(raw)
+    if body is None:
         tally, completion = joined_stream(raw, adapter, chat, route, utc)
     else:
         tally = Tally()
@@ -241,9 +285,18 @@ def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route, utc: flo
     return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in as_chunks(completion.body)])
 
 
+def mended_body(raw: bytes) -> tuple[bytes, Any]:
+    """A body that is no JSON as it stands: as JSON, and what it says; None where it must be something else."""
+    try:
+        value = load_mended(raw.removeprefix(BOM).strip())
+    except ValueError:
+        return raw, None
+    return dump(value), value
+
+
 def whole_completion(raw: bytes, body: Any, adapter: Adapter, chat: Chat, route: Route, utc: float) -> Completion:
     checked = checked_answer(body, route, utc)
-    completion = adapter.completion(raw, checked, chat)
+    completion = adapter.completion(raw if checked is body else dump(checked), checked, chat)
     if completion is None:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer has no message.", status=200)
     return finished(completion, chat, route, utc)
@@ -285,4 +338,4 @@ def checked_answer(body: Any, route: Route, utc: float) -> dict[str, Any]:
         raise UpstreamError(Failure.MALFORMED, "The provider's answer is not a JSON object.", status=200)
     if fault := wrapped(body, route.model.quirks):
         raise failure_inside(fault, body, route, utc)
-    return body
+    return answer_within(body) or body

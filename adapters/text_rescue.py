@@ -20,7 +20,7 @@ Calls = list[tuple[str, str]]  # names and arguments
 CALL_CHARS_MAX = 262_144  # of a call written as text; what is longer is let go as text
 NAME = re.compile(r"[\w.-]{1,128}")
 NO_ARGUMENTS = frozenset({"", "null", "None", "undefined", '""'})  # what calls of tools that take none are made with
-LEFT_OVER = re.compile(r"[}\]\s]*(?:</?[\w:|.-]{1,40}>|<\|[\w|.-]{1,40}>)?[}\]\s]*")  # behind complete arguments
+END_MARK = re.compile(r"(?:</?[\w:|.-]{1,40}>|<\|[\w|.-]{1,40}>)?\s*")  # behind complete arguments, or nothing
 
 
 class Unreadable(Exception):
@@ -221,7 +221,7 @@ def mended_arguments(text: str, schema: JSON | None) -> str | None:
 
 def told_apart(text: str) -> JSON | None:
     """The one object that arguments mean which say more than that: an empty object before it, the same once more, or
-    behind it brackets and marks that should have ended it. None where more than one could be meant."""
+    behind it the mark with which the model ended its call. None where more than one could be meant."""
     decoder, rest, found = json.JSONDecoder(strict=False), text.strip(), None
     while rest[:1] == "{":
         try:
@@ -231,7 +231,7 @@ def told_apart(text: str) -> JSON | None:
         if found and value and value != found:
             return None
         found, rest = found or value, rest[end:].lstrip()
-    return found if found is not None and LEFT_OVER.fullmatch(rest) else None
+    return found if found is not None and END_MARK.fullmatch(rest) else None
 
 
 def lenient(text: str) -> Any:

@@ -14,9 +14,9 @@ def wrong_type(param: str, expected: str) -> InvalidRequest:
 def boolean(value: object, param: str) -> bool:
     if isinstance(value, str) and value.lower() in ("true", "false"):
         return value.lower() == "true"
-    if not isinstance(value, bool):
+    if value not in (True, False):  # 1 and 0 are as good
         raise wrong_type(param, "true or false")
-    return value
+    return bool(value)
 
 
 def number(value: object, param: str, *, whole: bool = False) -> float | int:

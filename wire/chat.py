@@ -21,6 +21,9 @@ from wire.jsontext import dump
 
 CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
 ANSWER_TOKENS_ASSUMED = 1000  # what a request needs room for beside its prompt, however much it wishes for (SPEC 3.7)
+PROMPT_NAMES = ("prompt_tokens", "input_tokens", "prompt_eval_count")  # as servers call them
+ANSWER_NAMES = ("completion_tokens", "output_tokens", "eval_count")
+OTHER_NAMES = frozenset((*PROMPT_NAMES[1:], *ANSWER_NAMES[1:]))
 TOKENS_MAX = 10**9  # of one answer; a provider that reports more has a broken counter
 
 
@@ -111,6 +114,8 @@ class Chat(Struct, frozen=True):
 
 
 def token_count(value: object) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) <= 10:
+        value = int(value)
     return int(value) if isinstance(value, (int, float)) and 0 <= value <= TOKENS_MAX else None
 
 
@@ -125,8 +130,31 @@ class Usage(Struct, frozen=True):
         """From OpenAI's `usage` object; None when it does not say."""
         if not isinstance(usage, dict):
             return None
-        prompt, answer = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
+        prompt, answer = (
+            next((count for name in names if (count := token_count(usage.get(name))) is not None), None)
+            for names in (PROMPT_NAMES, ANSWER_NAMES)
+        )
         return None if prompt is None and answer is None else cls(prompt or 0, answer or 0)
+
+
+def is_exact(usage: Mapping[str, Any]) -> bool:
+    """Whether a `usage` object has the three counts that clients read, as whole numbers."""
+    return (
+        type(usage.get("prompt_tokens")) is int
+        and type(usage.get("completion_tokens")) is int
+        and type(usage.get("total_tokens")) is int
+    )
+
+
+def told_usage(usage: dict[str, Any], read: Usage) -> dict[str, Any]:
+    """A `usage` object as clients are told it: the very one where that is exact."""
+    if is_exact(usage):
+        return usage
+    kept = {name: value for name, value in usage.items() if value is not None and name not in OTHER_NAMES}
+    total = read.input_tokens + read.output_tokens
+    return {
+        **kept, "prompt_tokens": read.input_tokens, "completion_tokens": read.output_tokens, "total_tokens": total,
+    }  # fmt: skip
 
 
 class Event(Struct):
@@ -163,7 +191,7 @@ class Tally(Struct):
 
     def note_usage(self, usage: object) -> None:
         if (read := Usage.read(usage)) is not None and isinstance(usage, dict):
-            self.usage, self.usage_object = read, usage
+            self.usage, self.usage_object = read, told_usage(usage, read)
 
     def output_tokens(self) -> int:
         """As told, else estimated."""

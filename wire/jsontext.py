@@ -13,6 +13,7 @@ import orjson
 
 from wire.errors import InvalidRequest
 
+BOM = b"\xef\xbb\xbf"
 DEPTH_MAX = 200  # of JSON from either side: orjson reads 1024 levels but writes only 254, and some are put around it
 ESCAPE = re.compile(rb"\\(?:u(?:[dD][89abAB]..\\u[dD][c-fC-F]..|([dD][89a-fA-F]..|0000))|.)", re.DOTALL)
 
@@ -71,7 +72,8 @@ def nests_too_deeply(value: Any, brackets: int) -> bool:
 
 
 def load_object(raw: bytes) -> dict[str, Any]:
-    """The client's JSON object, strictly: orjson takes no NaN."""
+    """The client's JSON object, strictly: orjson takes no NaN. Some put a byte-order mark before it."""
+    raw = raw.removeprefix(BOM)
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
@@ -122,6 +124,21 @@ def load_lenient(raw: bytes) -> Any:
         except RecursionError:
             raise ValueError("nested too deeply") from None
     if len(raw) > 2 * DEPTH_MAX and nests_too_deeply(value, raw.count(b"{") + raw.count(b"[")):
+        raise ValueError("nested too deeply")
+    return value
+
+
+def load_mended(raw: bytes) -> Any:
+    """JSON with what servers get wrong about it: bytes that are no UTF-8, line ends in strings, numbers that are none.
+    What is read so has to be written anew before it goes out.
+
+    Raises ValueError for what is no JSON even so.
+    """
+    try:
+        value = json.loads(raw.decode(errors="ignore"), strict=False, parse_constant=lambda _: None, parse_float=finite)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if nests_too_deeply(value, raw.count(b"{") + raw.count(b"[")):
         raise ValueError("nested too deeply")
     return value
 

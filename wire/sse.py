@@ -11,10 +11,11 @@ import re
 
 import orjson
 
+from wire.jsontext import BOM
+
 EVENT_BYTES_MAX = 1024 * 1024  # one SSE event from a provider (SPEC 13.3)
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-BOM = b"\xef\xbb\xbf"
 FIELDS = frozenset({b"data", b"event", b"id", b"retry"})
 JSON_STARTS = (b"{", b"[")
 
