@@ -81,9 +81,9 @@ def completed(completion: Completion, model_id: str, utc: float) -> Completion:
         created = body.get("created")
         body["created"] = whole_number(created) or int(utc)
         body["model"] = text_or(body.get("model"), model_id)
-    if (usage := find_usage(body)) is not None and not (usage is body.get("usage") and is_exact(usage)):
-        read = Usage.read(usage)
-        assert read is not None
+    usage = find_usage(body)
+    read = Usage.read(usage)
+    if usage is not None and read is not None and (usage is not body.get("usage") or not is_exact(usage)):
         body["usage"], before = told_usage(usage, read), None
     for place, choice in enumerate(body["choices"]):
         message = choice["message"]

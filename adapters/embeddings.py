@@ -32,8 +32,12 @@ def endpoint(model: Model, key: Key) -> Endpoint:
 
 def embedding_request(model: Model, key: Key, chat: Chat) -> Request:
     """Vectors are asked for as numbers, which every platform has. Raises UpstreamError for a length that this one has
-    not."""
+    not, and for more texts than it takes."""
     body: JSON = {**chat.body, "model": model.model_id}
+    most = model.quirks.get("batch_max")
+    if most is not None and len(texts_of(chat)) > most:
+        message = f"This platform takes at most {most} texts in one request: send several."
+        raise UpstreamError(Failure.BAD_REQUEST, message, status=400)
     for name in model.quirks.get("drop", ()):
         dropped = body.pop(name, None)
         if name == "dimensions" and dropped not in (None, model.dimensions):

@@ -91,10 +91,10 @@ def reported(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Fault | None
             return read({"code": place[code], "message": place[words]}, quirks)
     if answers or "usage" in body or ("code" in body and not failed_code(body["code"])):
         return None
-    words = body.get("detail")
-    if isinstance(words, list) and words and isinstance(words[0], dict):
-        return read(body, quirks)
-    return read(body, quirks) if isinstance(words, str) or isinstance(body.get("message"), str) else None
+    detail = body.get("detail")
+    listed = isinstance(detail, list) and bool(detail) and isinstance(detail[0], dict)
+    said = listed or isinstance(detail, str) or isinstance(body.get("message"), str)
+    return read(body, quirks) if said else None
 
 
 def failed_code(code: object) -> bool:

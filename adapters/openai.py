@@ -406,10 +406,10 @@ class ChunkMender:
     def _first_text(self, chunk: Any) -> str | None:
         """Where no tools are declared, only an answer that begins with a tag is not what it seems."""
         text = plain_text(chunk)
-        if text is not None and not self._head:
-            if odd_head(chunk):
-                return None
+        if text is not None and not self._head and not odd_head(chunk):
             self._head = chunk
+        if self._odd_head or not self._head:
+            return None
         if text and self._gate is not None:
             first = text.lstrip()[:1]
             if self._gate.begun or not first or first in FIRST_CHARS:

@@ -8,6 +8,7 @@ here.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,9 @@ DISCOVER_S = 60.0  # a model pulled on the same machine is there within a minute
 MODELS_MAX = 500  # of one server; a real list ends far below, and each costs a row
 CONTEXT_MAX = 10**9  # tokens; more is no window but a broken server
 CONTEXT_FIELDS = ("context_window", "context_length", "max_model_len", "max_context_length", "inputTokenLimit", "n_ctx")
-NOT_FOR_CHAT = ("embed", "rerank", "whisper", "tts")  # words in the ids of models that answer no chat
+# In the ids of models that answer no chat. One that gives vectors is served where a file says so, and of which family
+# it is: nobody else can know whose vectors may stand beside its own.
+NOT_FOR_CHAT = re.compile(r"embed|rerank|whisper|tts|(?:^|[/_-])(?:bge|e5|gte|minilm)(?:[-_:.]|$)")
 
 
 async def keep_discovering(engine: Engine, control: Control) -> None:
@@ -72,7 +75,7 @@ def read_list(body: object, platform: Platform) -> list[Model]:
     found: dict[str, Model] = {}
     for row in rows[:MODELS_MAX]:
         fields = read_row(row)
-        if fields is not None and not any(word in fields["model_id"].lower() for word in NOT_FOR_CHAT):
+        if fields is not None and not NOT_FOR_CHAT.search(fields["model_id"].lower()):
             model = make_model({"platform": platform.id, **fields}, {platform.id: platform}, [])
             found[model.model_id] = model
     return list(found.values())

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from dialects.compaction import NO_SEAL
 from dialects.custom_tools import CustomCalls
 from dialects.history import History
+from dialects.older_calls import OlderCalls
 from dialects.response_request import chat_of_items, check_types, in_own_terms, input_items, is_of_items
 from dialects.tools import Toolset, mend_tools, toolset_of
 from dialects.values import boolean, number, whole_number, wrong_type
@@ -41,6 +42,7 @@ from wire.sse import DONE, KEEP_ALIVE
 RAW_FIELDS = frozenset({"messages", "tools"})  # which mend their own nulls: what stands in them may be data
 CHAT_ONLY = ("max_tokens", "max_completion_tokens", "stream_options", "response_format", "prompt_cache_key")
 MODEL_CHARS_MAX = 300  # four times the longest in use
+OLDER = object()  # `Chat.origin` of a client that reads calls as the API had them before tools
 MAX_TOKENS_NAMES = dict.fromkeys(("max_completion_tokens", "max_tokens", "max_output_tokens", "num_predict"))
 EFFORT_ALIASES = {
     "max": "high", "xhigh": "high", "ultra": "high", "mid": "medium", "balanced": "medium", "normal": "medium",
@@ -87,6 +89,9 @@ def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | 
 
     Messages and tools that have been read already, and are not in the body, stay the text they came as."""
     body = {name: v if name in RAW_FIELDS else without_nulls(v) for name, v in body.items() if v is not None}
+    extra = body.pop("extra_body", None)  # which one client merges into the body, and others send as it is
+    if isinstance(extra, dict):
+        body = {**extra, **body}
     model = body.pop("model", "")
     if not isinstance(model, str) or len(model) > MODEL_CHARS_MAX:  # it is logged as it came
         raise wrong_type("model", f"a string of at most {MODEL_CHARS_MAX} characters")
@@ -126,7 +131,7 @@ def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | 
         max_tokens=max_tokens,
         first_user_text=told.first_user_text,
         conversation=conversation if isinstance(conversation, str) else "",
-        origin=tools.custom,
+        origin=OLDER if tools.older else tools.custom,
         tool_names={safe: name for name, safe in tools.safe_names.items()} if tools.safe_names else tools.safe_names,
     )
 
@@ -164,9 +169,16 @@ def an_object(value: object, param: str) -> JSON:
     return value
 
 
+def a_format(value: object, param: str) -> JSON:
+    """A form of the answer, also by its type alone."""
+    return {"type": value} if value in ("json_object", "text") else an_object(value, param)
+
+
 def stops(value: object, param: str) -> str | list[str]:
     """Without empty ones, which would stop everything at once."""
     listed = [value] if isinstance(value, str) else value
+    if isinstance(listed, list) and None in listed:
+        value = listed = [stop for stop in listed if stop is not None]
     if not isinstance(listed, list) or not all(isinstance(stop, str) for stop in listed):
         raise wrong_type(param, "a string or a list of strings")
     return value if isinstance(value, str) else listed if all(listed) else [stop for stop in listed if stop]
@@ -175,7 +187,7 @@ def stops(value: object, param: str) -> str | list[str]:
 SAMPLING: Mapping[str, Callable[[object, str], Any]] = {
     "temperature": in_range, "top_p": in_range, "presence_penalty": number, "frequency_penalty": number,
     "min_p": number, "repetition_penalty": number, "n": whole_number, "seed": whole_number, "top_k": whole_number,
-    "top_logprobs": whole_number, "response_format": an_object, "logit_bias": an_object, "stop": stops,
+    "top_logprobs": whole_number, "response_format": a_format, "logit_bias": an_object, "stop": stops,
 }  # fmt: skip
 
 
@@ -223,6 +235,8 @@ def mend_response_format(body: JSON) -> None:
     wanted = body.get("response_format")
     if wanted is None:
         return
+    if wanted.get("type") == "json":
+        wanted = body["response_format"] = {**wanted, "type": "json_object"}
     if wanted.get("type") == "text":
         del body["response_format"]
     elif wanted.get("type") == "json_schema":
@@ -242,10 +256,10 @@ def mend_response_format(body: JSON) -> None:
 class ChatEncoder:
     """Answers are in this dialect already: bytes go out as they came."""
 
-    def __init__(self, include_usage: bool, custom: frozenset[str] = frozenset()) -> None:
-        """`custom` are the tools that are custom ones to the client."""
+    def __init__(self, include_usage: bool, told: CustomCalls | OlderCalls | None = None) -> None:
+        """`told` tells calls as the client knows them, where that is not chat's present form."""
         self._include_usage = include_usage
-        self._custom = CustomCalls(custom) if custom else None
+        self._custom = told
 
     def whole(self, completion: Completion) -> bytes:
         return completion.raw if self._custom is None else self._custom.whole(completion)
@@ -296,4 +310,6 @@ class ChatDialect:
         return read_chat(raw)
 
     def encoder(self, chat: Chat, now: float) -> ChatEncoder:
-        return ChatEncoder(chat.include_usage, chat.origin or frozenset())
+        if chat.origin is OLDER:
+            return ChatEncoder(chat.include_usage, OlderCalls())
+        return ChatEncoder(chat.include_usage, CustomCalls(chat.origin) if chat.origin else None)

@@ -166,6 +166,9 @@ class History:
         if not isinstance(call, dict):
             raise wrong_type(param, "an object")
         function = call.get("function")
+        if function is None and isinstance(call.get("name"), str):  # flat, with its arguments as text or as an object
+            function = {"name": call["name"], "arguments": call.get("arguments", call.get("args"))}
+            call = {name: value for name, value in call.items() if name not in ("name", "arguments", "args")}
         if isinstance(custom := call.get("custom"), dict):
             function = {"name": custom.get("name"), "arguments": custom_arguments(custom.get("input"))}
             call = {name: value for name, value in call.items() if name not in ("custom", "type")}

@@ -123,6 +123,8 @@ def user_parts(block: JSON, path: str) -> list[JSON]:
             return [text_part(text_in(block, "text", path))]
         case "image":
             return [image_part(block, path)]
+        case "image_url" if isinstance(image := block.get("image_url"), dict | str):  # as OpenAI's chat has it
+            return [{"type": "image_url", "image_url": {"url": image} if isinstance(image, str) else image}]
         case "document":
             return document_parts(block, path)
         case "search_result":
@@ -192,7 +194,9 @@ def tool_message(block: JSON, path: str) -> JSON:
     parts: list[JSON] = []
     if isinstance(content, str):
         parts = [text_part(content)]
-    elif isinstance(content, dict) and "type" not in content:  # a result handed over as an object
+    elif isinstance(content, int | float) or (
+        isinstance(content, dict) and "type" not in content
+    ):  # handed over as it is
         parts = [text_part(dump(content).decode())]
     else:
         for place, inner in enumerate(blocks_of(content, f"{path}.content")):

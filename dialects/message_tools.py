@@ -133,7 +133,7 @@ def chat_tool(tool: JSON, path: str) -> JSON | None:
         raise invalid(f"{path}.name", "String should have at least 1 character")
     if isinstance(tool.get("description"), str):
         function["description"] = tool["description"]
-    schema = tool.get("input_schema") or {}
+    schema = tool.get("input_schema") or tool.get("inputSchema") or tool.get("parameters") or {}
     if not isinstance(schema, dict):
         raise invalid(f"{path}.input_schema", "Input should be an object")
     function["parameters"] = schema

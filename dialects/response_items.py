@@ -109,7 +109,7 @@ class Turns:
         elif kind in CLIENT_CALLS:
             name = CLIENT_CALLS[kind]
             arguments = call_arguments(name, item)
-        call_id = item.get("call_id") or (item.get("id") if kind in CLIENT_CALLS else None)
+        call_id = item.get("call_id") or item.get("id")
         if not isinstance(call_id, str) or not call_id:
             raise wrong_type(f"{path}.call_id", "a non-empty string")
         turn = self._turn(path)

@@ -39,9 +39,11 @@ def input_items(request: JSON) -> list[Any]:
     given = request.get("input")
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
+    if isinstance(given, dict):
+        given = [given]
     if not isinstance(given, list):
         raise wrong_type("input", "a string or a list of items")
-    return given
+    return [item for item in given if item is not None]
 
 
 def is_of_items(body: JSON) -> bool:

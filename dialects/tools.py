@@ -16,6 +16,7 @@ from dialects.values import wrong_type
 from wire.jsontext import JSON, plain_value, without_nulls
 
 TOOL_FIELDS = frozenset({"tools", "tool_choice", "parallel_tool_calls", "functions", "function_call"})
+SCHEMA_NAMES = ("input_schema", "inputSchema", "parametersJsonSchema", "parameters_json_schema", "schema")
 MODES = ("auto", "none", "required", "any")  # of choosing; the last is another word for the one before
 REMEMBERED_MAX = 16  # lists of tools of clients that are at work
 REMEMBERED_BYTES_MAX = 128 * 1024  # of each: as objects they take eight times as much, 16 MB in all
@@ -30,6 +31,7 @@ class Toolset:
     custom: frozenset[str] = frozenset()  # the client's own names of those that are custom tools to it
     chars: int = 0
     texts: Mapping[str, bytes] = field(default_factory=dict)  # of `tools`, where nothing had to be mended
+    older: bool = False  # the client declared functions, as the API had them before
 
 
 NO_TOOLS = Toolset()
@@ -77,16 +79,20 @@ def mend_tools(body: JSON, toolset: Toolset | None) -> Toolset:
     """The body's tools in the form that adapters know; a choice only where there are tools. Raises InvalidRequest."""
     if toolset is None and TOOL_FIELDS.isdisjoint(body):
         return NO_TOOLS
-    if "functions" in body:
+    older = "functions" in body
+    if older:
         functions = body.pop("functions")
         if not isinstance(functions, list):
             raise wrong_type("functions", "a list")
+        older = "tools" not in body and toolset is None
         if "tools" not in body and toolset is None:
             body["tools"] = [{"type": "function", "function": function} for function in functions]
     if "function_call" in body:
         choice = body.pop("function_call")
         body.setdefault("tool_choice", {"type": "function", "function": choice} if isinstance(choice, dict) else choice)
-    toolset = toolset or mended_tools(body.get("tools", []))
+    toolset = replace(toolset or mended_tools(body.get("tools", [])), older=older)
+    if body.get("tool_choice") == "":
+        del body["tool_choice"]
     if "tool_choice" in body:
         choice, allowed = mended_choice(body.pop("tool_choice"))
         if allowed is not None:
@@ -131,9 +137,9 @@ def offered_tool(given: object, param: str) -> JSON | None:
         function = {name: tool[name] for name in ("name", "description") if name in tool}
         function["parameters"] = tool["input_schema"]
     elif "function" in tool:
-        function = tool["function"]
-    else:
-        function = {name: value for name, value in tool.items() if name != "type"}  # flat, as in the Responses API
+        function = with_schema(tool["function"])
+    else:  # flat, as in the Responses API
+        function = with_schema({name: value for name, value in tool.items() if name != "type"})
     if is_hosted(tool, kind, function):
         return None
     named(function, f"{param}.function")
@@ -142,6 +148,16 @@ def offered_tool(given: object, param: str) -> JSON | None:
     elif not isinstance(function["parameters"], dict):
         raise wrong_type(f"{param}.function.parameters", "an object")
     return tool if function is tool.get("function") and "type" in tool else {"type": "function", "function": function}
+
+
+def with_schema(function: Any) -> Any:
+    """A function with its schema where chat has it: other APIs have other names for it."""
+    if not isinstance(function, dict) or function.get("parameters") is not None:
+        return function
+    name = next((name for name in SCHEMA_NAMES if isinstance(function.get(name), dict)), None)
+    return (
+        function if name is None else {**{k: v for k, v in function.items() if k != name}, "parameters": function[name]}
+    )
 
 
 def is_hosted(tool: JSON, kind: str, function: Any) -> bool:

@@ -38,6 +38,7 @@ QUIRKS: Mapping[str, type] = {
     "strict_turns": bool,  # an assistant turn between result and user
     # Embeddings
     "embeddings_path": str,  # in place of /embeddings, after the base URL; in OpenAI's form, with the key as bearer
+    "batch_max": int,  # texts in one request
     # Gemini's wire
     "system_as_user": bool,
     "schema_subset": bool,  # takes no JSON Schema for parameters and answers, only its own subset
