@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 from adapters.plain import find_usage, has_head, whole_number
-from wire.chat import Completion, Usage, chunk_of, is_exact, told_usage
+from wire.chat import Completion, Usage, chunk_of, told_usage
 from wire.jsontext import JSON, dump
 
 
@@ -83,8 +83,10 @@ def completed(completion: Completion, model_id: str, utc: float) -> Completion:
         body["model"] = text_or(body.get("model"), model_id)
     usage = find_usage(body)
     read = Usage.read(usage)
-    if usage is not None and read is not None and (usage is not body.get("usage") or not is_exact(usage)):
-        body["usage"], before = told_usage(usage, read), None
+    if usage is not None and read is not None:
+        told = told_usage(usage, read)
+        if told is not body.get("usage"):
+            body["usage"], before = told, None
     for place, choice in enumerate(body["choices"]):
         message = choice["message"]
         if type(choice.get("index")) is not int:
