@@ -290,6 +290,24 @@ async def test_a_platform_of_one_length_is_not_asked_for_another(start_gateway, 
     assert fake.called == ["a", "b"]
 
 
+async def test_more_texts_than_a_platform_takes_go_to_another_of_the_family_or_are_refused_in_words(
+    start_gateway, fake
+):
+    small = embedder("a-e", quirks={"batch_max": 2})
+    gateway = await start_gateway(
+        {"a": {"model": small}, "b": {"model": embedder("b-e")}, "c": {"model": embedder("c-e", "g")}}
+    )
+    fake.script("a", vectors(1.0))
+    fake.script("b", vectors(2.0))
+
+    assert told(await post(gateway, input=["x"] * 2)) == [vector(1.0), vector(2.0)]
+    assert len(told(await post(gateway, input=["x"] * 3))) == 3
+    assert fake.called == ["a", "b"]
+    got = await post(gateway, headers={"x-fallback": "none"}, input=["x"] * 3)
+    assert got.status == 400
+    assert "at most 2 texts" in got.error["message"]
+
+
 async def test_vectors_are_brought_to_length_one_where_the_platform_does_not(start_gateway, fake):
     quirks = {"unit_vectors": True, "embeddings_path": "/openai/embeddings", "default": {"input_type": "query"}}
     gateway = await start_gateway({"a": {"adapter": "google", "model": embedder("a-e", quirks=quirks)}})
