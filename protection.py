@@ -309,7 +309,9 @@ class Failed(Struct, frozen=True):
 
 
 class Cancelled(Struct, frozen=True):
-    """The client left, or the server stopped."""
+    """The client left, or the server stopped; or the gateway itself failed. That costs no provider anything."""
+
+    defect: str | None = None  # the name of our own error
 
 
 class LostRace(Struct, frozen=True):

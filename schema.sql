@@ -76,7 +76,9 @@ CREATE TABLE requests (
     cached          INTEGER NOT NULL DEFAULT 0,  -- answered from memory (SPEC 18)
     resumed_at      INTEGER,                     -- from which delivered character on; NULL on a first attempt (SPEC 14.8)
     drill           INTEGER NOT NULL DEFAULT 0,  -- broken on purpose; feeds no statistics (SPEC 14.10)
-    waited_ms       INTEGER                      -- the request's wait for capacity before this attempt (SPEC 5.5)
+    waited_ms       INTEGER,                     -- the request's wait for capacity before this attempt (SPEC 5.5)
+    -- Says nothing of what to expect of its model: its health gate was open, or the gateway itself failed (SPEC 10.4)
+    uncounted       INTEGER NOT NULL DEFAULT 0
 );
 CREATE INDEX requests_by_time ON requests (created_at);
 CREATE INDEX requests_by_request ON requests (request_id);

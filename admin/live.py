@@ -68,6 +68,10 @@ class Live:
                     "protection": self._engine.protection.level(platform.id),
                     "keys": keys.get(platform.id, 0),
                     "signup_url": platform.signup_url,
+                    "local": platform.local,
+                    "trains_on_prompts": platform.trains_on_prompts,
+                    "terms_url": platform.terms_url,
+                    "terms_checked": platform.terms_checked,
                 }
                 for platform in self._engine.router.catalog.platforms.values()
             ]
@@ -99,8 +103,29 @@ class Live:
                     {"model_db_id": model, "since_ms": ms(now - since)} for model, since in protection.trials.running()
                 ],
                 "active": self._of_models((a.model, {"ms": ms(now - a.since)}) for a in protection.active),
+                "rescues": self._rescues(now),
             }
         )
+
+    def _rescues(self, now: float) -> list[dict[str, Any]]:
+        """The calls that go on with an answer which broke off elsewhere (SPEC 14)."""
+        found = []
+        for exchange in self._engine.running:
+            running, broken = exchange.current, exchange.broken
+            if running is None or running.resumption is None or broken is None:
+                continue
+            entry = {
+                "request_id": exchange.id,
+                "since_ms": ms(now - running.attempt.started),
+                "resumed_at": running.resumption.at,
+                "broken": {
+                    "platform": broken.route.model.platform.id,
+                    "model_id": broken.route.model.model_id,
+                    "kind": str(broken.error.failure),
+                },
+            }
+            found.append((running.attempt.route.model.id, entry))
+        return self._of_models(found)
 
     def _restrictions(self, now: float) -> dict[str, Any]:
         """What is left alone: bans, gates, and cooldowns of models and keys."""

@@ -23,7 +23,7 @@ from engine.recall import Recall
 from engine.record import Exchange, Running, route_headers
 from engine.refusals import refusal, request_is_bad
 from engine.resuming import Resuming, Resumption
-from engine.settle import Books, judged
+from engine.settle import Books, called_off, judged
 from engine.waiting import WaitingRoom
 from protection import Answered, Cancelled, Failed, Failure, LostRace, Outcome, Phase, Scope, UpstreamError, retry_s
 from providers import Attempt, Providers
@@ -152,6 +152,9 @@ class Engine:
                     return last
                 except UpstreamError as error:
                     failed = judged(exchange.current, error)
+                except Exception as error:
+                    called_off(exchange.current, error)
+                    raise
                 finally:
                     if exchange.current is not None:
                         running = self._settled(exchange)

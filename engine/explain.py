@@ -98,7 +98,13 @@ class Explanations:
         except GatewayError as error:  # nothing can serve it: then the reasons are what is asked for
             plan, told = Plan(need), {"error": {"message": error.message, "type": error.type, "code": error.code}}
         candidates = [candidate.as_json() for candidate in router.explain(plan, now)]
-        return {**described(chat.model, need, session), **told, "candidates": candidates}
+        return {
+            **described(chat.model, need, session),
+            **told,
+            "candidates": candidates,
+            "attempts": [],
+            "waited_ms": 0,
+        }
 
 
 def described(model: str, need: Need, session: str) -> Mapping[str, Any]:

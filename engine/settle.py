@@ -19,6 +19,7 @@ from protection import (
     Answered,
     AvoidNext,
     Ban,
+    Cancelled,
     ClearKeyPin,
     ClearPin,
     Effect,
@@ -50,6 +51,8 @@ from records.rows import Row
 from router import Router
 from routing.route import Route, Rung
 from routing.standing import Protection
+from transport.client import ClientGone
+from wire.errors import GatewayError
 
 
 class Books:
@@ -84,6 +87,7 @@ class Books:
         route, outcome = attempt.route, attempt.outcome
         assert outcome is not None
         row = self._row(exchange, running, now)
+        row.uncounted = self._router.gates.is_open(route.model.id)
         if isinstance(outcome, LostRace):  # its answer is assumed to be billed
             self._router.ledger.keep(route.reservation)
         elif self._router.ledger.settle(route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0)):
@@ -96,6 +100,9 @@ class Books:
         elif isinstance(outcome, Answered):
             row.status, row.http_status = "success", 200
             self._protection.used(exchange.session, route.model.platform.id, route.model.id, now)
+        elif isinstance(outcome, Cancelled) and outcome.defect is not None:  # `error_kind` names failures of providers
+            row.http_status, row.uncounted = 500, True
+            row.error = f"The gateway itself failed ({outcome.defect}), not the provider. Its log says where."
         else:
             row.status = "cancelled"
             row.error_kind = "lost_race" if isinstance(outcome, LostRace) else None
@@ -247,3 +254,9 @@ def judged(running: Running | None, error: UpstreamError) -> Failed:
     blameless = running.resumption is not None and running.resumption.judge(error)
     running.attempt.outcome = failed = Failed(error, phase, blameless=blameless)
     return failed
+
+
+def called_off(running: Running | None, error: Exception) -> None:
+    """An error that is no provider's has ended this attempt: a defect of ours, unless it is a refusal."""
+    if running is not None and not isinstance(error, GatewayError | ClientGone):
+        running.attempt.outcome = running.attempt.outcome or Cancelled(type(error).__name__)

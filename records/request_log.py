@@ -11,7 +11,7 @@ from records.rows import iso
 from routing.scores import Stats
 
 # Recency: a row weighs 1 now and 0 at the window's far end (SPEC 10.1). One pass, the window bound once. Answers from
-# memory and drills say nothing of a model.
+# memory and drills say nothing of a model, and while its health gate is open the gate alone judges it (SPEC 10.4).
 STATS_QUERY = """
 WITH weighed AS (
     SELECT platform, model_id, status, output_tokens, latency_ms, ttfb_ms,
@@ -19,6 +19,7 @@ WITH weighed AS (
     FROM requests
     WHERE created_at >= strftime('%Y-%m-%dT%H:%M:%fZ', julianday('now') - :days)
       AND platform IS NOT NULL AND status <> 'cancelled' AND NOT cached AND NOT drill
+      AND NOT uncounted
 )
 SELECT platform, model_id,
        SUM(weight) AS total,

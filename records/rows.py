@@ -40,6 +40,7 @@ class Row(Struct):
     resumed_at: int | None = None  # characters that the client had before
     drill: bool = False
     waited_ms: int | None = None
+    uncounted: bool = False  # its model's health gate was open, or the gateway itself failed
 
     def values(self) -> tuple[Any, ...]:
         return (iso(self.created_at), *OTHER_COLUMNS_OF(self))

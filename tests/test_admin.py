@@ -43,7 +43,8 @@ async def test_platforms_are_listed_with_their_level_in_force_and_their_keys(sta
                                   {"THREAD_PROTECTION_PLATFORMS": "b:off"})  # fmt: skip
     listed = {platform["id"]: platform for platform in await gateway.seen("/api/platforms")}
     assert listed["a"].keys() == {
-        "id", "name", "adapter", "base_url", "keyless", "protection", "keys", "signup_url",
+        "id", "name", "adapter", "base_url", "keyless", "protection", "keys", "signup_url", "local",
+        "trains_on_prompts", "terms_url", "terms_checked",
     }  # fmt: skip
     assert (listed["a"]["keys"], listed["a"]["protection"]) == (2, "model-skip")
     assert (listed["b"]["keys"], listed["b"]["protection"]) == (0, "off")
@@ -113,8 +114,8 @@ async def test_protection_shows_every_restriction_and_what_runs(start_gateway, f
         await running.content.readany()
         shown = await gateway.protection()
     assert shown.keys() == {
-        "levels", "default_level", "sessions", "bans", "gates", "waiting", "trials", "active", "transient_cooldowns",
-        "key_cooldowns",
+        "levels", "default_level", "sessions", "bans", "gates", "waiting", "trials", "active", "rescues",
+        "transient_cooldowns", "key_cooldowns",
     }  # fmt: skip
     assert (shown["default_level"], shown["levels"]["a"]) == ("model-skip", "provider-ban")
     ids = {entry["model_id"]: entry["model_db_id"] for entry in await gateway.seen("/api/fallback")}

@@ -111,6 +111,32 @@ def test_what_was_cancelled_or_refused_counts_nowhere(store):
     assert (stats.raw_total, stats.raw_successes, stats.tok_per_sec, stats.avg_ttfb_ms) == (1, 1, 50.0, 100.0)
 
 
+async def test_while_a_health_gate_is_open_outcomes_leave_the_slow_statistics_alone(start_gateway, fake):
+    """So that a model is back at once when it works again (SPEC 10.4), also after a restart."""
+    gateway = await start_gateway(["a", "b", "c"])
+    fake.script("a", answer(""))
+    while not (await gateway.protection())["gates"]:
+        await gateway.chat()
+    before = len(await counted_rows(gateway, uncounted=0))
+    for _ in range(3):
+        await gateway.chat(model="a-model")
+    fake.script("a", answer("back"))
+    await gateway.chat(model="a-model")
+
+    late = await counted_rows(gateway, uncounted=1)
+
+    assert [row["status"] for row in late] == ["success", "error", "error", "error"]
+    assert len(await counted_rows(gateway, uncounted=0)) == before
+    with contextlib.closing(sqlite3.connect(gateway.db)) as db:
+        assert model_stats(db, WEEK)["a", "a-model"].raw_total == before
+
+
+async def counted_rows(gateway, uncounted: int) -> list[dict]:
+    """Those of the first platform that count, or those that do not; newest first."""
+    rows = (await gateway.get("/api/requests?limit=1000&platform=a")).json["rows"]
+    return [row for row in rows if row["uncounted"] == uncounted]
+
+
 def test_a_model_that_was_only_ever_cancelled_was_never_seen(store):
     assert learned(store, [row(60, "cancelled")]) == {}
 

@@ -3,8 +3,10 @@
 The defect sits where one would: in an adapter, which reads whatever a provider has sent.
 """
 
+import contextlib
 import json
 import re
+import sqlite3
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +15,7 @@ from fake_provider import ROLE, answer, chunk, sse
 
 from adapters.openai import OpenAIAdapter
 from adapters.registry import ADAPTERS
+from records.request_log import model_stats
 
 SMART = {"protection": "provider-ban", "adapter": "defective", "model": {"prefer_in": ["smart"]}}
 PLATFORMS = {"a": SMART, "b": {}}
@@ -78,7 +81,11 @@ async def assert_nobody_paid(gateway, capfd, kind: str) -> None:
         assert shown[what] == [], what
     assert {key["status"] for key in (await gateway.get("/api/keys")).json} <= {"unknown", "healthy"}
     rows = (await gateway.get("/api/requests?limit=100")).json["rows"]
-    assert [row for row in rows if row["status"] == "error" or row["error_kind"]] == []
+    for row in rows:  # they say whose fault it was, and routing learns nothing from them
+        assert (row["status"], row["error_kind"], row["http_status"], row["uncounted"]) == ("error", None, 500, 1)
+        assert row["error"].startswith(f"The gateway itself failed ({kind})")
+    with contextlib.closing(sqlite3.connect(gateway.db)) as db:
+        assert model_stats(db, 7) == {}
     metrics = (await gateway.get("/metrics")).body.decode()
     assert re.search(r'freeway_requests_total\{status="error"\} [1-9]', metrics)
     assert not re.search(r'freeway_requests_total\{status="(success|cancelled)"\} [1-9]', metrics)

@@ -168,5 +168,5 @@ async def test_a_row_has_every_column_of_the_log(start_gateway):
     assert row.keys() == {
         "id", "request_id", "created_at", "platform", "model_id", "key_id", "requested_model", "routing_mode", "status",
         "error_kind", "http_status", "error", "input_tokens", "output_tokens", "latency_ms", "ttfb_ms", "attempt",
-        "streamed", "skipped_models", "client", "cached", "resumed_at", "drill", "waited_ms",
+        "streamed", "skipped_models", "client", "cached", "resumed_at", "drill", "waited_ms", "uncounted",
     }  # fmt: skip
