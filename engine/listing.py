@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -53,7 +54,7 @@ class Listing:
         entry["owned_by"] = "freeway" if virtual else models[0].platform.id
         entry["kind"] = ModelKind.CHAT if virtual else models[0].kind
         if models:
-            entry["context_window"] = entry["context_length"] = max(model.context_window for model in models)
+            entry["context_window"] = entry["context_length"] = max(m.context_window for m in self._servable(models))
         if entry["kind"] is ModelKind.EMBEDDING:
             entry |= {"family": models[0].family, "dimensions": models[0].dimensions}
         return entry
@@ -63,9 +64,15 @@ class Listing:
         models = self._named(name, ModelKind.CHAT)
         own = name in ALIASES or name in VIRTUAL_MODELS
         shown = "Freeway " + name.removeprefix("claude-freeway").strip("-") if own else models[0].name
-        lengths = [model.max_output for model in models if model.max_output is not None]
-        window = max((model.context_window for model in models), default=None)
+        servable = self._servable(models)
+        lengths = [model.max_output for model in servable if model.max_output is not None]
+        window = max((model.context_window for model in servable), default=None)
         return model_entry(name, shown.strip(), window, max(lengths, default=None))
+
+    def _servable(self, models: Sequence[Model]) -> Sequence[Model]:
+        """Those that have a usable key: agents fill the window that they are promised. Where none has, all of them:
+        what there would be with a key."""
+        return [model for model in models if self._router.has_key(model)] or models
 
     def _named(self, name: str, kind: ModelKind | None) -> list[Model]:
         """The models that a client may be served by under this name. Raises ModelNotFound."""

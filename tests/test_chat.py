@@ -272,6 +272,25 @@ async def test_one_model_can_be_asked_for(start_gateway, fake, name):
     assert (await gateway.get(f"/v1/models/{name}")).json["id"] == name
 
 
+async def test_the_window_that_is_promised_is_one_that_a_key_reaches(start_gateway, fake):
+    def holds(tokens: int, **given) -> dict:
+        return {"model": {"model_id": "org/same", "context_window": tokens}, **given}
+
+    gateway = await start_gateway({"a": holds(50_000), "b": holds(9_000_000, keys=[]), "c": {"keys": []}})
+    _, found = await gateway.call("POST", "/api/keys", {"platform": "b", "key": "sk-b-0000000001"})
+
+    async def windows() -> dict[str, int]:
+        listed = (await gateway.get("/v1/models")).json["data"]
+        return {entry["id"]: entry["context_window"] for entry in listed}
+
+    assert {(await windows())[name] for name in (*VIRTUAL, "org/same")} == {9_000_000}
+    await gateway.call("PATCH", f"/api/keys/{found['id']}", {"enabled": False})
+    assert {(await windows())[name] for name in (*VIRTUAL, "org/same")} == {50_000}
+    assert (await windows())["c-model"] == 300_000  # what it would hold
+    entry = (await gateway.get("/v1/models/auto", headers={"anthropic-version": "2023-06-01"})).json
+    assert 9_000_000 not in entry.values()
+
+
 async def test_an_unknown_model_is_404_in_the_list(start_gateway, fake):
     gateway = await start_gateway()
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from small_worlds import World, a_world
 
 from engine.explain import KEPT_MAX
+from protection import Scope, Skip
 from router import Router
 from routing.explain import Candidate
 from routing.plan import Plan
+from routing.route import FIRST_TRIAL
 from wire.errors import GatewayError
 
 PARTS = {"success", "speed", "ttfb", "intelligence", "penalty"}
@@ -48,7 +50,7 @@ def state_of(world: World) -> object:
     router, protection = world.router, world.protection
     return copy.deepcopy(
         (
-            dict(router.gates._gates), router.gates._requests, protection.trials.snapshot(), protection.active,
+            dict(router.gates._gates), router.gates._requests, protection.trials.snapshot(), [id(a) for a in protection.active],
             dict(protection.sessions._by_key), router._turn, protection.strikes,
             {id: (len(a.minute), a.day_requests) for id, a in router.ledger._accounts.items() if a.minute},
         )
@@ -90,12 +92,40 @@ def with_a_past(world: World, session: str) -> None:
         sessions.ban(session, model.platform.id, "why", world.now)
 
 
+def with_others(world: World) -> None:
+    """Conversations of others, which have used models lately and run now; requests after which trials are due; and
+    limits of tokens, in part used up."""
+    rng, protection = world.rng, world.protection
+    for _ in range(rng.randrange(16)):
+        world.router.gates.arrived()
+    for other in ("x", "y"):
+        for _ in range(rng.randrange(3)):
+            protection.sessions.arrived(other, world.now - 20)
+        model = rng.choice(world.catalog.models)
+        protection.used(other, model.platform.id, model.id, world.now - rng.choice((1, 10, 300)))
+        if rng.random() < 0.3:
+            protection.begin(other, model.platform.id, model.id, world.now)
+    for model in world.catalog.models:
+        object.__setattr__(model, "tpm", rng.choice((None, None, 500, 20_000)))
+        object.__setattr__(model, "tpd", rng.choice((None, None, 10_000)))
+        for key in world.catalog.keys[model.platform.id]:
+            if rng.random() < 0.2:
+                world.router.ledger.reserve(model, key.id, rng.choice((400, 9_000)), world.now - 1)
+
+
+def wishes(seed: int) -> dict:
+    """What the headers and the client's key ask for."""
+    allowed = frozenset({"small", "p0/large"}) if seed % 11 == 0 else None
+    return {"no_train": seed % 5 == 0, "min_rank": 8 if seed % 7 == 0 else None, "allowed": allowed}
+
+
 @settings(max_examples=1000, deadline=None)
 @given(SEEDS)
 def test_a_rehearsal_agrees_with_the_route_then_taken_and_changes_nothing(seed):
     world, session = a_world(seed), "s"
     with_a_past(world, session)
-    need = world.need(no_train=seed % 5 == 0, min_rank=8 if seed % 7 == 0 else None)
+    with_others(world)
+    need = world.need(**wishes(seed))
     before = state_of(world)
 
     rehearsed_plan, candidates = rehearsal(world, need, session, seed)
@@ -112,6 +142,26 @@ def test_a_rehearsal_agrees_with_the_route_then_taken_and_changes_nothing(seed):
     assert first_of(candidates) == (route.model.id if route else None)
     if route is not None:
         assert next(c.rung for c in candidates if c.excluded is None) is route.rung
+
+
+@settings(max_examples=300, deadline=None)
+@given(SEEDS)
+def test_a_rehearsals_order_is_the_order_in_which_routes_are_taken_when_each_fails(seed):
+    """Without trials, whose turns come with time, and before breadth over platforms changes the order (SPEC 5.1)."""
+    world, session = a_world(seed), "s"
+    with_a_past(world, session)
+    with_others(world)
+    need = world.need(**wishes(seed))
+
+    _, candidates = rehearsal(world, need, session, seed)
+
+    plan, taken = real_plan(world, need, session, seed), []
+    while plan is not None and len(taken) < 3 and (route := world.router.next_route(plan, world.now)) is not None:
+        plan.note_failure(route, Skip(Scope.MODEL, again=False), world.now, None)
+        taken.append((route.model.id, route.rung))
+    free = [(c.model.id, c.rung) for c in candidates if c.excluded is None]
+    sure = [entry for entry in free if entry[1] < FIRST_TRIAL][:3]
+    assert taken[: len(sure)] == sure
 
 
 @settings(max_examples=300, deadline=None)
