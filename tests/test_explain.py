@@ -50,8 +50,9 @@ def state_of(world: World) -> object:
     router, protection = world.router, world.protection
     return copy.deepcopy(
         (
-            dict(router.gates._gates), router.gates._requests, protection.trials.snapshot(), [id(a) for a in protection.active],
-            dict(protection.sessions._by_key), router._turn, protection.strikes,
+            dict(router.gates._gates), router.gates._requests, protection.trials.snapshot(),
+            [id(running) for running in protection.active], dict(protection.sessions._by_key), router._turn,
+            protection.strikes,
             {id: (len(a.minute), a.day_requests) for id, a in router.ledger._accounts.items() if a.minute},
         )
     )  # fmt: skip

@@ -193,6 +193,22 @@ class World:
         """What the gateway itself says, past the browser."""
         return self.run(self._call(method, path, body))
 
+    def ask(self, prompt: str = "hi", **fields: object):
+        """Send a chat request and wait for all of its answer."""
+        return self.run(self._ask(prompt, fields))
+
+    def begin(self, prompt: str = "hi", **fields: object) -> None:
+        """Send a chat request and let it go on; it ends with the gateway at the latest."""
+        asyncio.run_coroutine_threadsafe(self._ask(prompt, fields), self._loop)
+
+    async def _ask(self, prompt: str, fields: dict[str, object]) -> bytes:
+        body = {"model": "auto-priority", "messages": [{"role": "user", "content": prompt}]} | fields
+        authorized = {"authorization": f"Bearer {API_KEY}"}
+        async with aiohttp.request(
+            "POST", f"{self.url}/v1/chat/completions", json=body, headers=authorized
+        ) as response:
+            return await response.read()
+
     async def _call(self, method: str, path: str, body: object):
         authorized = {"authorization": f"Bearer {API_KEY}"}
         async with aiohttp.request(method, self.url + path, json=body, headers=authorized) as response:
@@ -303,6 +319,18 @@ def open_browser(driver, own_world):
         yield lambda platforms=PLATFORMS, **settings: stack.enter_context(
             watched(driver, own_world.start(platforms, **settings))
         )
+
+
+def fits_and_reads(browser) -> None:
+    """Nothing scrolls sideways and no text is faint, wide or on a phone, in light and dark."""
+    for size in (WIDE, PHONE):
+        browser.size(*size)
+        assert browser.run("return document.documentElement.scrollWidth") <= size[0]
+        for scheme in ("light", "dark"):
+            browser.prefer(scheme)
+            assert browser.run(FAINT_TEXT) == []
+    controls = browser.all("main button, main input, main select")
+    assert all(control.accessible_name for control in controls if control.is_displayed())
 
 
 def rgb(colour: str) -> list[int]:

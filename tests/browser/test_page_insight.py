@@ -1,7 +1,8 @@
 """What the dashboard tells of why and of what comes: explanations, quota, clients, privacy, the drill."""
 
 import pytest
-from browsing import FAINT_TEXT, PHONE, PLATFORMS, WIDE, key_row
+from browsing import PLATFORMS, WIDE, fits_and_reads, key_row
+from conftest import case
 from fake_provider import error
 from selenium.webdriver.common.keys import Keys
 
@@ -10,18 +11,6 @@ pytest_plugins = ["browsing"]
 
 def client_row(browser, name):
     return next(row for row in browser.all("#clients tbody tr") if name in row.text)
-
-
-def fits_and_reads(browser) -> None:
-    """Nothing scrolls sideways and no text is faint, wide or on a phone, in light and dark."""
-    for size in (WIDE, PHONE):
-        browser.size(*size)
-        assert browser.run("return document.documentElement.scrollWidth") <= size[0]
-        for scheme in ("light", "dark"):
-            browser.prefer(scheme)
-            assert browser.run(FAINT_TEXT) == []
-    controls = browser.all("main button, main input, main select")
-    assert all(control.accessible_name for control in controls if control.is_displayed())
 
 
 def test_opening_a_request_tells_why_that_model_and_not_another(browser, world):
@@ -36,6 +25,44 @@ def test_opening_a_request_tells_why_that_model_and_not_another(browser, world):
     browser.sees("1 · Free", ".explain")
     assert browser.all(".explain .score i")
     fits_and_reads(browser)
+
+
+def candidate(name: str, rung: int, score: float | None, excluded: str | None = None) -> dict:
+    return {"platform": name, "model_id": "m", "rung": rung, "score": score, "parts": None, "excluded": excluded}
+
+
+NO_KEY = "no key with capacity; 12.0 s left"
+PASSED_OVER = {  # the candidates beside b, which has answered; what is said of the one that might have been asked
+    "none": ([candidate("b", 1, 0.9), candidate("a", 1, 0.5)], None),
+    "no key": ([candidate("b", 1, 0.9), candidate("a", 1, 1.2, NO_KEY)], f"a/m was passed over: {NO_KEY}."),
+    "a lower rung": ([candidate("b", 1, 0.9), candidate("a", 5, 1.2)], "a/m was passed over: rests after a failure."),
+    "no key, and worse": ([candidate("b", 1, 0.9), candidate("a", 1, 0.2, NO_KEY)], None),
+    "in the chain's order": ([candidate("a", 1, None, NO_KEY), candidate("b", 1, None)], f"passed over: {NO_KEY}."),
+}  # fmt: skip
+
+
+def test_a_better_model_that_was_passed_over_is_named_with_the_reason(browser, world):
+    world.ask()
+    browser.log_in("requests")
+    summary = browser.one("details summary")
+    for name, (candidates, said) in PASSED_OVER.items():
+        with case(name):
+            answered = {"platform": "b", "model_id": "m", "status": 200, "kind": None, "ms": 5, "rung": 1}
+            told = {"candidates": candidates, "attempts": [answered], "mode": "smart", "waited_ms": 0, "cached": False}
+            browser.run(
+                """
+                const real = window.real ??= window.fetch, told = arguments[0];
+                window.fetch = (url, rest) =>
+                    url.includes("/explain") ? Promise.resolve(Response.json(told)) : real(url, rest);
+                """,
+                told,
+            )
+            if name == "none":
+                summary.send_keys(Keys.ENTER)
+            else:
+                browser.named("Ask again").click()
+            browser.sees(said or "b/m answered: it stood first on the ladder.", ".explain p")
+            browser.until(lambda said=said: ("passed over" in browser.one(".explain p").text) == bool(said))
 
 
 def test_a_request_that_is_no_longer_kept_says_so(browser, world):
@@ -83,6 +110,21 @@ def test_a_client_is_added_with_a_key_shown_once_switched_off_and_deleted(browse
     browser.labelled("Really delete client laptop").click()
     browser.sees("No clients yet.")
     browser.until(lambda: world.call("GET", "/api/clients") == [])
+
+
+def test_what_a_platforms_terms_say_of_training_is_shown_with_its_source(open_browser, own_world):
+    terms = {"terms_url": "https://quick.test/terms", "terms_checked": "2026-11-02"}
+    told = {"quick": ("trains on prompts", True), "usual": ("no training", False), "middle": ("training unknown", None)}
+    browser = open_browser(
+        {name: PLATFORMS[name] | terms | {"trains_on_prompts": says} for name, (_, says) in told.items()}
+    )
+    browser.log_in("keys")
+    for name, (words, _) in told.items():
+        browser.until(lambda name=name, words=words: words in key_row(browser, name).text, words)
+    link = browser.labelled("Terms of quick")
+    assert (link.get_attribute("href"), link.get_attribute("rel")) == (terms["terms_url"], "noopener noreferrer")
+    browser.sees("read 2 Nov 2026", "#keys")
+    fits_and_reads(browser)
 
 
 @pytest.mark.parametrize(("trains", "told"), [(False, "no training"), (True, "trains on prompts")])

@@ -1,7 +1,8 @@
 """What the dashboard shows of protection, and the whole chain in auto-priority's order."""
 
-from browsing import PLATFORMS, WIDE
-from fake_provider import error
+from browsing import PLATFORMS, WIDE, fits_and_reads
+from continuing import PROSE, broken, repeats_anchor, served
+from fake_provider import PAUSE, ROLE, answer, error, sse
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 
@@ -44,6 +45,50 @@ def test_a_waiting_request_is_shown_with_its_eta(open_browser, own_world):
     browser.go("overview")
     browser.sees("Waiting requests · 1")
     browser.sees("left", ".waiter")
+
+
+def test_an_open_gate_is_shown_with_its_next_trial_and_closed_by_a_button(browser, world):
+    world.fake.script("quick", answer(""))
+    while not world.call("GET", "/api/protection")["gates"]:
+        world.ask(model="quick-model")
+    browser.log_in()
+    browser.sees("Health gates · 1")
+    browser.sees("quick-model", ".gated")
+    browser.sees("closed to most for", ".gated")
+    first = browser.one(".gated .num").text
+    assert first.startswith("trial in ")
+    browser.until(lambda: browser.one(".gated .num").text != first, "it counts down")
+    fits_and_reads(browser)
+    browser.size(*WIDE)
+    browser.one("#clear").send_keys(Keys.ENTER)
+    browser.sees("None: no model fails more than it should.")
+    browser.until(lambda: world.call("GET", "/api/protection")["gates"] == [])
+
+
+def test_a_trial_of_what_rests_is_shown_while_others_wait_for_it(open_browser, own_world):
+    settings = {"TRANSIENT_COOLDOWN_MS": "60000", "WAIT_FOR_CAPACITY_MS": "60000", "HEDGE_PERCENT": "0"}
+    browser = open_browser({"quick": PLATFORMS["quick"]}, **settings)
+    own_world.fake.script("quick", error(503, "down"), sse(ROLE, PAUSE))
+    browser.log_in()
+    own_world.begin(stream=True)
+    browser.sees("Trials · 1")
+    own_world.begin("another", stream=True)
+    browser.sees("quick-model", ".trial")
+    browser.sees("Waiting requests · 1")
+    browser.sees("left", ".waiter")
+    fits_and_reads(browser)
+
+
+def test_a_rescue_is_shown_with_what_broke_and_from_where_it_goes_on(open_browser, own_world):
+    browser = open_browser({"quick": PLATFORMS["quick"], "usual": PLATFORMS["usual"]}, HEDGE_PERCENT="0")
+    own_world.fake.script("quick", broken(at=40))
+    own_world.fake.script("usual", served(repeats_anchor(PROSE), break_at=100, how="stall"))  # it joins, and pauses
+    browser.log_in()
+    own_world.begin(model="quick-model", stream=True)
+    browser.sees("Rescues · 1")
+    browser.sees("usual-model", ".rescue")
+    browser.sees("goes on after 40 characters: quick/quick-model broke off, connection", ".rescue")
+    fits_and_reads(browser)
 
 
 # --- The whole chain ------------------------------------------------------------------------------------------------
