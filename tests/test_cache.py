@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import tracemalloc
 
 import pytest
-from conftest import Answer, both_ways
+from conftest import Answer, Stream, both_ways, case
 from fake_provider import (
     CUT,
     PAUSE,
+    RESET,
     STOP,
     Wait,
     answer,
@@ -91,6 +93,23 @@ def test_it_never_holds_more_than_its_bytes(steps):
         assert cache.size == sum(entry.answer.size for entry in cache._entries.values())
 
 
+@pytest.mark.parametrize("answer_bytes", [1, 300, 20_000])
+def test_what_it_takes_of_memory_is_what_it_counts(answer_bytes):
+    cache = Cache(400_000, ttl_s=60.0)
+    tracemalloc.start()
+    try:
+        for n in range(2 * 400_000 // (ENTRY_BYTES + answer_bytes)):
+            name = str(n)  # names are read from each request anew
+            cache.put(
+                b"%024d" % n, Kept(b"x" * answer_bytes, f"platform {name}", f"vendor/a-model-{name}"), now=float(n)
+            )
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert 0.5 * 400_000 < taken <= 400_000
+
+
 def chat_of(dialect=None, **fields):
     body = {"model": "auto", "messages": [{"role": "user", "content": "hi"}], **fields}
     return (dialect or ChatDialect()).parse(json.dumps(body).encode(), 0.0)
@@ -143,6 +162,45 @@ async def test_an_equal_request_gets_the_same_text_in_the_form_it_asks_for(start
     assert (row["status"], row["cached"], row["platform"], row["model_id"]) == ("success", 1, "a", "a-model")
     assert (row["key_id"], row["input_tokens"], row["output_tokens"], row["attempt"]) == (None, None, None, 0)
     assert row["streamed"] == then
+
+
+ODD_TEXTS = {
+    "white space": " \n\t begins and ends with it \r\n ",
+    "controls": "\x00 \x1b[0m \x7f \u2028 \u2029 \ufeff",
+    "like the stream's own lines": "data: [DONE]\n\nevent: error\ndata: {}\r\n: comment",
+    "JSON": '{"a": "\\\\ \\" / \\u00e9"}',
+    "letters of many bytes": "👩‍👩‍👧‍👦 𝔊 ﷽ é e\u0301 中文",
+    "halves of an emoji": "\ud83d\ude00 apart \ud83d",
+}
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000], ids="in pieces of {}".format)
+async def test_text_comes_back_byte_for_byte_from_streamed_to_whole_and_back(start_gateway, fake, size):
+    gateway = await start_gateway(["a"], ON)
+    for name, text in ODD_TEXTS.items():
+        pieces = [text[at : at + size] for at in range(0, len(text), size)]
+        events = [*(chunk(reasoning_content=piece) for piece in pieces), *map(chunk, pieces)]
+        stream = sse(*(event(json.dumps(each)) for each in events), STOP)  # escaped, as half an emoji must be
+        whole = completion(text, message={"reasoning_content": text})
+        for first, reply in ((True, stream), (False, whole)):
+            with case(f"{name}, {'streamed' if first else 'whole'} first"):
+                fake.script("a", reply)
+                got = [await gateway.ask(f"{name} {first}", streaming=s) for s in (first, False, True)]
+                assert [answer.headers["X-Cache"] for answer in got] == ["miss", "hit", "hit"]
+                for answer in got:
+                    assert said(answer) == (utf16(text), utf16(text))
+
+
+def utf16(text: str) -> bytes:
+    """Also of half an emoji; two halves that meet are one."""
+    return text.encode("utf-16-le", errors="surrogatepass")
+
+
+def said(got: Answer) -> tuple[bytes, bytes]:
+    """What was thought and what was answered."""
+    parts = got.deltas if isinstance(got, Stream) else [got.json["choices"][0]["message"]]
+    thought, text = ("".join(part.get(name) or "" for part in parts) for name in ("reasoning_content", "content"))
+    return utf16(thought), utf16(text)
 
 
 async def test_a_streamed_hit_tells_usage_to_those_who_ask(start_gateway, fake):
@@ -238,6 +296,27 @@ async def test_what_is_not_a_whole_answer_is_not_kept(start_gateway, fake, reply
     asked = await gateway.chat(tools=[TOOL])
 
     assert (asked.text, asked.headers["X-Cache"]) == ("whole", "miss")
+
+
+NOT_KEPT_STREAMS = {
+    "cut by length": sse(chunk("half a"), chunk(finish="length")),
+    "filtered": sse(chunk("half a"), chunk(finish="content_filter")),
+    "a tool call": sse(chunk(tool_calls=[{"index": 0, **CALL}]), chunk(finish="tool_calls")),
+    "an error amid it": sse(chunk("half a"), event({"error": {"message": "overloaded", "code": 503}})),
+    "no end": sse(chunk("half a"), done=False),
+    "reset": sse(chunk("half a"), RESET),
+}
+
+
+@pytest.mark.parametrize("reply", NOT_KEPT_STREAMS.values(), ids=NOT_KEPT_STREAMS)
+async def test_a_stream_that_is_not_a_whole_answer_is_not_kept(start_gateway, fake, reply):
+    gateway = await start_gateway(["a"], ON | {"TRANSIENT_COOLDOWN_MS": "1", "WAIT_FOR_CAPACITY_MS": "5000"})
+    fake.script("a", reply, answer("whole"))
+    await gateway.stream(tools=[TOOL])
+
+    for streaming in (True, False):
+        asked = await gateway.ask(streaming=streaming, tools=[TOOL])
+        assert (asked.text, asked.headers["X-Cache"]) == ("whole", "miss" if streaming else "hit")
 
 
 @pytest.mark.parametrize("rescue", ["on", "off"])
