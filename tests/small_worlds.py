@@ -16,7 +16,7 @@ from routing.route import Route
 from routing.scores import Stats
 from routing.standing import NO_STANDING, Protection, Standing
 from routing.trials import NO_TRIALS
-from wire.chat import Mode, Need
+from wire.chat import Mode, ModelKind, Need
 from wire.errors import ModelNotFound
 
 NOW = 10_000.0
@@ -35,6 +35,7 @@ class World:
     protection: Protection
     catalog: Catalog
     now: float = NOW
+    kind: ModelKind = ModelKind.CHAT
 
     def need(self, **own: object) -> Need:
         """What some request may ask for, in the catalogue's own words; its name may be an alias."""
@@ -43,7 +44,7 @@ class World:
         wishes = {
             "mode": rng.choice(list(Mode)), "pinned": rng.choice([None, None, *filter(self._usable, names)]),
             "tokens": rng.choice((100, 9_000)), "vision": rng.random() < 0.1, "tools": rng.random() < 0.2,
-            "strict": rng.random() < 0.2,
+            "strict": rng.random() < 0.2, "kind": self.kind,
         }  # fmt: skip
         return self.catalog.meant(Need(**(wishes | own)))
 
@@ -65,8 +66,9 @@ class World:
             busy_platforms=some(rng, self.catalog.platforms, 0.1),
         )
 
-    def failing(self, plan: Plan, attempts_max: int = 30) -> list[Route]:
-        """Every route that a request takes with which everything fails, in some way or other, while time goes on."""
+    def failing(self, plan: Plan, attempts_max: int = 30, *, joined: bool = False) -> list[Route]:
+        """Every route that a request takes with which everything fails, in some way or other, while time goes on.
+        `joined`: each is late, so that another joins it where one may."""
         routes: list[Route] = []
         while len(routes) < attempts_max:
             plan.attempts_left = attempts_max - len(routes)
@@ -79,6 +81,8 @@ class World:
                     break
                 continue
             routes.append(route)
+            if joined and (second := self.router.second_route(plan, route, self.now, day_left=0.1)) is not None:
+                routes.append(second)
             self.fail(plan, route)
         return routes
 
@@ -101,7 +105,7 @@ def some(rng: Random, things, share: float) -> set:
     return {thing for thing in things if rng.random() < share}
 
 
-def a_world(seed: int) -> World:
+def a_world(seed: int, kind: ModelKind = ModelKind.CHAT) -> World:
     rng = Random(seed)
     platforms = [a_platform(rng, f"p{n}") for n in range(rng.randint(1, 5))]
     keys = [
@@ -112,12 +116,12 @@ def a_world(seed: int) -> World:
     models = []
     for platform in platforms:
         for name in rng.sample(NAMES, rng.randint(1, len(NAMES))):
-            models.append(a_model(rng, len(models) + 1, platform, name))
+            models.append(a_model(rng, len(models) + 1, platform, name, kind))
     catalog = Catalog(platforms, models, keys, ALIASES)
     protection = Protection(levels={}, sticky_ttl_s=1800, thread_cooldown_s=180)
     router = Router(protection)
     router.load(catalog, {key.id: rng.choice((*KeyStatus, KeyStatus.HEALTHY)) for key in keys})
-    world = World(rng, router, protection, catalog)
+    world = World(rng, router, protection, catalog, kind=kind)
     disturb(world)
     return world
 
@@ -135,7 +139,7 @@ def a_platform(rng: Random, id: str) -> Platform:
     )
 
 
-def a_model(rng: Random, id: int, platform: Platform, name: str) -> Model:
+def a_model(rng: Random, id: int, platform: Platform, name: str, kind: ModelKind = ModelKind.CHAT) -> Model:
     def limit() -> int | None:
         return rng.choice((None, None, None, 1, 5))
 
@@ -147,7 +151,7 @@ def a_model(rng: Random, id: int, platform: Platform, name: str) -> Model:
         speed_rank=rng.choice(RANKS), context_window=rng.choice((4_000, 32_000)), max_output=None, rpm=limit(),
         rpd=limit(), tpm=None, tpd=None, tools=rng.random() < 0.7, vision=rng.random() < 0.4,
         exclude_from=marks(0.1), prefer_in=marks(0.1), enabled=rng.random() < 0.9, priority=rng.randrange(100),
-        in_chain=rng.random() < 0.9,
+        in_chain=rng.random() < 0.9, kind=kind, family=name,
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 from conftest import Client, assert_error, both_ways, case
-from fake_provider import error
+from fake_provider import Wait, answer, error, raw, until
 
 SMART = "auto-smart"
 PAST = "2001-01-01T00:00:00Z"
@@ -216,6 +216,38 @@ async def test_a_limit_is_exact_under_parallel_requests_and_over_a_restart(start
     assert_error(await after.chat(), 429, "rate_limit_error", "client_rate_limited")
     assert (await used(again, client))[limit] == 7
     assert len(fake.called) == 7
+
+
+@both_ways
+async def test_tokens_of_a_day_are_not_overshot_by_parallel_requests_either(start_gateway, fake, streaming):
+    limit = 9_000  # each request is estimated at more than a thousand and uses some 20
+    gateway = await start_gateway(["a"])
+    client, go_on = await holder(gateway, limits={"tpd": limit}), asyncio.Event()
+    fake.script("a", held_back(go_on))
+    running = [asyncio.create_task(client.ask(streaming=streaming)) for _ in range(50)]
+    await until(lambda: sum(task.done() for task in running) + len(fake.called) == 50)
+
+    assert 0 < len(fake.called) < limit // 1_000  # the others were refused while these had their tokens reserved
+    assert (await used(gateway, client))["tpd"] <= limit
+    go_on.set()
+    got = await asyncio.gather(*running)
+    assert sorted(answer.status for answer in got) == [200] * len(fake.called) + [429] * (50 - len(fake.called))
+    rows = [row for row in (await gateway.seen("/api/requests?limit=100"))["rows"] if row["status"] == "success"]
+    spent = sum(row["input_tokens"] + row["output_tokens"] for row in rows)
+    assert (await used(gateway, client))["tpd"] == spent
+    await gateway.stop()
+    again = await start_gateway(["a"])
+    assert (await used(again, client)) == {"rpm": len(rows), "rpd": len(rows), "tpd": spent}
+
+
+def held_back(go_on: asyncio.Event):
+    """An answer that waits to be let go."""
+
+    def reply(request):
+        first, *rest = answer()(request).steps
+        return raw(Wait(go_on), first, *rest)
+
+    return reply
 
 
 async def test_tokens_count_as_used_and_not_as_estimated(gateway):

@@ -14,6 +14,7 @@ from small_worlds import NAMES, World, a_world
 
 from routing.catalog import Model, Platform, keeps_prompts_private
 from routing.fit import reaches_floor
+from wire.chat import ModelKind
 from wire.errors import GatewayError
 
 SAFE = {"trains_on_prompts": False}
@@ -35,13 +36,16 @@ def requests_of(world: World, **wish: object):
         need = world.need(**wish)
         with contextlib.suppress(GatewayError):
             plan = world.router.plan(need, world.standing(), world.now, world.rng)
-            yield need, world.failing(plan)
+            yield need, world.failing(plan, joined=True)
 
 
-@settings(max_examples=300, deadline=None)
+KINDS = (ModelKind.CHAT, ModelKind.CHAT, ModelKind.EMBEDDING)
+
+
+@settings(max_examples=1000, deadline=None)
 @given(SEEDS)
 def test_no_train_never_reaches_a_route_that_is_not_known_to_be_safe(seed):
-    world = a_world(seed)
+    world = a_world(seed, kind=KINDS[seed % len(KINDS)])
     safe = {p.id for p in world.catalog.platforms.values() if p.local or p.trains_on_prompts is False}
 
     for _, routes in requests_of(world, no_train=True):
