@@ -59,8 +59,11 @@ def drill(argv: Sequence[str], environ: Mapping[str, str], cwd: Path, tell: Tell
     except (SettingsError, StoreError) as error:
         tell(f"freeway: {error}")
         return 2
-    except (CallFailed, TimeoutError, ValueError) as error:
-        tell(f"freeway: no drill at {own_address(settings)}: {error or 'it took too long'}. Is the gateway running?")
+    except CallFailed:
+        tell(f"freeway: no gateway answers at {own_address(settings)}. Is it running there? `make run` starts one.")
+        return 2
+    except (TimeoutError, ValueError) as error:
+        tell(f"freeway: no drill at {own_address(settings)}: {error or 'it took too long'}")
         return 2
     for line in table(told["cases"]):
         tell(line)

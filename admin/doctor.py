@@ -21,7 +21,7 @@ from protection import Failure, UpstreamError, parse_levels
 from providers import Providers, Timeouts
 from records.checkup import Checkup, StoredKey, look_into
 from records.vault import StoreError
-from routing.catalog import KEYLESS, Key, ModelKind, Platform, how_written, is_demo
+from routing.catalog import KEYLESS, Key, Platform, how_written, is_demo, keeps_prompts_private
 from transport.process import listen
 from transport.upstream import CallFailed, Upstream
 from wire.http import NO_PROXIES, Endpoint
@@ -97,6 +97,8 @@ async def doctor(argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> 
         yield await about_clock(files, keys, upstream)
         async for finding in about_keys(files, keys, providers):
             yield finding
+        for finding in about_privacy(settings, files, keys):
+            yield finding
         async for finding in about_local_servers(files, providers):
             yield finding
 
@@ -159,8 +161,29 @@ def all_keys(files: CatalogFiles, found: Checkup | None) -> list[StoredKey]:
     for given in files.keys:
         if (given.platform, given.secret) not in known:
             known.add((given.platform, given.secret))
-            stored.append(StoredKey(given.platform, given.label, given.secret, enabled=True))
+            stored.append(
+                StoredKey(given.platform, given.label, given.secret, True, trains_on_prompts=given.trains_on_prompts)
+            )
     return stored
+
+
+def about_privacy(settings: Settings, files: CatalogFiles, keys: Sequence[StoredKey]) -> Iterator[Finding]:
+    """Whom a gateway that sends prompts to nobody who trains on them can ask at all (SPEC 21.4)."""
+    keyless = [platform for platform in files.platforms.values() if platform.keyless and not is_demo(platform)]
+    if settings.privacy is None or not (keys or keyless):
+        return
+    found = {platform.id for platform in keyless if keeps_prompts_private(platform, KEYLESS)}
+    for key in keys:
+        platform = files.platforms.get(key.platform)
+        as_routed = Key(0, key.platform, key.secret, trains_on_prompts=key.trains_on_prompts)
+        if platform is not None and key.enabled and keeps_prompts_private(platform, as_routed):
+            found.add(platform.id)
+    if found:
+        yield ok("privacy", f"{settings.privacy}: {', '.join(sorted(found))} may be asked, and nobody else")
+        return
+    words = "GATEWAY_PRIVACY=no-train, and no key is known not to train: every request is refused with no_private_route"
+    what = "Add a key of a platform that does not train, say trains_on_prompts: false of a paid one, or unset it."
+    yield todo("privacy", words, what)
 
 
 async def about_clock(files: CatalogFiles, keys: Sequence[StoredKey], upstream: Upstream) -> Finding:
@@ -174,7 +197,7 @@ async def about_clock(files: CatalogFiles, keys: Sequence[StoredKey], upstream: 
             return todo("clock", words, "Set it, best by the system's own time service.")
         if skew_s is not None:
             return ok("clock", f"right to within {max(1.0, abs(skew_s)):.0f} s")
-    return note("clock", "there is nothing to compare it with")
+    return note("clock", "not compared: no provider that has a key said what time it is")
 
 
 async def skew_of(url: str, upstream: Upstream) -> float | None:
@@ -210,8 +233,7 @@ async def about_key(files: CatalogFiles, key: StoredKey, providers: Providers) -
         return note(about, "switched off")
     if (words := how_written(platform, key.secret)) is not None:
         return todo(about, words, replacement(platform))
-    chat = (m for m in files.models if m.platform is platform and m.kind is ModelKind.CHAT)
-    if (model := next(chat, None)) is None:
+    if (model := next((m for m in files.models if m.platform is platform), None)) is None:
         return note(about, "the catalogue has no model for it")
     try:
         proved = await providers.check_key(model, Key(0, platform.id, key.secret, key.label))

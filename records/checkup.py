@@ -23,6 +23,7 @@ class StoredKey:
     label: str
     secret: str = field(repr=False)
     enabled: bool
+    trains_on_prompts: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,10 +69,14 @@ def examined(db: sqlite3.Connection, path: Path, encryption_key: bytes | None) -
     vault = Vault(encryption_key or read_key_file(key_file, must_exist=True))
     for sealed in kept.values():
         vault.unseal(sealed)
+    trains_on_prompts = "trains_on_prompts" if version > 1 else "NULL"  # the first edition did not ask
     keys = tuple(
-        StoredKey(platform, label, vault.decrypt(ciphertext, iv, tag), bool(enabled))
-        for platform, label, enabled, ciphertext, iv, tag in db.execute(
-            "SELECT platform, label, enabled, encrypted_key, iv, auth_tag FROM api_keys ORDER BY platform, id"
+        StoredKey(
+            platform, label, vault.decrypt(ciphertext, iv, tag), bool(enabled), None if trains is None else bool(trains)
+        )
+        for platform, label, enabled, ciphertext, iv, tag, trains in db.execute(
+            f"SELECT platform, label, enabled, encrypted_key, iv, auth_tag, {trains_on_prompts} FROM api_keys "
+            "ORDER BY platform, id"
         )
     )
     is_open = encryption_key is None and key_file.stat().st_mode & 0o077

@@ -74,6 +74,30 @@ async def test_no_key_at_all_is_something_to_do_and_a_local_server_is_not(start_
     assert "1 models" in lines_about(text, "local server box")
 
 
+async def test_a_gateway_that_may_ask_nobody_is_told_so(start_process, fake):
+    for name in "ab":
+        fake.script(name, MODELS)
+    private, paid = {"GATEWAY_PRIVACY": "no-train"}, {"key": "sk-paid", "trains_on_prompts": False}
+
+    status, text = await run(start_process, "doctor", platforms=["a"], settings=private)
+    assert status == 1
+    assert "!!" in lines_about(text, "privacy")
+
+    platforms = {"a": {"trains_on_prompts": True}, "b": {"trains_on_prompts": True, "keys": [paid]}}
+    status, text = await run(start_process, "doctor", platforms=platforms, settings=private)
+    assert (status, lines_about(text, "privacy")) == (0, "ok  privacy: no-train: b may be asked, and nobody else")
+    assert "privacy" not in (await run(start_process, "doctor", platforms=["a"]))[1]
+
+
+async def test_a_platform_of_embeddings_alone_has_its_key_checked_too(start_process, fake):
+    fake.script("a", MODELS)
+    platforms = {"a": {"model": {"model_id": "e", "kind": "embedding", "family": "e"}}}
+
+    status, text = await run(start_process, "doctor", platforms=platforms)
+
+    assert (status, "works" in lines_about(text, "key of a")) == (0, True)
+
+
 async def test_a_local_server_that_is_not_running_is_told(start_process):
     with refusing_url() as nowhere:
         platforms = {"box": {"keyless": True, "local": True, "base_url": nowhere}}

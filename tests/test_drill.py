@@ -4,8 +4,8 @@ import asyncio
 import json
 
 import pytest
-from conftest import assert_error, both_ways
-from fake_provider import STOP, answer, chunk, error, sse, usage_chunk
+from conftest import assert_error, both_ways, case
+from fake_provider import CUT, STOP, answer, chunk, error, sse, usage_chunk
 
 from engine.drill import CASES, Break, Drill, parse_drill
 from wire.errors import InvalidRequest
@@ -208,12 +208,12 @@ async def test_every_case_is_played_and_the_table_says_how_it_went(start_gateway
 
     assert [case["case"] for case in told["cases"]] == list(CASES)
     assert told["passed"] is True
-    for case in told["cases"]:
-        assert (case["whole"], case["error"]) == (True, None)
-        assert case["platform"] in ("a", "b")
-        assert case["model_id"] == f"{case['platform']}-model"
-        assert 0 < case["calls"] <= 2
-        assert case["ms"] >= 0
+    for each in told["cases"]:
+        assert (each["whole"], each["error"]) == (True, None)
+        assert each["platform"] in ("a", "b")
+        assert each["model_id"] == f"{each['platform']}-model"
+        assert 0 < each["calls"] <= 2
+        assert each["ms"] >= 0
     assert len(fake.requests) == sum(case["calls"] for case in told["cases"])
     rows = (await admin_get(gateway, "/api/requests"))["rows"]
     assert rows and all(row["drill"] for row in rows)
@@ -236,6 +236,32 @@ async def test_a_chain_that_cannot_do_without_its_first_route_fails_the_drill(st
     assert (told["passed"], played["whole"]) == (False, False)
     assert played["error"]
     assert len(fake.requests) == played["calls"] == answered + 1
+
+
+SECONDS = {
+    "is down": error(503), "is limited": error(429), "says nothing": sse(STOP), "breaks off too": sse(chunk("1"), CUT),
+    "is another": sse(*map(chunk, ("Well, ", "that is ", "quite ", "another ", "thing.")), STOP), "is whole": worded(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("second", SECONDS.values(), ids=SECONDS)
+async def test_the_table_says_of_each_case_what_a_client_got_and_from_whom(start_gateway, fake, second):
+    gateway = await start_gateway(["a", "b"], QUICK)
+    fake.script("a", worded())
+    fake.script("b", second)
+    for name in CASES:
+        with case(name):
+            fake.clear()
+            told = await whole_drill(gateway, {"cases": [name]})
+            (played,) = told["cases"]
+            assert played["calls"] == len(fake.called) <= 2
+            assert told["passed"] is played["whole"] is (played["error"] is None)
+            asked = fake.called[-1]
+            assert (played["platform"], played["model_id"]) == (asked, f"{asked}-model")
+            if second is SECONDS["is whole"]:
+                assert played["whole"]
+            elif asked == "b" and second is not SECONDS["is another"]:  # which is whole where nothing was said before
+                assert not played["whole"]
 
 
 async def test_chosen_cases_and_wrong_ones(start_gateway, fake):
