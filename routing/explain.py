@@ -148,4 +148,4 @@ def left_out(model: Model, need: Need, named: Collection[int], catalog: Catalog,
 
 def blocked_words(reason: str, left_s: float | None) -> str:
     words = BLOCKED_WORDS[reason]
-    return words if not left_s else f"{words}; {max(0.1, left_s):.1f} s left"
+    return words if not left_s else f"{words}; may be asked in {max(0.1, left_s):.1f} s"

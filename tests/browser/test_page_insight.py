@@ -31,7 +31,7 @@ def candidate(name: str, rung: int, score: float | None, excluded: str | None = 
     return {"platform": name, "model_id": "m", "rung": rung, "score": score, "parts": None, "excluded": excluded}
 
 
-NO_KEY = "no key with capacity; 12.0 s left"
+NO_KEY = "no key with capacity; may be asked in 12.0 s"
 PASSED_OVER = {  # the candidates beside b, which has answered; what is said of the one that might have been asked
     "none": ([candidate("b", 1, 0.9), candidate("a", 1, 0.5)], None),
     "no key": ([candidate("b", 1, 0.9), candidate("a", 1, 1.2, NO_KEY)], f"a/m was passed over: {NO_KEY}."),
