@@ -435,8 +435,15 @@ async def test_a_defect_of_ours_in_a_race_ends_both_attempts_and_the_request(sta
 
     assert (got.status, got.error["code"]) == (500, "internal_error")
     assert_in_time(await fake.closed(0) - fake.requests[1].arrived_at)
-    assert [row["status"] for row in await gateway.rows(2)] == ["cancelled", "cancelled"]
+    called_off, ours = await gateway.rows(2)
+    assert (called_off["status"], called_off["error_kind"]) == ("cancelled", None)
+    assert_ours(ours)
     await assert_no_trace_but(gateway)
+
+
+def assert_ours(row: dict) -> None:
+    """The row of an attempt that our own defect has ended: it blames no provider, and routing learns nothing of it."""
+    assert (row["status"], row["error_kind"], row["http_status"], row["uncounted"]) == ("error", None, 500, 1)
 
 
 async def test_a_defect_of_ours_in_the_middle_of_an_answer_cuts_the_connection(start_gateway, fake, defective):
@@ -452,5 +459,7 @@ async def test_a_defect_of_ours_in_the_middle_of_an_answer_cuts_the_connection(s
 
     assert Stream(200, {}, received).text == PROSE[: len(PROSE) // 2]
     assert b"[DONE]" not in received
-    assert [row["status"] for row in await gateway.rows(2)] == ["error", "cancelled"]
+    broke, ours = await gateway.rows(2)
+    assert (broke["status"], broke["error_kind"]) == ("error", "connection")
+    assert_ours(ours)
     await assert_no_trace_but(gateway, rests=("a-model",))
