@@ -48,7 +48,8 @@ from engine.exchange import Engine
 from engine.listing import Listing
 from protection import parse_levels
 from providers import Providers, Timeouts
-from records.database import Connection, DatabaseError, Store, ping
+from records.connection import Connection
+from records.database import DatabaseError, Store, ping
 from records.eventlog import EventLog
 from records.eventlog import Handler as LibraryLog
 from records.keys import client_key

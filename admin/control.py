@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from config.catalog_files import CatalogFiles
-from records.database import Connection, Store
+from records.connection import Connection
+from records.database import Store
 from records.keys import judge_keys, sync_environment_keys, sync_file_keys
 from records.models import Snapshot, load_snapshot, sync_models
 from router import Router

@@ -14,7 +14,7 @@ from admin.bodies import json_response, resource
 from engine.exchange import Engine
 from protection import KeyStatus
 from records.analytics import Reports
-from records.database import Connection
+from records.connection import Connection
 from records.request_log import use_since
 from records.rows import iso
 from routing.catalog import KEYLESS, Key, Model, is_demo

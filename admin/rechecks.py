@@ -21,6 +21,7 @@ from wire.errors import GatewayError
 
 PAUSE_S_MAX = 3600.0
 LOOK_S = (0.005, 1.0)  # how often the statuses are looked at: a quarter of the first pause, within these
+TROUBLE: tuple[type[Exception], ...] = (*DatabaseError, GatewayError)
 AT_ONCE_MAX = 8  # checks running together; each ends by itself within ten seconds
 
 
@@ -81,7 +82,7 @@ async def recheck(engine: Engine, control: Control, platform: Platform, id: int)
             await check_key(engine, control, id)
         else:
             await control.apply(lambda db: forget_status(db, id))
-    except (DatabaseError, GatewayError) as error:
+    except TROUBLE as error:
         engine.log.write("warning", "key_recheck", key_id=id, message=str(error))
         return
     engine.log.write("info", "key_rechecked", key_id=id, platform=platform.id, status=engine.router.key_status.get(id))

@@ -19,8 +19,8 @@ import aiohttp
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from records.database import SCHEMA, SCHEMA_VERSION  # noqa: E402
 from records.rows import Row, insert_rows  # noqa: E402
+from records.sqlite import SCHEMA, SCHEMA_VERSION  # noqa: E402
 
 MODELS, PLATFORMS, KEYS, SESSIONS, ROWS = 200, 20, 500, 10_000, 1_000_000
 WEEK_S = 7 * 86_400

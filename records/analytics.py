@@ -1,17 +1,17 @@
 """What the request log says of a window of time, for the operator's charts and tables.
 
 Rows are attempts; a request is what shares a `request_id`, and its outcome is that of its last attempt. Times are of
-successes only, and not of answers from memory. Drills count nowhere. Everything is worked out by SQLite on the store's
-reading thread, off the event loop; `since` bounds every query and is served by the index on `created_at`.
+successes only, and not of answers from memory. Drills count nowhere. Everything is worked out by the database, asked
+from the store's reading thread; `since` bounds every query and is served by the index on `created_at`.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping
 from typing import Any
 
 from records.clients import client_names
+from records.connection import Connection
 from records.rows import iso
 
 HOUR_S, DAY_S = 3600, 86_400
@@ -31,12 +31,12 @@ TOKENS = ", ".join(
     for name in ("input_tokens", "output_tokens")
 )
 COUNTED = f"""
-    SUM(status = 'success') AS successes, SUM(status = 'error') AS errors, SUM(status = 'cancelled') AS cancelled,
-    {TOKENS}"""
+    COUNT(*) FILTER (WHERE status = 'success') AS successes, COUNT(*) FILTER (WHERE status = 'error') AS errors,
+    COUNT(*) FILTER (WHERE status = 'cancelled') AS cancelled, {TOKENS}"""
 # In SQLite the other columns beside MAX() are those of its row.
 LAST_ATTEMPTS = """(
-    SELECT MAX(id), status, created_at FROM requests WHERE created_at >= :since AND NOT drill GROUP BY request_id
-)"""
+    SELECT MAX(id), status, created_at FROM requests WHERE created_at >= :since AND drill = 0 GROUP BY request_id
+) AS last"""
 NONE = (None, None)
 BUCKET = "CAST((julianday(created_at) - julianday(:start)) * 86400 / :step AS INTEGER)"
 PER_MODEL, PER_PLATFORM, PER_CLIENT, ALL = ("platform", "model_id"), ("platform",), ("client",), ("1",)
@@ -58,7 +58,7 @@ class Reports:
         self._kept[window] = report, ended + spent_s / REPORT_SHARE if spent_s > REPORT_LONG_S else ended
 
 
-def analytics(db: sqlite3.Connection, window: str, utc: float) -> dict[str, Any]:
+def analytics(db: Connection, window: str, utc: float) -> dict[str, Any]:
     """Totals, the same by model, platform and client, and a series over time, in the contract's shape."""
     length_s, step_s = WINDOWS[window]
     since = utc - length_s
@@ -74,13 +74,13 @@ def analytics(db: sqlite3.Connection, window: str, utc: float) -> dict[str, Any]
     }
 
 
-def totals(db: sqlite3.Connection, bound: Mapping[str, Any]) -> dict[str, Any]:
+def totals(db: Connection, bound: Mapping[str, Any]) -> dict[str, Any]:
     requests, successes, errors, cancelled = db.execute(
-        "SELECT COUNT(*), COALESCE(SUM(status = 'success'), 0), COALESCE(SUM(status = 'error'), 0), "
-        f"COALESCE(SUM(status = 'cancelled'), 0) FROM {LAST_ATTEMPTS}",
+        "SELECT COUNT(*), COUNT(*) FILTER (WHERE status = 'success'), COUNT(*) FILTER (WHERE status = 'error'), "
+        f"COUNT(*) FILTER (WHERE status = 'cancelled') FROM {LAST_ATTEMPTS}",
         bound,
     ).fetchone()
-    tokens = db.execute(f"SELECT {TOKENS} FROM requests WHERE created_at >= :since AND NOT drill", bound).fetchone()
+    tokens = db.execute(f"SELECT {TOKENS} FROM requests WHERE created_at >= :since AND drill = 0", bound).fetchone()
     latency = percentiles(db, ALL, "latency_ms", bound).get((1,), NONE)
     ttfb = percentiles(db, ALL, "ttfb_ms", bound).get((1,), NONE)
     return {
@@ -97,12 +97,13 @@ def totals(db: sqlite3.Connection, bound: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def grouped(db: sqlite3.Connection, columns: tuple[str, ...], bound: Mapping[str, Any]) -> list[dict[str, Any]]:
+def grouped(db: Connection, columns: tuple[str, ...], bound: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Attempts by these columns, most used first."""
-    by = ", ".join(columns)
+    by, order = ", ".join(columns), ", ".join(f"{column} NULLS FIRST" for column in columns)
     rows = db.execute(
         f"SELECT {by}, COUNT(*) AS attempts, {COUNTED} FROM requests "
-        f"WHERE created_at >= :since AND NOT drill AND platform IS NOT NULL GROUP BY {by} ORDER BY attempts DESC, {by}",
+        f"WHERE created_at >= :since AND drill = 0 AND platform IS NOT NULL GROUP BY {by} "
+        f"ORDER BY attempts DESC, {order}",
         bound,
     ).fetchall()
     latency, ttfb = (percentiles(db, columns, measure, bound) for measure in ("latency_ms", "ttfb_ms"))
@@ -116,14 +117,14 @@ def grouped(db: sqlite3.Connection, columns: tuple[str, ...], bound: Mapping[str
     return entries
 
 
-def by_client(db: sqlite3.Connection, bound: Mapping[str, Any]) -> list[dict[str, Any]]:
+def by_client(db: Connection, bound: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Attempts of each client key; client null is the gateway's own key."""
     names = client_names(db)
     return [{**entry, "name": names.get(entry["client"])} for entry in grouped(db, PER_CLIENT, bound)]
 
 
 def percentiles(
-    db: sqlite3.Connection, columns: tuple[str, ...], measure: str, bound: Mapping[str, Any]
+    db: Connection, columns: tuple[str, ...], measure: str, bound: Mapping[str, Any]
 ) -> dict[tuple[Any, ...], tuple[int, int]]:
     """Median and 95th percentile of the successes in each group: the smallest value that so many do not exceed."""
     groups = [f"g{number}" for number in range(len(columns))]
@@ -132,7 +133,7 @@ def percentiles(
     query = f"""
         WITH counted AS (
             SELECT {named}, {measure} AS value, COUNT(*) AS occurred FROM requests
-            WHERE created_at >= :since AND status = 'success' AND NOT cached AND NOT drill AND {measure} IS NOT NULL
+            WHERE created_at >= :since AND status = 'success' AND cached = 0 AND drill = 0 AND {measure} IS NOT NULL
             GROUP BY {by}, value
         ), ranked AS (
             SELECT {by}, value, SUM(occurred) OVER (PARTITION BY {by} ORDER BY value) AS place,
@@ -145,20 +146,20 @@ def percentiles(
     return {row[:-2]: (row[-2], row[-1]) for row in db.execute(query, bound)}
 
 
-def series(
-    db: sqlite3.Connection, bound: Mapping[str, Any], start: float, step_s: int, utc: float
-) -> list[dict[str, Any]]:
+def series(db: Connection, bound: Mapping[str, Any], start: float, step_s: int, utc: float) -> list[dict[str, Any]]:
     """One entry for each step of the window, also where nothing happened; the first and last are incomplete."""
     requests = {
         place: (count, errors)
         for place, count, errors in db.execute(
-            f"SELECT {BUCKET} AS place, COUNT(*), SUM(status = 'error') FROM {LAST_ATTEMPTS} GROUP BY place", bound
+            f"SELECT {BUCKET} AS place, COUNT(*), COUNT(*) FILTER (WHERE status = 'error') FROM {LAST_ATTEMPTS} "
+            "GROUP BY place",
+            bound,
         )
     }
     tokens = dict(
         db.execute(
             f"SELECT {BUCKET} AS place, COALESCE(SUM(output_tokens), 0) FROM requests "
-            "WHERE created_at >= :since AND status <> 'cancelled' AND NOT drill GROUP BY place",
+            "WHERE created_at >= :since AND status <> 'cancelled' AND drill = 0 GROUP BY place",
             bound,
         ).fetchall()
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sqlite3
 import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -11,6 +10,7 @@ from typing import Any
 
 import orjson
 
+from records.connection import Connection
 from records.rows import iso
 from records.vault import mask
 from routing.clients import Client, Limits, hash_of
@@ -22,7 +22,7 @@ COLUMNS = (
 LIMITS = {"rpm": "rpm_limit", "rpd": "rpd_limit", "tpd": "tpd_limit"}
 
 
-def list_clients(db: sqlite3.Connection, id: int | None = None) -> list[dict[str, Any]]:
+def list_clients(db: Connection, id: int | None = None) -> list[dict[str, Any]]:
     """Every client, or the one with this id, in the contract's shape."""
     entries = []
     for row in db.execute(
@@ -36,11 +36,11 @@ def list_clients(db: sqlite3.Connection, id: int | None = None) -> list[dict[str
     return entries
 
 
-def show_client(db: sqlite3.Connection, id: int) -> dict[str, Any] | None:
+def show_client(db: Connection, id: int) -> dict[str, Any] | None:
     return next(iter(list_clients(db, id)), None)
 
 
-def load_clients(db: sqlite3.Connection) -> list[Client]:
+def load_clients(db: Connection) -> list[Client]:
     """All clients as routing knows them."""
     hashes: dict[int, bytes] = dict(db.execute("SELECT id, key_hash FROM clients").fetchall())
     return [
@@ -59,18 +59,20 @@ def load_clients(db: sqlite3.Connection) -> list[Client]:
     ]
 
 
-def add_client(db: sqlite3.Connection, changes: Mapping[str, Any]) -> tuple[int, str]:
+def add_client(db: Connection, changes: Mapping[str, Any]) -> tuple[int, str]:
     """Make a client with a new key; gives its id and the key, which is nowhere to be had again."""
     key = f"fwc-{secrets.token_urlsafe(32)}"
-    id = db.execute(
+    key_hash = hash_of(key.encode())
+    db.execute(
         "INSERT INTO clients (name, key_hash, masked, created_at) VALUES (?, ?, ?, ?)",
-        (changes["name"], hash_of(key.encode()), mask(key), iso(time.time())),
-    ).lastrowid
-    change_client(db, int(id or 0), changes)
-    return int(id or 0), key
+        (changes["name"], key_hash, mask(key), iso(time.time())),
+    )
+    (id,) = db.execute("SELECT id FROM clients WHERE key_hash = ?", (key_hash,)).fetchone()
+    change_client(db, id, changes)
+    return id, key
 
 
-def change_client(db: sqlite3.Connection, id: int, changes: Mapping[str, Any]) -> None:
+def change_client(db: Connection, id: int, changes: Mapping[str, Any]) -> None:
     """Change what is given; of `limits` too, one by one."""
     columns = {name: value for name, value in changes.items() if name in COLUMNS}
     if "limits" in changes:
@@ -82,11 +84,11 @@ def change_client(db: sqlite3.Connection, id: int, changes: Mapping[str, Any]) -
         db.execute(f"UPDATE clients SET {name} = ? WHERE id = ?", (value, id))
 
 
-def delete_client(db: sqlite3.Connection, id: int) -> bool:
+def delete_client(db: Connection, id: int) -> bool:
     return db.execute("DELETE FROM clients WHERE id = ?", (id,)).rowcount > 0
 
 
-def client_names(db: sqlite3.Connection) -> dict[int, str]:
+def client_names(db: Connection) -> dict[int, str]:
     return dict(db.execute("SELECT id, name FROM clients").fetchall())
 
 

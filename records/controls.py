@@ -6,11 +6,11 @@ Secrets go in and never come out: a key leaves here masked.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from records.connection import Connection
 from records.keys import add_key
 from records.vault import Vault, mask
 from routing.catalog import KeyStatus
@@ -24,7 +24,7 @@ CHANGEABLE = {"label", "enabled", "trains_on_prompts"}  # columns of `api_keys`
 FLAGS = ("enabled", "supports_tools", "supports_vision")
 
 
-def list_keys(db: sqlite3.Connection, vault: Vault, id: int | None = None) -> list[dict[str, Any]]:
+def list_keys(db: Connection, vault: Vault, id: int | None = None) -> list[dict[str, Any]]:
     """Every key, or the one with this id, as it may be shown."""
     entries = []
     for *shown, ciphertext, iv, tag in db.execute(
@@ -40,19 +40,17 @@ def list_keys(db: sqlite3.Connection, vault: Vault, id: int | None = None) -> li
     return entries
 
 
-def show_key(db: sqlite3.Connection, vault: Vault, id: int) -> dict[str, Any] | None:
+def show_key(db: Connection, vault: Vault, id: int) -> dict[str, Any] | None:
     return next(iter(list_keys(db, vault, id)), None)
 
 
-def read_secret(db: sqlite3.Connection, vault: Vault, id: int) -> tuple[str, str] | None:
+def read_secret(db: Connection, vault: Vault, id: int) -> tuple[str, str] | None:
     """A key's platform and the key itself, for a call to its provider."""
     row = db.execute("SELECT platform, encrypted_key, iv, auth_tag FROM api_keys WHERE id = ?", (id,)).fetchone()
     return (row[0], vault.decrypt(*row[1:])) if row else None
 
 
-def put_key(
-    db: sqlite3.Connection, vault: Vault, platform: str, secret: str, changes: Mapping[str, Any]
-) -> tuple[int, bool]:
+def put_key(db: Connection, vault: Vault, platform: str, secret: str, changes: Mapping[str, Any]) -> tuple[int, bool]:
     """Store a key; gives its id, and whether it is new.
 
     Giving a known key again is a wish to use it: its row is switched on, and tried again if it was invalid. One whose
@@ -71,42 +69,42 @@ def put_key(
     return id, id not in known
 
 
-def change_key(db: sqlite3.Connection, id: int, changes: Mapping[str, Any], *, reset: bool) -> None:
+def change_key(db: Connection, id: int, changes: Mapping[str, Any], *, reset: bool) -> None:
     """Change these columns; `reset` makes the key's status unknown, so that it is tried again."""
     set_columns(db, id, changes)
     if reset:
         set_status(db, id, KeyStatus.UNKNOWN, None)
 
 
-def set_columns(db: sqlite3.Connection, id: int, changes: Mapping[str, Any]) -> None:
+def set_columns(db: Connection, id: int, changes: Mapping[str, Any]) -> None:
     for name in CHANGEABLE & changes.keys():
         db.execute(f"UPDATE api_keys SET {name} = ? WHERE id = ?", (changes[name], id))
     if "enabled" in changes:
         db.execute("UPDATE api_keys SET gone = 0 WHERE id = ?", (id,))
 
 
-def set_status(db: sqlite3.Connection, id: int, status: KeyStatus | None, last_error: str | None) -> None:
+def set_status(db: Connection, id: int, status: KeyStatus | None, last_error: str | None) -> None:
     """Note what a check has found; a status of None says nothing of the key."""
     db.execute(
         "UPDATE api_keys SET status = COALESCE(?, status), last_error = ? WHERE id = ?", (status, last_error, id)
     )
 
 
-def forget_status(db: sqlite3.Connection, id: int) -> None:
+def forget_status(db: Connection, id: int) -> None:
     """An invalid key is to be tried again; what was wrong with it can still be read."""
     db.execute("UPDATE api_keys SET status = 'unknown' WHERE id = ? AND status = 'invalid'", (id,))
 
 
-def delete_key(db: sqlite3.Connection, id: int) -> bool:
+def delete_key(db: Connection, id: int) -> bool:
     return db.execute("DELETE FROM api_keys WHERE id = ?", (id,)).rowcount > 0
 
 
-def count_keys(db: sqlite3.Connection) -> dict[str, int]:
+def count_keys(db: Connection) -> dict[str, int]:
     """How many keys each platform has, those switched off too."""
     return dict(db.execute("SELECT platform, COUNT(*) FROM api_keys GROUP BY platform").fetchall())
 
 
-def list_models(db: sqlite3.Connection, id: int | None = None) -> list[dict[str, Any]]:
+def list_models(db: Connection, id: int | None = None) -> list[dict[str, Any]]:
     """Rows of `models`, those gone from the catalogue too."""
     entries = []
     for row in db.execute(
@@ -117,8 +115,8 @@ def list_models(db: sqlite3.Connection, id: int | None = None) -> list[dict[str,
     return entries
 
 
-def set_model_enabled(db: sqlite3.Connection, id: int, enabled: bool) -> dict[str, Any]:
-    db.execute("UPDATE models SET enabled = ? WHERE id = ?", (enabled, id))
+def set_model_enabled(db: Connection, id: int, enabled: bool) -> dict[str, Any]:
+    db.execute("UPDATE models SET enabled = ?, enabled_before = NULL WHERE id = ?", (enabled, id))
     return list_models(db, id)[0]
 
 
@@ -131,7 +129,7 @@ class Link:
     enabled: bool | None
 
 
-def change_chain(db: sqlite3.Connection, links: Sequence[Link]) -> None:
+def change_chain(db: Connection, links: Sequence[Link]) -> None:
     """Apply all changes. Where two models of a kind would share a priority, the one given now comes first, the other
     moves on."""
     query = "SELECT model_db_id, priority, f.enabled, kind FROM fallback_config f JOIN models m ON m.id = model_db_id"

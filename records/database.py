@@ -1,134 +1,98 @@
-"""The database: one SQLite file, opened, migrated, written and read off the event loop.
+"""The store: what survives a gateway, written and read off the event loop.
 
-One thread owns the connection that writes; a second one reads, so that a long query never holds up the log. Request
-rows wait in a bounded queue and are written in batches, off the event loop; a locked or full database makes them wait
-longer and never fails a request.
+One thread writes; a second one reads, so that a long query never holds up the log. Request rows wait in a bounded queue
+and are written in batches; a database that is locked, full or away makes them wait longer and never fails a request.
+Which database it is, a SQLite file or a PostgreSQL that gateways share, is the backend's affair.
 """
 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
-from records.migrations import MIGRATIONS, SCHEMA_VERSION
-from records.rows import UNSTORABLE, Row, insert_each, insert_rows
-from records.vault import StoreError, Vault, read_key_file
+from records.connection import Backend, Connection, DatabaseAway
+from records.rows import UNSTORABLE, Row
+from records.sqlite import ROWS_MAX, SQLite, SQLiteError
+from records.vault import StoreError
 
-SCHEMA = Path(__file__).parent.parent / "schema.sql"
-ROWS_MAX = 20_000  # waiting to be written; about 10 MB, and hours of a laptop's traffic
 FLUSH_S = 0.04  # half of the 100 ms that a kill may cost (SPEC 12.2), the other half is for the write itself
 RETRY_S = 0.5  # after a write that failed
 CLOSE_S = 5.0  # for the last rows, when the database is locked while we stop
-BUSY_MS = 250  # SQLite's own wait for another process's lock
 T = TypeVar("T")
-Connection = sqlite3.Connection  # for the types of what others hand to `write` and `read`
-DatabaseError = sqlite3.Error  # what `write` and `read` raise when the database is locked, full or broken
+# What `write` and `read` raise when the database is locked, full, broken or away.
+DatabaseError: tuple[type[Exception], ...] = (SQLiteError, DatabaseAway)
 
 
 class Store:
     """The database of one gateway. Construct it to open; `close` writes what is pending."""
 
-    def __init__(self, path: Path, encryption_key: bytes | None) -> None:
+    def __init__(self, path: Path, encryption_key: bytes | None, address: str | None = None) -> None:
+        """`address` is that of a PostgreSQL to use instead of the file (SPEC 20.2)."""
         self.dropped = 0  # rows lost because the queue was full
-        self._path = path
+        self.backend = SQLite(path, encryption_key) if address is None else shared(address, path, encryption_key)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._rows: deque[Row] = deque()
         self._taken = 0  # of them, by the writer
         self._timer: asyncio.TimerHandle | None = None
         self._writing: Future[int] | None = None
-        self._owed: dict[Hashable, Callable[[sqlite3.Connection], object]] = {}  # the writer's; see write_later
+        self._owed: dict[Hashable, Callable[[Connection], object]] = {}  # the writer's; see write_later
         try:
-            self._db: sqlite3.Connection = self._writer.submit(self._open, encryption_key).result()
-            self._read_db: sqlite3.Connection = self._reader.submit(connect, path).result()
-        except sqlite3.Error as error:
-            self._stop_threads()
-            raise StoreError(f"{path}: cannot be used as a database: {error}") from None
+            self.vault = self._writer.submit(self.backend.open).result()
+            self._reader.submit(self.backend.open_reading).result()
         except BaseException:
             self._stop_threads()
             raise
-
-    # Opening: on the writer's thread, before anything is served.
-
-    def _open(self, encryption_key: bytes | None) -> sqlite3.Connection:
-        if not self._path.parent.is_dir():
-            raise StoreError(f"{self._path}: the folder does not exist")
-        db = connect(self._path)
-        try:
-            self.vault = self._unlock(db, encryption_key)
-            db.execute("PRAGMA journal_mode = WAL")
-            migrate(db, self.vault)
-        except BaseException:
-            db.close()
-            raise
-        return db
-
-    def _unlock(self, db: sqlite3.Connection, encryption_key: bytes | None) -> Vault:
-        """The vault for this file. Proves the key on what is stored before anything is written."""
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version > SCHEMA_VERSION:
-            raise StoreError(f"{self._path}: made by a newer version of the gateway (schema {version})")
-        sealed = []
-        if version:
-            sealed = [row[0] for row in db.execute("SELECT value FROM settings WHERE key = 'key_check'")]
-        key_file = self._path.with_name(self._path.name + ".key")
-        if encryption_key is None:
-            encryption_key = read_key_file(key_file, must_exist=bool(sealed))
-        vault = Vault(encryption_key)
-        for value in sealed:
-            vault.unseal(value)
-        return vault
 
     # Reading and writing on behalf of the event loop.
 
-    async def write(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    async def write(self, work: Callable[[Connection], T]) -> T:
         """Run on the writer's thread, in one transaction, after the rows that are pending now."""
         self._submit()
         return await asyncio.wrap_future(self._writer.submit(self._transaction, work))
 
-    async def read(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        return await asyncio.wrap_future(self._reader.submit(lambda: work(self._read_db)))
+    async def read(self, work: Callable[[Connection], T]) -> T:
+        return await asyncio.wrap_future(self._reader.submit(self.backend.read, work))
 
-    def write_now(self, work: Callable[[sqlite3.Connection], T]) -> T:
+    def write_now(self, work: Callable[[Connection], T]) -> T:
         """`write` for the start, before there is an event loop."""
         return self._writer.submit(self._transaction, work).result()
 
-    def write_later(self, name: Hashable, work: Callable[[sqlite3.Connection], object]) -> None:
-        """`write` without waiting. If the database is locked or full the work is kept and done before the next write of
-        any kind; newer work of the same name replaces it."""
+    def write_later(self, name: Hashable, work: Callable[[Connection], object]) -> None:
+        """`write` without waiting. If the database is locked, full or away the work is kept and done before the next
+        write of any kind; newer work of the same name replaces it."""
         self._writer.submit(self._owe, name, work)
 
-    def _owe(self, name: Hashable, work: Callable[[sqlite3.Connection], object]) -> None:
+    def _owe(self, name: Hashable, work: Callable[[Connection], object]) -> None:
         in_time = not self._owed
         self._owed.pop(name, None)
         self._owed[name] = work
         if in_time:
-            with suppress(sqlite3.Error):
+            with suppress(*DatabaseError):
                 self._transaction(lambda db: None)
 
-    def _transaction(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        with transaction(self._db) as db:
+    def _transaction(self, work: Callable[[Connection], T]) -> T:
+        def all_of_it(db: Connection) -> T:
             for owed in self._owed.values():
                 with suppress(*UNSTORABLE):  # it must not block the rest
                     owed(db)
-            done = work(db)
+            return work(db)
+
+        done = self.backend.write(all_of_it)
         self._owed.clear()
         return done
 
     def _write_rows(self, rows: Sequence[Row]) -> int:
-        """Gives how many rows SQLite cannot hold and were left out: one such row must not block all others."""
-        try:
-            self._transaction(lambda db: insert_rows(db, rows))
-            return 0
-        except UNSTORABLE:
-            return self._transaction(lambda db: insert_each(db, rows))
+        if self._owed:
+            self._transaction(lambda db: None)
+        return self.backend.write_rows(rows)
 
     # The request log.
 
@@ -147,14 +111,17 @@ class Store:
     async def flush(self) -> None:
         """Wait until the rows queued so far have been tried."""
         await self._tried()  # which does not hold what has been queued since it began
-        self._submit()
-        await self._tried()
+        for _ in range(0, len(self._rows), self.backend.rows_at_once):
+            self._submit()
+            if not await self._tried():
+                break
 
-    async def _tried(self) -> None:
-        """Wait for the batch that is being written. Its failure is dealt with by `_written`, not here."""
-        if self._writing is not None:
-            (done,), _ = await asyncio.wait([asyncio.wrap_future(self._writing)])
-            done.exception()  # retrieved, or asyncio would log it
+    async def _tried(self) -> bool:
+        """Wait for the batch that is being written; gives whether it was. A failure is dealt with by `_written`."""
+        if self._writing is None:
+            return True
+        (done,), _ = await asyncio.wait([asyncio.wrap_future(self._writing)])
+        return done.exception() is None  # retrieved, or asyncio would log it
 
     def _arm(self, delay_s: float) -> None:
         if self._timer is None and self._writing is None:
@@ -166,9 +133,8 @@ class Store:
             self._timer = None
         if self._writing is not None or not self._rows:
             return
-        rows = list(self._rows)
-        self._taken = len(rows)
-        self._rows.clear()
+        self._taken = min(len(self._rows), self.backend.rows_at_once)
+        rows = [self._rows.popleft() for _ in range(self._taken)]
         loop = asyncio.get_running_loop()
         self._writing = self._writer.submit(self._write_rows, rows)
         self._writing.add_done_callback(lambda done: loop.call_soon_threadsafe(self._written, done, rows))
@@ -187,7 +153,7 @@ class Store:
             self._arm(RETRY_S if failed else FLUSH_S)
 
     async def close(self) -> None:
-        """Write what is pending, within a limit, and let go of the file."""
+        """Write what is pending, within a limit, and let go of the database."""
         deadline = time.monotonic() + CLOSE_S
         while self._rows or self._writing is not None:
             self._submit()
@@ -201,8 +167,8 @@ class Store:
                 await asyncio.sleep(0.05)
         if self._timer is not None:
             self._timer.cancel()
-        for executor, db in ((self._reader, self._read_db), (self._writer, self._db)):
-            await asyncio.wrap_future(executor.submit(db.close))
+        await asyncio.wrap_future(self._reader.submit(self.backend.close_reading))
+        await asyncio.wrap_future(self._writer.submit(self.backend.close))
         self._stop_threads()
 
     def _stop_threads(self) -> None:
@@ -210,54 +176,14 @@ class Store:
         self._reader.shutdown(wait=False)
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, timeout=BUSY_MS / 1000, isolation_level=None)
-    db.execute("PRAGMA foreign_keys = ON")
-    db.execute("PRAGMA synchronous = NORMAL")  # in WAL mode a kill loses nothing committed; a power cut may
-    db.execute("PRAGMA cache_size = -256")  # KB, of 2 MB: rows are added at the end and read in passes, in no less time
-    return db
-
-
-@contextmanager
-def transaction(db: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
-    db.execute("BEGIN IMMEDIATE")
+def shared(address: str, path: Path, encryption_key: bytes | None) -> Backend:
+    """Loaded only where it is wanted: its library is an extra."""
     try:
-        yield db
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:  # SQLite has rolled back by itself when the disk is full
-            db.execute("ROLLBACK")
-        raise
+        made: Backend = import_module("records.postgres").Postgres(address, path, encryption_key)
+    except ModuleNotFoundError as error:
+        raise StoreError(f"GATEWAY_LOG needs the package {error.name}: pip install -r requirements-scale.txt") from None
+    return made
 
 
-def migrate(db: sqlite3.Connection, vault: Vault) -> None:
-    """Bring the file to today's schema: all of it at once when it is new, else step by step."""
-    version = db.execute("PRAGMA user_version").fetchone()[0]
-    if not version:
-        with transaction(db):
-            run_script(db, SCHEMA.read_text())
-            db.execute("INSERT INTO settings VALUES ('key_check', ?)", (vault.seal("freeway"),))
-            db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        return
-    db.execute("PRAGMA foreign_keys = OFF")  # else DROP TABLE deletes what refers to the table; no transaction can
-    for number in range(version, SCHEMA_VERSION):
-        with transaction(db):
-            run_script(db, MIGRATIONS[number - 1])
-            if db.execute("PRAGMA foreign_key_check").fetchone() is not None:
-                raise sqlite3.IntegrityError(f"migration {number} left rows that refer to nothing")
-            db.execute(f"PRAGMA user_version = {number + 1}")
-    db.execute("PRAGMA foreign_keys = ON")
-
-
-def run_script(db: sqlite3.Connection, script: str) -> None:
-    """Like executescript(), which would commit our transaction first."""
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            db.execute(statement)
-            statement = ""
-
-
-def ping(db: sqlite3.Connection) -> None:
+def ping(db: Connection) -> None:
     db.execute("SELECT 1 FROM settings LIMIT 1").fetchone()

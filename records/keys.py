@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import secrets
-import sqlite3
 import time
 from collections.abc import Mapping, Sequence
 
+from records.connection import Connection
 from records.rows import iso
 from records.vault import Vault
 from routing.catalog import WRITTEN, KeyStatus, Platform, how_written, is_templated
 
 
-def client_key(db: sqlite3.Connection, vault: Vault) -> tuple[str, bool]:
+def client_key(db: Connection, vault: Vault) -> tuple[str, bool]:
     """The API key kept in `settings`, and whether it was made just now."""
     row = db.execute("SELECT value FROM settings WHERE key = 'api_key'").fetchone()
     if row is not None:
@@ -22,24 +22,23 @@ def client_key(db: sqlite3.Connection, vault: Vault) -> tuple[str, bool]:
     return key, True
 
 
-def add_key(db: sqlite3.Connection, vault: Vault, platform: str, secret: str, label: str) -> int:
+def add_key(db: Connection, vault: Vault, platform: str, secret: str, label: str) -> int:
     """Store a key once; the same key of the same platform is the same row. Gives its id."""
     fingerprint = vault.fingerprint(platform, secret)
-    row = db.execute(
-        "SELECT id FROM api_keys WHERE platform = ? AND fingerprint = ?", (platform, fingerprint)
-    ).fetchone()
+    known = ("SELECT id FROM api_keys WHERE platform = ? AND fingerprint = ?", (platform, fingerprint))
+    row = db.execute(*known).fetchone()
     if row is not None:
         return int(row[0])
     ciphertext, iv, tag = vault.encrypt(secret)
-    cursor = db.execute(
+    db.execute(
         "INSERT INTO api_keys (platform, label, encrypted_key, iv, auth_tag, fingerprint, created_at) "
         "VALUES (?, ?, ?, ?, ?, ?, ?)",
         (platform, label, ciphertext, iv, tag, fingerprint, iso(time.time())),
     )
-    return int(cursor.lastrowid or 0)
+    return int(db.execute(*known).fetchone()[0])
 
 
-def sync_file_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str, bool | None]]) -> None:
+def sync_file_keys(db: Connection, vault: Vault, given: Sequence[tuple[str, str, str, bool | None]]) -> None:
     """Store (platform, secret, label, trains_on_prompts) once; a key that a variable gave before is the file's now.
 
     What the file says of training holds from this start on; what it does not say stays as the operator set it.
@@ -48,12 +47,13 @@ def sync_file_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[s
         id = add_key(db, vault, platform, secret, label)
         db.execute("UPDATE api_keys SET trains_on_prompts = COALESCE(?, trains_on_prompts) WHERE id = ?", (trains, id))
         db.execute(
-            "UPDATE api_keys SET label = ?, enabled = MAX(enabled, gone), gone = 0 WHERE id = ? AND label LIKE 'env:%'",
+            "UPDATE api_keys SET label = ?, enabled = CASE gone WHEN 1 THEN 1 ELSE enabled END, gone = 0 "
+            "WHERE id = ? AND label LIKE 'env:%'",
             (label, id),
         )
 
 
-def sync_environment_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
+def sync_environment_keys(db: Connection, vault: Vault, given: Sequence[tuple[str, str, str]]) -> None:
     """Upsert (platform, secret, `env:NAME`); a key whose variable has gone is disabled until it comes back."""
     present = set()
     for platform, secret, label in given:
@@ -66,7 +66,7 @@ def sync_environment_keys(db: sqlite3.Connection, vault: Vault, given: Sequence[
             db.execute("UPDATE api_keys SET enabled = 0, gone = 1 WHERE id = ? AND enabled = 1", (id,))
 
 
-def judge_keys(db: sqlite3.Connection, vault: Vault, platforms: Mapping[str, Platform]) -> None:
+def judge_keys(db: Connection, vault: Vault, platforms: Mapping[str, Platform]) -> None:
     """A key that is not written as its platform needs it is invalid, whatever else is said of it (SPEC 2.5).
 
     Part of every change, so it holds however a key came in. One that is right now (the platform has got another
@@ -84,5 +84,5 @@ def judge_keys(db: sqlite3.Connection, vault: Vault, platforms: Mapping[str, Pla
             set_key_status(db, id, KeyStatus.UNKNOWN, None)
 
 
-def set_key_status(db: sqlite3.Connection, id: int, status: KeyStatus, last_error: str | None) -> None:
+def set_key_status(db: Connection, id: int, status: KeyStatus, last_error: str | None) -> None:
     db.execute("UPDATE api_keys SET status = ?, last_error = ? WHERE id = ?", (status, last_error, id))

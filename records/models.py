@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from records.clients import load_clients
+from records.connection import Connection
 from records.vault import Vault
 from routing.catalog import Catalog, Key, KeyStatus, Model, Platform, by_rank
 from routing.clients import Client
 
 
-def sync_models(db: sqlite3.Connection, models: Sequence[Model]) -> None:
+def sync_models(db: Connection, models: Sequence[Model]) -> None:
     """Bring the tables to the catalogue's facts; what the user changed stays, what has gone is disabled (SPEC 2.1)."""
     known = {(row[1], row[2]): row[0] for row in db.execute("SELECT id, platform, model_id FROM models")}
     last = db.execute("SELECT COALESCE(MAX(priority), 0) FROM fallback_config").fetchone()[0]
@@ -31,13 +31,17 @@ def sync_models(db: sqlite3.Connection, models: Sequence[Model]) -> None:
             )
             continue
         last += 1
-        cursor = db.execute(
+        db.execute(
             "INSERT INTO models (display_name, intelligence_rank, speed_rank, context_window, rpm_limit, rpd_limit, "
             "tpm_limit, tpd_limit, supports_tools, supports_vision, kind, platform, model_id) "
             "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
             (*facts, model.platform.id, model.model_id),
         )
-        db.execute("INSERT INTO fallback_config (model_db_id, priority) VALUES (?, ?)", (cursor.lastrowid, last))
+        db.execute(
+            "INSERT INTO fallback_config (model_db_id, priority) "
+            "SELECT id, ? FROM models WHERE platform = ? AND model_id = ?",
+            (last, model.platform.id, model.model_id),
+        )
     for id in known.values():
         db.execute(
             "UPDATE models SET enabled_before = enabled, enabled = 0 WHERE id = ? AND enabled_before IS NULL", (id,)
@@ -54,17 +58,20 @@ class Snapshot:
 
 
 def load_snapshot(
-    db: sqlite3.Connection,
+    db: Connection,
     vault: Vault,
     platforms: Mapping[str, Platform],
     models: Sequence[Model],
     aliases: Mapping[str, str],
 ) -> Snapshot:
-    """Facts from the catalogue files; ids, switches, order and keys from the database."""
+    """Facts from the catalogue files; ids, switches, order and keys from the database.
+
+    What another gateway with another catalogue (a newer one, say) has marked as gone is not gone here.
+    """
     state = {
         (platform, model_id): (id, bool(enabled), priority, bool(in_chain))
         for id, platform, model_id, enabled, priority, in_chain in db.execute(
-            "SELECT m.id, m.platform, m.model_id, m.enabled, f.priority, f.enabled "
+            "SELECT m.id, m.platform, m.model_id, COALESCE(m.enabled_before, m.enabled), f.priority, f.enabled "
             "FROM models m JOIN fallback_config f ON f.model_db_id = m.id"
         )
     }

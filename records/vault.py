@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography.exceptions import InvalidTag
@@ -89,3 +90,18 @@ def read_key_file(path: Path, *, must_exist: bool) -> bytes:
     if len(key) != 32:
         raise StoreError(f"{path}: expected 64 hex digits (the content is not shown)")
     return key
+
+
+def unlocked(sealed: Sequence[str], encryption_key: bytes | None, database: Path) -> Vault:
+    """The vault with this key, or with the one in the file beside the database; made where nothing is sealed yet. It
+    is proved on what is sealed before anything is written."""
+    if encryption_key is None:
+        encryption_key = read_key_file(key_file_of(database), must_exist=bool(sealed))
+    vault = Vault(encryption_key)
+    for value in sealed:
+        vault.unseal(value)
+    return vault
+
+
+def key_file_of(database: Path) -> Path:
+    return database.with_name(database.name + ".key")

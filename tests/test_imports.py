@@ -35,10 +35,8 @@ PURE = {"wire", "protection", "dialects", "routing", "router", "adapters"}
 IMPURE = {"time", "os", "asyncio", "aiohttp", "sqlite3", "socket", "threading", "starlette", "uvicorn", "random"}
 OWNED = {
     "aiohttp": {"transport.upstream"},
-    "sqlite3": {
-        f"records.{name}" for name in ("database", "rows", "keys", "models", "controls", "clients", "analytics")
-    }
-    | {"records.checkup", "records.request_log"},
+    "sqlite3": {"records.sqlite", "records.rows", "records.checkup"},
+    "asyncpg": {"records.postgres", "records.postgres_link", "records.postgres_news"},
     "cryptography": {"records.vault"},
     "prometheus_client": {"records.metrics"},
 }
