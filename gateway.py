@@ -48,7 +48,7 @@ from engine.exchange import Engine
 from engine.listing import Listing
 from protection import parse_levels
 from providers import Providers, Timeouts
-from records.connection import Connection
+from records.connection import Connection, DatabaseAway
 from records.database import DatabaseError, Store, ping
 from records.eventlog import EventLog
 from records.eventlog import Handler as LibraryLog
@@ -83,7 +83,7 @@ class Gateway:
         levels, warnings = parse_levels(settings.thread_protection_platforms, defaults)
         self.warnings = [*files.warnings, *warnings]
         self.log = EventLog(settings.log_level)
-        self.store = Store(settings.db, settings.encryption_key)
+        self.store = Store(settings.db, settings.encryption_key, settings.log)
         self.api_key, self.made_key = settings.api_key or "", False
         if not self.api_key:
             self.api_key, self.made_key = self.store.write_now(lambda db: client_key(db, self.store.vault))
@@ -144,6 +144,7 @@ class Gateway:
         for warning in self.warnings:
             self.log.write("warning", "configuration", message=warning)
         s = self.settings
+        self.store.backend.on_turn(self._database_turned)
         timeouts = Timeouts(
             request_s=s.request_timeout_ms / 1000,
             stall_s=s.max_stream_stall_ms / 1000,
@@ -154,6 +155,7 @@ class Gateway:
                 self._refresh(),
                 self._sweep(),
                 self._retain(),
+                self.store.backend.follow(self.control.reload),
                 keep_discovering(self.engine, self.control),
                 keep_rechecking(self.engine, self.control, s.key_recheck_ms / 1000),
             )
@@ -176,6 +178,13 @@ class Gateway:
         tasks = [exchange.task for exchange in self.engine.running]
         if tasks:
             await asyncio.wait(tasks, timeout=1.0)
+
+    def _database_turned(self, up: bool, why: str) -> None:
+        """A shared database went away, or is back; no request notices (SPEC 20.3)."""
+        if up:
+            self.log.write("info", "database_up", rows_waiting=self.store.pending)
+        else:
+            self.log.write("error", "database_down", message=why, rows_waiting=self.store.pending)
 
     async def _refresh(self) -> None:
         """Keep the statistics that routing learns from fresh, off the request's path."""
@@ -262,6 +271,8 @@ class Gateway:
     async def healthz(self, request: Request) -> Response:
         try:
             await self.store.read(ping)
+        except DatabaseAway:  # requests are served all the same: a balancer must not take every gateway out for it
+            return json_response({"status": "ok", "database": "away"})
         except DatabaseError:
             return json_response({"status": "database unavailable"}, 503)
         return json_response({"status": "ok"})
@@ -335,7 +346,7 @@ def main() -> int:
         settings = load_settings(sys.argv[1:], os.environ, Path.cwd())
         listener = listener_of(settings)
         app = Gateway(settings)
-    except (SettingsError, StoreError) as error:
+    except (SettingsError, StoreError, DatabaseAway) as error:
         print(f"freeway: {error}", file=sys.stderr)
         return 2
     server = uvicorn.Server(uvicorn_config(app))

@@ -224,4 +224,6 @@ def watch(engine: Engine) -> None:
     gauge("freeway_gates_open", "Models whose health gate is open.", lambda: count(router.gates.open_gates()))
     gauge("freeway_log_queue_rows", "Rows of the request log waiting to be written.", lambda: rows.pending)
     gauge("freeway_log_dropped_rows_total", "Rows of the request log that were lost.", lambda: rows.dropped)
+    if rows.backend.is_up is not None:
+        gauge("freeway_log_up", "Whether the shared database takes the log's rows.", lambda: bool(rows.backend.is_up))
     gauge("freeway_log_dropped_lines_total", "Lines of the event log that were lost.", lambda: engine.log.dropped)

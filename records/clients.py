@@ -26,7 +26,7 @@ def list_clients(db: Connection, id: int | None = None) -> list[dict[str, Any]]:
     """Every client, or the one with this id, in the contract's shape."""
     entries = []
     for row in db.execute(
-        f"SELECT {', '.join(COLUMNS)} FROM clients WHERE :id IS NULL OR id = :id ORDER BY id", {"id": id}
+        f"SELECT {', '.join(COLUMNS)} FROM clients WHERE id = COALESCE(:id, id) ORDER BY id", {"id": id}
     ):
         entry = dict(zip(COLUMNS, row, strict=True))
         entry["enabled"] = bool(entry["enabled"])

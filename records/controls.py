@@ -29,7 +29,7 @@ def list_keys(db: Connection, vault: Vault, id: int | None = None) -> list[dict[
     entries = []
     for *shown, ciphertext, iv, tag in db.execute(
         f"SELECT {', '.join(KEY_COLUMNS)}, encrypted_key, iv, auth_tag FROM api_keys "
-        "WHERE :id IS NULL OR id = :id ORDER BY id",
+        "WHERE id = COALESCE(:id, id) ORDER BY id",
         {"id": id},
     ):
         entry = dict(zip(KEY_COLUMNS, shown, strict=True))
@@ -108,7 +108,7 @@ def list_models(db: Connection, id: int | None = None) -> list[dict[str, Any]]:
     """Rows of `models`, those gone from the catalogue too."""
     entries = []
     for row in db.execute(
-        f"SELECT {', '.join(MODEL_COLUMNS)} FROM models WHERE :id IS NULL OR id = :id ORDER BY id", {"id": id}
+        f"SELECT {', '.join(MODEL_COLUMNS)} FROM models WHERE id = COALESCE(:id, id) ORDER BY id", {"id": id}
     ):
         entry = dict(zip(MODEL_COLUMNS, row, strict=True))
         entries.append(entry | {name: bool(entry[name]) for name in FLAGS})

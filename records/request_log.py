@@ -12,12 +12,14 @@ from routing.scores import Stats
 
 # Recency: a row weighs 1 now and 0 at the window's far end (SPEC 10.1). One pass, the window bound once. Answers from
 # memory and drills say nothing of a model, and while its health gate is open the gate alone judges it (SPEC 10.4).
-STATS_QUERY = """
+WEIGHT = "MIN(1.0, MAX(0.0, 1.0 - (julianday('now') - julianday(created_at)) / :days))"
+SINCE = "strftime('%Y-%m-%dT%H:%M:%fZ', julianday('now') - :days)"
+STATS_QUERY = f"""
 WITH weighed AS (
     SELECT platform, model_id, status, output_tokens, latency_ms, ttfb_ms,
-           MIN(1.0, MAX(0.0, 1.0 - (julianday('now') - julianday(created_at)) / :days)) AS weight
+           {WEIGHT} AS weight
     FROM requests
-    WHERE created_at >= strftime('%Y-%m-%dT%H:%M:%fZ', julianday('now') - :days)
+    WHERE created_at >= {SINCE}
       AND platform IS NOT NULL AND status <> 'cancelled' AND cached = 0 AND drill = 0
       AND uncounted = 0
 )
@@ -89,7 +91,7 @@ def clients_use(db: Connection, utc: float) -> list[tuple[int, float, int, int]]
         for client, days_ago, requests, tokens in db.execute(
             "WITH asked AS ("
             "  SELECT client, request_id, MIN(created_at) AS began,"
-            "    SUM(CASE cached WHEN 0 THEN COALESCE(input_tokens, 0) + COALESCE(output_tokens, 0) ELSE 0 END) AS spent"
+            "  SUM(CASE cached WHEN 0 THEN COALESCE(input_tokens, 0) + COALESCE(output_tokens, 0) ELSE 0 END) AS spent"
             "  FROM requests WHERE created_at >= :since AND client IS NOT NULL AND (attempt > 0 OR cached = 1)"
             "  GROUP BY client, request_id"
             ") SELECT client, julianday(:now) - julianday(MAX(began)), COUNT(*), SUM(spent) FROM asked "
