@@ -36,7 +36,7 @@ class Store:
     def __init__(self, path: Path, encryption_key: bytes | None, address: str | None = None) -> None:
         """`address` is that of a PostgreSQL to use instead of the file (SPEC 20.2)."""
         self.dropped = 0  # rows lost because the queue was full
-        self.backend = SQLite(path, encryption_key) if address is None else shared(address, path, encryption_key)
+        self.backend = backend_of(path, encryption_key, address)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._rows: deque[Row] = deque()
@@ -176,8 +176,10 @@ class Store:
         self._reader.shutdown(wait=False)
 
 
-def shared(address: str, path: Path, encryption_key: bytes | None) -> Backend:
-    """Loaded only where it is wanted: its library is an extra."""
+def backend_of(path: Path, encryption_key: bytes | None, address: str | None) -> Backend:
+    """The file, or the PostgreSQL at this address: loaded only where it is wanted, for its library is an extra."""
+    if address is None:
+        return SQLite(path, encryption_key)
     try:
         made: Backend = import_module("records.postgres").Postgres(address, path, encryption_key)
     except ModuleNotFoundError as error:

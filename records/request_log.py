@@ -110,7 +110,8 @@ def delete_old_rows(db: Connection, retention_days: int) -> int:
 
 
 FILTERS = {
-    "status": "status", "platform": "platform", "model": "model_id", "request_id": "request_id", "client": "client",
+    "status": "status", "platform": "platform", "model": "model_id", "request_id": "request_id",
+    "client": "CAST(client AS TEXT)",
 }  # fmt: skip
 
 

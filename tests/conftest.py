@@ -16,10 +16,12 @@ import signal
 import socket
 import sqlite3
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import aiohttp
 import pytest
@@ -33,7 +35,8 @@ from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 import gateway
 from config.settings import load_settings
-from records.database import Store
+from records.connection import Connection
+from records.database import Store, backend_of
 
 pytest.register_assert_rewrite("browsing")  # the browser's tests and their fixtures stand in one folder
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
@@ -43,6 +46,7 @@ API_KEY = "fw-test-0123456789abcdef"
 PLAIN = {"WAIT_FOR_CAPACITY_MS": "0", "RESCUE": "off", "HEDGE_PERCENT": "0"}
 IN_ORDER = "auto-priority"  # the mode without sampling: platforms are tried as the test lists them
 
+T = TypeVar("T")
 Platforms = Mapping[str, Mapping] | list[str]
 both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
 
@@ -380,10 +384,15 @@ async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None 
     return Gateway(base_url, http, api_key, cwd / "gateway.db", server, serving)
 
 
+def open_store(path: Path) -> Store:
+    """Without a gateway."""
+    return Store(path, bytes(32), PLAIN.get("GATEWAY_LOG"))
+
+
 @pytest.fixture
 def world_store(tmp_path: Path) -> Iterator[Store]:
     """An empty database, for what needs no gateway."""
-    opened = Store(tmp_path / "alone.db", bytes(32))
+    opened = open_store(tmp_path / "alone.db")
     yield opened
     asyncio.run(opened.close())
 
@@ -497,6 +506,21 @@ async def client_of(running: Process, api_key: str = API_KEY) -> AsyncIterator[C
     base_url = await running.ready()
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as http:
         yield Client(base_url, http, api_key)
+
+
+def behind(db: Path, work: Callable[[Connection], T]) -> T:
+    """Do this to the database of a gateway as another program would, whichever database that is."""
+
+    def there() -> T:
+        backend = backend_of(db, None, PLAIN.get("GATEWAY_LOG"))
+        backend.open()
+        try:
+            return backend.write(work)
+        finally:
+            backend.close()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(there).result()
 
 
 def logged(db: Path) -> list[dict]:

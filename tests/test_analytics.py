@@ -1,12 +1,10 @@
 """SPEC 10: what the log teaches, asked of a real database, and how it reaches routing and the operator."""
 
 import asyncio
-import contextlib
-import sqlite3
 import time
 
 import pytest
-from conftest import both_ways
+from conftest import behind, both_ways, open_store
 from fake_provider import answer, error
 from worlds import NOW, World
 
@@ -22,7 +20,7 @@ WEEK = 7
 
 @pytest.fixture
 async def store(tmp_path):
-    opened = Store(tmp_path / "analytics.db", bytes(32))
+    opened = open_store(tmp_path / "analytics.db")
     yield opened
     await opened.close()
 
@@ -223,8 +221,7 @@ async def restarted_with(start_gateway, rows: list[Row], settings: dict[str, str
     """A gateway whose log holds these rows."""
     gateway = await start_gateway(["a", "b"])
     await gateway.stop()
-    with contextlib.closing(sqlite3.connect(gateway.db)) as db, db:
-        insert_rows(db, rows)
+    behind(gateway.db, lambda db: insert_rows(db, rows))
     return await start_gateway(["a", "b"], settings)
 
 

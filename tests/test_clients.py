@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
-from conftest import ROOT, case
+from conftest import ROOT, behind, case
 from hypothesis import given
 from hypothesis import strategies as st
 from worlds import a_model, a_platform
@@ -282,9 +282,8 @@ async def test_a_client_is_made_with_a_key_that_is_shown_once(start_gateway):
     assert made["used"] == {"rpm": 0, "rpd": 0, "tpd": 0}
     listed = await gateway.seen("/api/clients")
     assert listed == [{name: value for name, value in made.items() if name != "key"}]
-    with closing(sqlite3.connect(gateway.db)) as db:
-        (row,) = db.execute("SELECT * FROM clients").fetchall()
-        assert hash_of(made["key"].encode()) in row
+    (row,) = behind(gateway.db, lambda db: db.execute("SELECT * FROM clients").fetchall())
+    assert hash_of(made["key"].encode()) in row
     for path in gateway.db.parent.glob("gateway.db*"):
         assert made["key"].encode() not in path.read_bytes()
 
@@ -365,9 +364,9 @@ async def test_what_clients_used_is_reported_by_client_and_restored(start_gatewa
     gateway = await start_gateway(["a"])
     _, made = await gateway.call("POST", "/api/clients", {"name": "c", "limits": {"rpd": 5}})
     await gateway.stop()
-    with closing(sqlite3.connect(gateway.db)) as db, db:
-        row = {"platform": "a", "model_id": "a-model", "status": "success", "input_tokens": 7, "output_tokens": 3}
-        insert_rows(db, [Row(f"r{n}", time.time(), attempt=1, client=made["id"], **row) for n in range(3)])
+    row = {"platform": "a", "model_id": "a-model", "status": "success", "input_tokens": 7, "output_tokens": 3}
+    rows = [Row(f"r{n}", time.time(), attempt=1, client=made["id"], **row) for n in range(3)]
+    behind(gateway.db, lambda db: insert_rows(db, rows))
 
     again = await start_gateway(["a"])
 

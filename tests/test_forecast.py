@@ -2,13 +2,12 @@
 
 import time
 from collections import Counter
-from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from random import Random
-from sqlite3 import connect
 from zoneinfo import ZoneInfo
 
 import pytest
+from conftest import behind
 from hypothesis import given
 from hypothesis import strategies as st
 from worlds import a_model, a_platform
@@ -177,8 +176,7 @@ async def test_the_day_is_the_platforms_and_modes_say_when_they_begin_and_end_to
         for name, ages in ages_h.items()
         for age in ages
     ]
-    with closing(connect(gateway.db)) as db, db:
-        insert_rows(db, rows)
+    behind(gateway.db, lambda db: insert_rows(db, rows))
     gateway = await start_gateway(
         {"a": day | {"model": {"rpd": 100}}, "b": day | {"model": {"rpd": 60, "exclude_from": ["balanced"]}}}
     )

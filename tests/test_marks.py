@@ -1,11 +1,10 @@
 """SPEC 4.3, 4.4 and 4.9 end to end: what the catalogue marks, whatever its platforms and models are called."""
 
 import asyncio
-import contextlib
-import sqlite3
 import time
 
 import pytest
+from conftest import behind
 from fake_provider import answer, error
 
 from records.rows import Row, insert_rows
@@ -35,7 +34,8 @@ NO_GUARDS = {"THREAD_PROTECTION_PLATFORMS": ",".join(f"{platform}:off" for platf
 
 def remember(gateway, rows: dict[str, tuple[int, int]]) -> None:
     """Write successes and failures of models into the log of a gateway that has stopped."""
-    with contextlib.closing(sqlite3.connect(gateway.db)) as db, db:
+
+    def work(db):
         for label, (successes, failures) in rows.items():
             platform, _, model_id = label.partition("/")
             for n in range(successes + failures):
@@ -43,6 +43,8 @@ def remember(gateway, rows: dict[str, tuple[int, int]]) -> None:
                 if n < successes:
                     row.status, row.output_tokens, row.latency_ms, row.ttfb_ms = "success", 100, 1000, 50
                 insert_rows(db, [row])
+
+    behind(gateway.db, work)
 
 
 async def route(gateway, model: str, n: int) -> str:

@@ -1,14 +1,13 @@
 """What the operator reads of the log: analytics over a window, and its rows page by page."""
 
 import asyncio
-import sqlite3
 import threading
 import time
 
 import pytest
+from conftest import behind, open_store
 from fake_provider import until
 
-from records.database import Store
 from records.request_log import list_requests
 from records.rows import Row
 
@@ -17,7 +16,8 @@ from records.rows import Row
 
 def write_rows(db, rows) -> None:
     """Rows straight into the log: (request_id, hours ago, platform, status, latency_ms, ttfb_ms, output_tokens)."""
-    with sqlite3.connect(db) as connection:
+
+    def work(connection):
         for request_id, hours_ago, platform, status, latency_ms, ttfb_ms, tokens in rows:
             at = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(time.time() - hours_ago * 3600))
             connection.execute(
@@ -25,7 +25,8 @@ def write_rows(db, rows) -> None:
                 "input_tokens, output_tokens, attempt, streamed) VALUES (?, ?, ?, ?, ?, ?, ?, 10, ?, 1, 0)",
                 (request_id, at, platform, f"{platform}-model", status, latency_ms, ttfb_ms, tokens),
             )
-    connection.close()
+
+    behind(db, work)
 
 
 async def test_analytics_count_requests_by_their_last_attempt_and_time_by_successes(start_gateway):
@@ -123,7 +124,7 @@ async def test_the_log_is_read_page_by_page_newest_first(start_gateway):
 
 
 async def test_whoever_reads_the_log_finds_also_what_came_while_it_was_being_written(tmp_path):
-    store = Store(tmp_path / "log.db", bytes(32))
+    store = open_store(tmp_path / "log.db")
     begun, go_on = threading.Event(), threading.Event()
     store.write_later("busy", lambda db: (begun.set(), go_on.wait(5)))
     store.log(Row("first", time.time()))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +22,6 @@ from itertools import count
 from pathlib import Path
 
 import asyncpg
-import conftest
 import pytest
 
 USER = "postgres"  # initdb refuses to be root; Debian's package brings this one
@@ -172,6 +172,7 @@ def over_postgres(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.config.getoption("--over-postgres", default=False):
         yield
         return
-    conftest.PLAIN["GATEWAY_LOG"] = request.getfixturevalue("database")
+    settings = sys.modules["conftest"].PLAIN  # pytest loads it after its plugins, and anew
+    settings["GATEWAY_LOG"] = request.getfixturevalue("database")
     yield
-    del conftest.PLAIN["GATEWAY_LOG"]
+    del settings["GATEWAY_LOG"]
