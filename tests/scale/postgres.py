@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 
@@ -148,6 +148,47 @@ def run(address: str, sql: str) -> list[dict]:
     """`query` for what is not async."""
     with ThreadPoolExecutor(1) as thread:  # where there is a loop, it is busy with the caller
         return thread.submit(lambda: asyncio.run(query(address, sql))).result()
+
+
+@dataclass
+class Lossy:
+    """Stands between a gateway and the server, and breaks a connection right before the answer that is to get lost."""
+
+    target: int
+    losses: int = 0
+    _word: bytes | None = None
+    _tasks: set[asyncio.Task] = field(default_factory=set)
+
+    async def __aenter__(self) -> "Lossy":
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+
+    def lose(self, answer: bytes) -> None:
+        """The next one that the server gives to a command, by its tag."""
+        self._word = answer + b"\0"
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection("127.0.0.1", self.target)
+        for task in (self._pass(reader, back, writer), self._pass(there, writer, back, answers=True)):
+            self._tasks.add(asyncio.create_task(task))
+
+    async def _pass(self, source, sink, other, *, answers: bool = False) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                if answers and self._word is not None and self._word in data:
+                    self._word = None
+                    self.losses += 1
+                    break
+                sink.write(data)
+                await sink.drain()
+        sink.close()
+        other.close()
 
 
 @pytest.fixture(scope="session")
