@@ -48,7 +48,7 @@ from engine.exchange import Engine
 from engine.listing import Listing
 from protection import parse_levels
 from providers import Providers, Timeouts
-from records.connection import Connection, DatabaseAway
+from records.connection import Connection, DatabaseAway, DatabaseRefused
 from records.database import DatabaseError, Store, ping
 from records.eventlog import EventLog
 from records.eventlog import Handler as LibraryLog
@@ -202,6 +202,8 @@ class Gateway:
             pause_s = self.settings.stats_refresh_ms / 1000
             try:
                 by_name, spent_s = await self.store.read(learned)
+            except DatabaseAway:  # said once, when it was noticed
+                pass
             except DatabaseError as error:
                 self.log.write("warning", "statistics", message=str(error))
             else:
@@ -235,6 +237,8 @@ class Gateway:
             try:
                 while await self.store.write(lambda db: delete_old_rows(db, days)):
                     pass
+            except DatabaseAway:
+                pass
             except DatabaseError as error:
                 self.log.write("warning", "retention", message=str(error))
             await asyncio.sleep(RETENTION_S)
@@ -346,7 +350,7 @@ def main() -> int:
         settings = load_settings(sys.argv[1:], os.environ, Path.cwd())
         listener = listener_of(settings)
         app = Gateway(settings)
-    except (SettingsError, StoreError, DatabaseAway) as error:
+    except (SettingsError, StoreError, DatabaseAway, DatabaseRefused) as error:
         print(f"freeway: {error}", file=sys.stderr)
         return 2
     server = uvicorn.Server(uvicorn_config(app))

@@ -16,6 +16,7 @@ from admin.control import Control
 from config.catalog_files import make_model
 from engine.exchange import Engine
 from protection import KeyStatus, UpstreamError
+from records.connection import DatabaseAway
 from records.database import DatabaseError
 from routing.catalog import KEYLESS, Model, Platform
 
@@ -33,6 +34,8 @@ async def keep_discovering(engine: Engine, control: Control) -> None:
     while any(platform.discover for platform in control.files.platforms.values()):
         try:
             await discover(engine, control)
+        except DatabaseAway:  # said once, when it was noticed
+            pass
         except DatabaseError as error:
             engine.log.write("warning", "discovery", message=str(error))
         await asyncio.sleep(DISCOVER_S)

@@ -14,6 +14,7 @@ from admin.control import Control
 from admin.keys import check_key
 from engine.exchange import Engine
 from protection import KeyStatus
+from records.connection import DatabaseAway
 from records.controls import forget_status
 from records.database import DatabaseError
 from routing.catalog import Platform, how_written
@@ -82,6 +83,8 @@ async def recheck(engine: Engine, control: Control, platform: Platform, id: int)
             await check_key(engine, control, id)
         else:
             await control.apply(lambda db: forget_status(db, id))
+    except DatabaseAway:  # said once, when it was noticed
+        return
     except TROUBLE as error:
         engine.log.write("warning", "key_recheck", key_id=id, message=str(error))
         return

@@ -6,7 +6,7 @@ Where the two have no words in common the statement is SQLite's, and records/pos
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 from records.rows import Row
@@ -16,7 +16,11 @@ T = TypeVar("T")
 
 
 class DatabaseAway(Exception):
-    """A database server does not answer in time, or refuses. The text is for the operator and holds no password."""
+    """A database server does not answer. Its texts are for the operator and hold no password, like the next one's."""
+
+
+class DatabaseRefused(Exception):
+    """The server answered, and would not: nothing of the transaction has been kept."""
 
 
 class Cursor(Protocol):
@@ -56,7 +60,7 @@ class Backend(Protocol):
     def close(self) -> None: ...
     def close_reading(self) -> None: ...
 
-    async def follow(self, changed: Callable[[], Awaitable[object]]) -> None:
+    async def follow(self, changed: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Call `changed` after each change that others have made to keys, models or clients, until cancelled."""
 
     def on_turn(self, say: Callable[[bool, str], None]) -> None:

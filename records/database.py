@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TypeVar
 
-from records.connection import Backend, Connection, DatabaseAway
+from records.connection import Backend, Connection, DatabaseAway, DatabaseRefused
 from records.rows import UNSTORABLE, Row
 from records.sqlite import ROWS_MAX, SQLite, SQLiteError
 from records.vault import StoreError
@@ -27,7 +27,7 @@ RETRY_S = 0.5  # after a write that failed
 CLOSE_S = 5.0  # for the last rows, when the database is locked while we stop
 T = TypeVar("T")
 # What `write` and `read` raise when the database is locked, full, broken or away.
-DatabaseError: tuple[type[Exception], ...] = (SQLiteError, DatabaseAway)
+DatabaseError: tuple[type[Exception], ...] = (SQLiteError, DatabaseAway, DatabaseRefused)
 
 
 class Store:

@@ -8,15 +8,15 @@ or not: the database keeps the number of each gateway's last batch, so that no r
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from records.breaker import Breaker
-from records.connection import Connection, DatabaseAway
-from records.postgres_link import COMMAND_S, CONNECT_S, EARLIER_S, READ_S, How, Link, Refusal, Session
-from records.postgres_news import follow
+from records.connection import Connection, DatabaseAway, DatabaseRefused
+from records.postgres_link import COMMAND_S, CONNECT_S, READ_S, How, Link, Session
+from records.postgres_news import followed
 from records.postgres_sql import is_storable, storable
 from records.rows import ROW_COLUMNS, UNSTORABLE, Row
 from records.vault import StoreError, Vault, unlocked
@@ -42,7 +42,7 @@ class Postgres:
         self._address = address
         self._path = path
         self._encryption_key = encryption_key
-        self._breaker = Breaker(COMMAND_S + EARLIER_S)
+        self._breaker = Breaker(2 * CONNECT_S)
         self._writer: Link
         self._reader: Link
         self._name = uuid4().hex
@@ -61,7 +61,7 @@ class Postgres:
         while True:
             try:
                 return self._writer.transaction(self._prepare, How(SCHEMA_S, lock_s=SCHEMA_S, lock=LOCK))
-            except Refusal as error:
+            except DatabaseRefused as error:
                 self._writer.close()
                 raise StoreError(f"GATEWAY_LOG: the database cannot be used: {error}") from None
             except DatabaseAway as error:
@@ -118,7 +118,7 @@ class Postgres:
         except UNSTORABLE:  # one such row must not hold up all others
             good = [row for row in rows if is_storable(row.values())]
             lost = len(rows) - len(good) + self._add(good)
-        except Refusal as error:
+        except DatabaseRefused as error:
             self._turn(refused=True, why=str(error))
             raise
         self._turn(refused=False)
@@ -142,7 +142,7 @@ class Postgres:
 
         try:
             self._writer.transaction(work, How(COMMAND_S))
-        except (Refusal, *UNSTORABLE):  # rolled back: nothing of this batch is in
+        except (DatabaseRefused, *UNSTORABLE):  # rolled back: nothing of this batch is in
             if self._in_doubt is not None and self._in_doubt[0] == number:
                 self._in_doubt = None
             raise
@@ -177,8 +177,8 @@ class Postgres:
     def is_up(self) -> bool | None:
         return self._breaker.is_closed and not self._refused
 
-    async def follow(self, changed: Callable[[], Awaitable[Any]]) -> None:
-        await follow(self._address, self._breaker, changed)
+    async def follow(self, changed: Callable[[], Coroutine[Any, Any, object]]) -> None:
+        await followed(self._address, self._breaker, changed)
 
     def close(self) -> None:
         self._writer.close()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 import asyncpg
 
 from records.breaker import Breaker, Pass
-from records.connection import DatabaseAway
+from records.connection import DatabaseAway, DatabaseRefused
 from records.postgres_sql import bound, plain, worded
 
 T = TypeVar("T")
 COMMAND_S = 2.0  # for each command of a transaction that writes, and for connecting; a healthy one takes milliseconds
 READ_S = 15.0  # for a report: over a million rows it takes some seconds
 EARLIER_S = 0.3  # by how much the server gives up before we do: then it is a slow statement, not a server that is away
-CONNECT_S = 0.9  # for one of the hosts that an address may name
+CONNECT_S = 1.5  # for one of the hosts that an address may name; two of them are waited for
+LATE_S = 0.2  # for an answer that has arrived and was not looked at
 QUERY = re.compile(r"\s*(SELECT|WITH)\b")
 # A server that is away, going away, or no place to write: none of these says anything of the statement.
 AWAY = (
@@ -72,7 +73,7 @@ class Link:
         breaker.on_turn(self._turned)
 
     def transaction(self, work: Callable[[Session], T], how: How) -> T:
-        """Raises DatabaseAway, and whatever `work` raises."""
+        """Raises DatabaseAway, DatabaseRefused, and whatever `work` raises."""
         given = self._breaker.enter(time.monotonic())
         if given is None:
             raise DatabaseAway(f"PostgreSQL is away ({self._breaker.why}) and is asked again every few seconds")
@@ -83,7 +84,7 @@ class Link:
             raise DatabaseAway(f"PostgreSQL: {words(error)}") from None
         except (asyncpg.PostgresError, ValueError) as error:
             self._lost(given, error)
-            raise Refusal(f"PostgreSQL: {words(error)}") from None
+            raise DatabaseRefused(f"PostgreSQL: {words(error)}") from None
         try:
             done = work(Session(self, how.command_s))
             self.run(lambda db: db.execute("COMMIT"), COMMAND_S)
@@ -95,19 +96,15 @@ class Link:
             raise DatabaseAway(f"PostgreSQL: {words(error)}") from None
         except asyncpg.PostgresError as error:
             self._roll_back(given)
-            raise Refusal(f"PostgreSQL: {words(error)}") from None
+            raise DatabaseRefused(f"PostgreSQL: {words(error)}") from None
         except BaseException:
             self._roll_back(given)
             raise
         self._breaker.worked(given)
         return done
 
-    def run(self, call: Callable[[Any], Awaitable[T]], limit_s: float) -> T:
-        async def within() -> T:
-            async with asyncio.timeout(limit_s):
-                return await call(self._connection)
-
-        return self._loop.run_until_complete(within())
+    def run(self, call: Callable[[Any], Coroutine[Any, Any, T]], limit_s: float) -> T:
+        return self._loop.run_until_complete(in_time(call(self._connection), limit_s))
 
     def _begin(self, how: How) -> None:
         """A connection that has died while it was idle is no news: another one is made."""
@@ -157,10 +154,6 @@ class Link:
         self._loop.close()
 
 
-class Refusal(DatabaseAway):
-    """The server answered, and would not: nothing of the transaction has been kept."""
-
-
 class Session:
     """A Connection in the sense of the records, for the length of one transaction."""
 
@@ -204,10 +197,24 @@ class Result:
 
 async def connect(address: str) -> asyncpg.Connection:
     """No statements are kept prepared and nothing is set for the session, so that a pooler may stand between."""
-    async with asyncio.timeout(COMMAND_S):
-        return await asyncpg.connect(
-            address, timeout=CONNECT_S, statement_cache_size=0, server_settings={"application_name": "freeway"}
-        )
+    calling = asyncpg.connect(
+        address, timeout=CONNECT_S, statement_cache_size=0, server_settings={"application_name": "freeway"}
+    )
+    return await in_time(calling, 2 * CONNECT_S)
+
+
+async def in_time(command: Coroutine[Any, Any, T], limit_s: float) -> T:
+    """The command's result. On a busy machine it may be we who are late: then the answer is there already, and an
+    ordinary timeout would take the server for one that is away."""
+    running = asyncio.ensure_future(command)
+    try:
+        for wait_s in (limit_s, LATE_S):
+            await asyncio.wait([running], timeout=wait_s)
+            if running.done():
+                return running.result()
+        raise TimeoutError
+    finally:
+        running.cancel()
 
 
 def words(error: BaseException) -> str:

@@ -6,10 +6,10 @@ Each of the store's two threads has a connection, so that a long query never hol
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from records.connection import Connection
 from records.migrations import MIGRATIONS, SCHEMA_VERSION
@@ -95,7 +95,7 @@ class SQLite:
     def close_reading(self) -> None:
         self._read_db.close()
 
-    async def follow(self, changed: Callable[[], Awaitable[object]]) -> None:
+    async def follow(self, changed: Callable[[], Coroutine[Any, Any, object]]) -> None:
         """Nobody else changes a gateway's own file."""
 
     def on_turn(self, say: Callable[[bool, str], None]) -> None:
