@@ -182,7 +182,7 @@ class Gateway:
     def _database_turned(self, up: bool, why: str) -> None:
         """A shared database went away, or is back; no request notices (SPEC 20.3)."""
         if up:
-            self.log.write("info", "database_up", rows_waiting=self.store.pending)
+            self.log.write("warning", "database_up", rows_waiting=self.store.pending)
         else:
             self.log.write("error", "database_down", message=why, rows_waiting=self.store.pending)
 

@@ -73,7 +73,7 @@ def drill(argv: Sequence[str], environ: Mapping[str, str], cwd: Path, tell: Tell
 
 def admin_key(settings: Settings) -> str:
     """The operator's own, as the running gateway knows it."""
-    found = look_into(settings.db, settings.encryption_key)
+    found = look_into(settings.db, settings.encryption_key, settings.log)
     return settings.admin_key or settings.api_key or (found.client_key if found is not None else None) or ""
 
 

@@ -84,9 +84,10 @@ async def doctor(argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> 
         yield finding
     found: Checkup | None = None
     try:
-        found = look_into(settings.db, settings.encryption_key)
+        found = look_into(settings.db, settings.encryption_key, settings.log)
     except StoreError as error:
-        yield todo("database", str(error), "Nothing was changed. Mend that, or name another file with --db.")
+        mend = "or name another file with --db" if settings.log is None else "or give another address in GATEWAY_LOG"
+        yield todo("database", str(error), f"Nothing was changed. Mend that, {mend}.")
     else:
         for finding in about_database(settings, found):
             yield finding
@@ -112,11 +113,13 @@ def about_catalogue(settings: Settings, files: CatalogFiles) -> Iterator[Finding
 
 
 def about_database(settings: Settings, found: Checkup | None) -> Iterator[Finding]:
+    name = settings.db.name if settings.log is None else "the one of GATEWAY_LOG"
     if found is None:
-        yield ok("database", f"{settings.db.name} is made at the first start, and its key file beside it")
+        made = f"{name} is made" if settings.log is None else f"{name} answers; its tables are made"
+        yield ok("database", f"{made} at the first start, and its key file beside it")
         return
     changed = "; brought to today's form at the next start" if found.is_older else ""
-    yield ok("database", f"{settings.db.name}, schema {found.version}, {len(found.keys)} keys{changed}")
+    yield ok("database", f"{name}, schema {found.version}, {len(found.keys)} keys{changed}")
     if found.open_key_file is not None:
         words = f"{found.open_key_file.name} can be read by others on this machine"
         yield todo("key file", words, f"chmod 600 {found.open_key_file}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+from records.connection import Connection
+from records.database import postgres_at
 from records.migrations import SCHEMA_VERSION
-from records.vault import StoreError, Vault, read_key_file
+from records.vault import StoreError, Vault, key_file_of, read_key_file
 
 BUSY_S = 1.0  # a running gateway holds the file for milliseconds at a time
 
@@ -31,17 +34,26 @@ class Checkup:
     """What was found in a database."""
 
     version: int  # of the schema
+    latest: int  # that this gateway knows
     keys: tuple[StoredKey, ...]
     client_key: str | None = field(repr=False)  # that the gateway made for itself
     open_key_file: Path | None  # a key file that others may read
 
     @property
     def is_older(self) -> bool:
-        return self.version < SCHEMA_VERSION
+        return self.version < self.latest
 
 
-def look_into(path: Path, encryption_key: bytes | None) -> Checkup | None:
-    """None where there is no database yet. Raises StoreError, whose text says what is wrong."""
+def look_into(path: Path, encryption_key: bytes | None, address: str | None = None) -> Checkup | None:
+    """Into the file, or the PostgreSQL at this address. None where there is no database yet. Raises StoreError, whose
+    text says what is wrong."""
+    if address is not None:
+        server = postgres_at(address, path, encryption_key)
+        with ThreadPoolExecutor(1) as thread:  # it waits, and a loop may be running here
+            found: Checkup | None = thread.submit(
+                server.look, lambda db, versions: examined(db, versions, path, encryption_key)
+            ).result()
+        return found
     if not path.parent.is_dir():
         raise StoreError(f"{path}: the folder does not exist")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
@@ -50,12 +62,12 @@ def look_into(path: Path, encryption_key: bytes | None) -> Checkup | None:
         return None
     try:
         with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=BUSY_S)) as db:
-            return examined(db, path, encryption_key)
+            return examined_file(db, path, encryption_key)
     except sqlite3.Error as error:
         raise StoreError(f"{path}: cannot be used as a database: {error}") from None
 
 
-def examined(db: sqlite3.Connection, path: Path, encryption_key: bytes | None) -> Checkup | None:
+def examined_file(db: sqlite3.Connection, path: Path, encryption_key: bytes | None) -> Checkup | None:
     version = db.execute("PRAGMA user_version").fetchone()[0]
     if version > SCHEMA_VERSION:
         raise StoreError(f"{path}: made by a newer version of the gateway (schema {version})")
@@ -64,8 +76,12 @@ def examined(db: sqlite3.Connection, path: Path, encryption_key: bytes | None) -
     (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
         raise StoreError(f"{path}: damaged: {verdict}")
+    return examined(db, (version, SCHEMA_VERSION), path, encryption_key)
+
+
+def examined(db: Connection, versions: tuple[int, int], path: Path, encryption_key: bytes | None) -> Checkup:
     kept = dict(db.execute("SELECT key, value FROM settings WHERE key IN ('key_check', 'api_key')").fetchall())
-    key_file = path.with_name(path.name + ".key")
+    key_file = key_file_of(path)
     vault = Vault(encryption_key or read_key_file(key_file, must_exist=True))
     for sealed in kept.values():
         vault.unseal(sealed)
@@ -81,4 +97,4 @@ def examined(db: sqlite3.Connection, path: Path, encryption_key: bytes | None) -
     )
     is_open = encryption_key is None and key_file.stat().st_mode & 0o077
     client_key = vault.unseal(kept["api_key"]) if "api_key" in kept else None
-    return Checkup(version, keys, client_key, key_file if is_open else None)
+    return Checkup(*versions, keys, client_key, key_file if is_open else None)

@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from records.connection import Backend, Connection, DatabaseAway, DatabaseRefused
 from records.rows import UNSTORABLE, Row
@@ -177,14 +177,19 @@ class Store:
 
 
 def backend_of(path: Path, encryption_key: bytes | None, address: str | None) -> Backend:
-    """The file, or the PostgreSQL at this address: loaded only where it is wanted, for its library is an extra."""
+    """The file, or the PostgreSQL at this address."""
     if address is None:
         return SQLite(path, encryption_key)
+    made: Backend = postgres_at(address, path, encryption_key)
+    return made
+
+
+def postgres_at(address: str, path: Path, encryption_key: bytes | None) -> Any:
+    """Loaded only where it is wanted: its library is an extra."""
     try:
-        made: Backend = import_module("records.postgres").Postgres(address, path, encryption_key)
+        return import_module("records.postgres").Postgres(address, path, encryption_key)
     except ModuleNotFoundError as error:
         raise StoreError(f"GATEWAY_LOG needs the package {error.name}: pip install -r requirements-scale.txt") from None
-    return made
 
 
 def ping(db: Connection) -> None:

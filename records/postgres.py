@@ -73,17 +73,20 @@ class Postgres:
                 self._writer.close()
                 raise
 
+    def _kept(self, session: Session) -> dict[str, str]:
+        """The table `settings`; empty where nothing is there yet."""
+        if session.execute("SELECT to_regclass('settings')::text").fetchone() == (None,):
+            return {}
+        kept: dict[str, str] = dict(session.execute("SELECT key, value FROM settings").fetchall())
+        if "schema_version" not in kept:
+            raise StoreError("GATEWAY_LOG: the database has a table `settings` that is not Freeway's; use another one")
+        if int(kept["schema_version"]) > SCHEMA_VERSION:
+            raise StoreError(f"GATEWAY_LOG: made by a newer version of the gateway (schema {kept['schema_version']})")
+        return kept
+
     def _prepare(self, session: Session) -> Vault:
-        kept = {}
-        if session.execute("SELECT to_regclass('settings')::text").fetchone() != (None,):
-            kept = dict(session.execute("SELECT key, value FROM settings").fetchall())
-            if "schema_version" not in kept:
-                raise StoreError(
-                    "GATEWAY_LOG: the database has a table `settings` that is not Freeway's; use another one"
-                )
+        kept = self._kept(session)
         version = int(kept.get("schema_version", 0))
-        if version > SCHEMA_VERSION:
-            raise StoreError(f"GATEWAY_LOG: made by a newer version of the gateway (schema {version})")
         sealed = [kept["key_check"]] if kept else []
         vault = unlocked(sealed, self._encryption_key, self._path)
         if not kept:
@@ -96,6 +99,21 @@ class Postgres:
         session.script(f"DELETE FROM log_writers WHERE written_at < now() - interval '{WRITER_DAYS} days'")
         session.execute("INSERT INTO log_writers (writer, batch) VALUES (?, 0)", (self._name,))
         return vault
+
+    def look(self, examine: Callable[[Connection, tuple[int, int]], T]) -> T | None:
+        """Into a database that is not opened, changing nothing; None where there is none of ours yet."""
+
+        def work(session: Session) -> T | None:
+            kept = self._kept(session)
+            return examine(session, (int(kept["schema_version"]), SCHEMA_VERSION)) if kept else None
+
+        link = Link(self._address, self._breaker)
+        try:
+            return link.transaction(work, How(COMMAND_S, mode="READ ONLY"))
+        except (DatabaseAway, DatabaseRefused) as error:
+            raise StoreError(f"GATEWAY_LOG: {error}") from None
+        finally:
+            link.close()
 
     def open_reading(self) -> None:
         self._reader = Link(self._address, self._breaker)

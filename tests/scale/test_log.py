@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,7 @@ from fake_provider import error, until
 from scale.postgres import PASSWORD, Lossy, Server, query
 
 from records.database import Store
+from records.keys import add_key
 from records.rows import Row
 from records.vault import StoreError
 
@@ -374,3 +376,27 @@ async def test_a_gateway_waits_at_its_start_for_a_server_that_is_starting(postgr
     await asyncio.sleep(1.0)
     await asyncio.to_thread(postgres.start)
     await running.ready()
+
+
+# --- The doctor -------------------------------------------------------------------------------------------------------
+
+
+async def test_the_doctor_looks_into_the_shared_database(database, start_process, store):
+    await store.write(lambda db: add_key(db, store.vault, "a", "sk-of-the-doctor-0001", "mine"))
+    await query(database, "UPDATE api_keys SET enabled = 0")  # so that it is not tried at its provider
+    settings = {"GATEWAY_LOG": database, "ENCRYPTION_KEY": "00" * 32}
+    running = await start_process({"a": {"keys": []}}, settings, ("doctor",))
+    await running.ended()
+
+    assert re.search(r"database.*GATEWAY_LOG, schema 1, 1 keys", running.text)
+    assert "sk-of-the-doctor-0001" not in running.text
+    assert PASSWORD not in running.text
+
+
+async def test_the_doctor_says_that_the_shared_database_is_away(postgres, start_process):
+    settings = {"GATEWAY_LOG": f"postgresql://me:{PASSWORD}@127.0.0.1:1/log"}
+    running = await start_process({"a": {"keys": []}}, settings, ("doctor",))
+
+    assert await running.ended() == 1
+    assert re.search(r"database.*GATEWAY_LOG: PostgreSQL: .*Connect call failed", running.text)
+    assert PASSWORD not in running.text
