@@ -76,22 +76,28 @@ def examined_file(db: sqlite3.Connection, path: Path, encryption_key: bytes | No
     (verdict,) = db.execute("PRAGMA quick_check(1)").fetchone()
     if verdict != "ok":
         raise StoreError(f"{path}: damaged: {verdict}")
-    return examined(db, (version, SCHEMA_VERSION), path, encryption_key)
+    trains = "trains_on_prompts" if version > 1 else "NULL"  # the first edition did not ask
+    return examined(db, (version, SCHEMA_VERSION), path, encryption_key, trains)
 
 
-def examined(db: Connection, versions: tuple[int, int], path: Path, encryption_key: bytes | None) -> Checkup:
+def examined(
+    db: Connection,
+    versions: tuple[int, int],
+    path: Path,
+    encryption_key: bytes | None,
+    trains_column: str = "trains_on_prompts",
+) -> Checkup:
     kept = dict(db.execute("SELECT key, value FROM settings WHERE key IN ('key_check', 'api_key')").fetchall())
     key_file = key_file_of(path)
     vault = Vault(encryption_key or read_key_file(key_file, must_exist=True))
     for sealed in kept.values():
         vault.unseal(sealed)
-    trains_on_prompts = "trains_on_prompts" if version > 1 else "NULL"  # the first edition did not ask
     keys = tuple(
         StoredKey(
             platform, label, vault.decrypt(ciphertext, iv, tag), bool(enabled), None if trains is None else bool(trains)
         )
         for platform, label, enabled, ciphertext, iv, tag, trains in db.execute(
-            f"SELECT platform, label, enabled, encrypted_key, iv, auth_tag, {trains_on_prompts} FROM api_keys "
+            f"SELECT platform, label, enabled, encrypted_key, iv, auth_tag, {trains_column} FROM api_keys "
             "ORDER BY platform, id"
         )
     )
