@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNTIME := $(VENV)/.installed-requirements
 DEV := $(VENV)/.installed-requirements-dev
+SCALE := $(VENV)/.installed-requirements-scale
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := .
 SECONDS ?= 300
 WORKERS ?= auto
 
-.PHONY: all run test test-browser browser check fmt clean bench soak hostile chaos drill doctor
+.PHONY: all run test test-browser browser test-scale servers check fmt clean bench soak hostile chaos drill doctor
 
 all: check test
 
@@ -22,6 +23,10 @@ $(RUNTIME): requirements.txt | $(BIN)/pip
 
 $(DEV): requirements-dev.txt $(RUNTIME)
 	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(SCALE): requirements-scale.txt $(DEV)
+	$(PIP) -r requirements-scale.txt
 	touch $@
 
 run: $(RUNTIME)
@@ -39,6 +44,16 @@ browser:
 	command -v apt-get >/dev/null || { echo "The browser tests need chromium and chromedriver, and there is no apt-get here" \
 		"to install them with. Install both and run it again." >&2; exit 1; }; \
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null
+
+# Several gateways on a Redis and a PostgreSQL of their own, which the tests start and end.
+test-scale: $(SCALE) servers
+	$(BIN)/python -m pytest tests/scale
+
+servers:
+	@command -v redis-server >/dev/null && { command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; } && exit; \
+	command -v apt-get >/dev/null || { echo "The tests of several gateways need redis-server and postgresql, and there is no" \
+		"apt-get here to install them with. Install both and run it again." >&2; exit 1; }; \
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq redis-server postgresql >/dev/null
 
 check: $(DEV)
 	$(BIN)/ruff check $(SOURCES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import os
 import secrets
@@ -100,6 +101,8 @@ class Gateway:
         self.control = Control(files, self.store, router, self.engine.waiting.wake)
         self.control.start()
         self._restore_ledger()
+        if settings.state is not None:
+            self._share(settings.state)
         vault = self.store.vault
         responses = ResponsesDialect(lambda: secrets.token_hex(24), Seal(vault.seal, vault.opened))
         dialects: tuple[Dialect, ...] = (
@@ -127,6 +130,34 @@ class Gateway:
             self.engine, dialects, self.endpoints, clients, api_key=self.api_key, admin_key=self.admin_key
         )
 
+    def _share(self, address: str) -> None:
+        """With other gateways. The module is loaded here because its library is there only for those who want it."""
+        try:
+            module = importlib.import_module("shared.state")
+        except ModuleNotFoundError as error:
+            needed = f"GATEWAY_STATE needs the package {error.name}: pip install -r requirements-scale.txt"
+            raise SettingsError(needed) from None
+        shared = module.SharedState(
+            address,
+            self.engine.protection,
+            self.engine.router,
+            sticky_ttl_s=self.settings.sticky_ttl_ms / 1000,
+            log=self.log.write,
+            freed=self.engine.waiting.wake,
+            catalogue_changed=self._read_again,
+        )
+        self.engine.metrics.gauge("freeway_shared_state_up", "Whether the shared state answers.", lambda: shared.up)
+        self.engine.metrics.gauge("freeway_gateways", "Gateways that share it, lately.", lambda: shared.gateways)
+        self.engine.share(shared)
+        self.control.shared_with(shared.catalogue_changed)
+
+    async def _read_again(self) -> None:
+        """The operator has changed something at another gateway, which may use the same database."""
+        try:
+            await self.control.reload()
+        except DatabaseError as error:
+            self.log.write("warning", "catalogue", message=str(error))
+
     def _restore_ledger(self) -> None:
         """Quotas go on where the last process stopped."""
         router, utc, now = self.engine.router, time.time(), time.monotonic()
@@ -151,7 +182,9 @@ class Gateway:
             first_token_s=s.first_token_timeout_ms / 1000,
         )
         try:
+            shared = self.engine.shared
             jobs = (
+                *(shared.jobs() if shared is not None else ()),
                 self._refresh(),
                 self._sweep(),
                 self._retain(),
@@ -163,10 +196,14 @@ class Gateway:
             async with upstream, background(self.log, *jobs):
                 whole_calls = s.tool_calls == "whole"
                 self.engine.providers = Providers(timeouts, upstream, whole_calls=whole_calls)
+                if self.engine.shared is not None:
+                    await self.engine.shared.start()
                 await send({"type": "lifespan.startup.complete"})
                 await receive()
                 await self._drain()
         finally:
+            if self.engine.shared is not None:
+                await self.engine.shared.close()
             await self.store.close()
             if self.store.dropped:
                 self.log.write("error", "rows_lost", count=self.store.dropped)

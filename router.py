@@ -408,6 +408,12 @@ class Router:
             route.model, route.key, self.ledger.reserve(route.model, route.key.id, tokens, now), route.rung, trial=False
         )
 
+    def give_back(self, route: Route) -> None:
+        """A route whose attempt never began."""
+        self.ledger.release(route.reservation)
+        if route.trial:
+            self._protection.trials.release(route.model.id, route.tried_at)
+
     def success_rate(self, model: Model) -> float:
         """By the slow statistics, for the health gate."""
         stats = self.scores.stats.get(model.id, UNSEEN)

@@ -35,6 +35,16 @@ class Control:
         self._store = store
         self._router = router
         self._one_at_a_time = asyncio.Lock()
+        self._tell: Callable[[], None] | None = None
+
+    def shared_with(self, tell: Callable[[], None]) -> None:
+        """Tell other gateways of the operator's changes, too."""
+        self._tell = tell
+
+    async def reload(self) -> None:
+        """Another gateway, which may use the same database, has changed something."""
+        async with self._one_at_a_time:
+            await self._commit(lambda db: None, self.files)
 
     def start(self) -> None:
         """Bring catalogue and keys into the database and route by what is there. Before there is an event loop."""
@@ -55,7 +65,10 @@ class Control:
     async def apply(self, change: Callable[[Connection], T]) -> T:
         """Make an operator's change, all of it or nothing; it holds from the next request on."""
         async with self._one_at_a_time:
-            return await self._commit(change, self.files)
+            result = await self._commit(change, self.files)
+        if self._tell is not None:
+            self._tell()
+        return result
 
     async def reload(self) -> None:
         """Take over what another gateway has changed in a shared database."""

@@ -179,12 +179,16 @@ class Live:
         count = len(protection.transient) + len(protection.keys)
         protection.clear_cooldowns(time.monotonic())
         self._engine.router.gates.close_all()
+        if self._engine.shared is not None:
+            self._engine.shared.cooldowns_cleared()
         self._engine.waiting.wake()
         self._engine.log.write("info", "cooldowns_cleared", count=count)
         return json_response({"cleared": count})
 
     async def lift_bans(self, request: Request) -> Response:
         lifted = self._engine.protection.lift_bans(time.monotonic())
+        if self._engine.shared is not None:
+            self._engine.shared.bans_lifted()
         self._engine.waiting.wake()
         self._engine.log.write("info", "bans_lifted", count=lifted)
         return json_response({"lifted": lifted})

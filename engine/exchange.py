@@ -24,6 +24,7 @@ from engine.record import Exchange, Running, route_headers
 from engine.refusals import refusal, request_is_bad
 from engine.resuming import Resuming, Resumption
 from engine.settle import Books, called_off, judged
+from engine.sharing import Shared
 from engine.waiting import WaitingRoom
 from protection import Answered, Cancelled, Failed, Failure, LostRace, Outcome, Phase, Scope, UpstreamError, retry_s
 from providers import Attempt, Providers
@@ -69,11 +70,16 @@ class Engine:
         self._rng = rng
         self._journal = Journal(protection, router, store, log, self.metrics)
         self._books = Books(settings, protection, router, store, log, self.metrics, rng, self.waiting.wake)
+        self.shared: Shared | None = None  # see `share`
         self._attempts_max = settings.max_fallback_attempts
         self._first_token_s = settings.first_token_timeout_ms / 1000
         self._rescue_after_s = settings.rescue_after_ms / 1000
         self._hedging = Hedging(router, settings)
         self._no_prefill: set[int] = set()  # models that have refused a prefill; bounded by the catalogue
+
+    def share(self, shared: Shared) -> None:
+        """Share with other gateways from now on."""
+        self.shared = self._books.shared = shared
 
     def exchange(self) -> Exchange:
         """A request that has just begun, in the current task."""
@@ -141,6 +147,8 @@ class Engine:
         """The one loop. Gives the last bytes of the answer, when its provider has been let go of already; None where
         the client is told best by a connection that breaks off. Raises GatewayError while nothing has been sent."""
         try:
+            if self.shared is not None:
+                await self.shared.recall(exchange.session)
             plan = self._plan(exchange, chat)
             while (route := await self._next_route(exchange, plan)) is not None:
                 exchange.current = self._start(exchange, plan, route, chat)
@@ -175,7 +183,7 @@ class Engine:
         assert running is not None
         if not await running.attempt.open(self._hedging.late_at(running.attempt, chat.need)):
             second = self._second_route(exchange, plan, running)
-            if second is None:
+            if second is None or (self.shared is not None and not await self._granted(second, self.shared)):
                 await running.attempt.open()
             else:
                 running = await self._race(exchange, plan, self._start(exchange, plan, second, chat, hedge=True))
@@ -311,7 +319,24 @@ class Engine:
         return plan
 
     async def _next_route(self, exchange: Exchange, plan: Plan) -> Route | None:
-        """The next attempt's route, within the limits of attempts and time; waits for one that is coming back."""
+        """The next attempt's route; with its capacity and its trial granted, where other gateways share them."""
+        while (route := await self._free_route(exchange, plan)) is not None:
+            if self.shared is None or await self._granted(route, self.shared):
+                break
+        return route
+
+    async def _granted(self, route: Route, shared: Shared) -> bool:
+        granted = False
+        try:
+            granted = await shared.admits(route)
+        finally:  # also where its client has left
+            if not granted:
+                self.router.give_back(route)
+                shared.trial_ended(route.model.id)
+        return granted
+
+    async def _free_route(self, exchange: Exchange, plan: Plan) -> Route | None:
+        """The best route that is left, within the limits of attempts and time; waits for one that is coming back."""
         while True:
             now = time.monotonic()
             if exchange.failures and (

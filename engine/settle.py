@@ -15,6 +15,7 @@ import orjson
 from config.settings import Settings
 from engine.record import Ended, Exchange, Running
 from engine.refusals import FailedAttempt
+from engine.sharing import Shared
 from protection import (
     Answered,
     AvoidNext,
@@ -76,6 +77,7 @@ class Books:
         self._metrics = metrics
         self._rng = rng
         self._freed = freed
+        self.shared: Shared | None = None
         self._rests = Rests(settings.transient_cooldown_ms / 1000, settings.rate_limit_cooldown_ms / 1000)
 
     def settle(self, exchange: Exchange, running: Running) -> None:
@@ -122,6 +124,8 @@ class Books:
             for effect in costs(attempt.outcome, self._facts(exchange, attempt, now), now):
                 if exchange.drill is None or isinstance(effect, Skip):  # a drill costs its own request alone
                     self.apply(effect, exchange, attempt, now)
+                    if self.shared is not None:
+                        self.shared.applied(effect, exchange.session, attempt.route, attempt.started, now)
         finally:
             if attempt.route.trial:
                 self._end_trial(attempt.route, failed=isinstance(attempt.outcome, Failed))
@@ -133,10 +137,14 @@ class Books:
             self._freed()
         if route.trial:
             self._protection.end_rests(route.key.id, route.model.id, attempt.started, now)
+            if self.shared is not None:
+                self.shared.applied(EndRests(), "", route, attempt.started, now)
             self._end_trial(route, failed=False)
 
     def _end_trial(self, route: Route, *, failed: bool) -> None:
         """Give a trial back. After one that failed what rests keeps its distance, so nobody needs to look."""
+        if self.shared is not None:
+            self.shared.trial_ended(route.model.id)
         if self._protection.trials.release(route.model.id, route.tried_at) and (
             not failed or route.rung < Rung.RESTING
         ):

@@ -81,6 +81,23 @@ class Cooldowns(Generic[K]):
         self._rests[key] = Rest(max(rest.until, until), firm_until, now, now + self._spacing_s)
         self._snapshot = None
 
+    def merge(self, key: K, told: Rest, now: float) -> None:
+        """Rest as another gateway says, too: of each time the later one holds."""
+        if told.until <= now:
+            return
+        if (rest := self.get(key, now)) is None:
+            if len(self._rests) >= self._entries_max:
+                self._make_room(now)
+            self._recovering.pop(key, None)
+            rest = told
+        self._rests[key] = Rest(
+            max(rest.until, told.until),
+            max(rest.firm_until, told.firm_until),
+            max(rest.failed_at, told.failed_at),
+            max(rest.spaced_until, told.spaced_until),
+        )
+        self._snapshot = None
+
     def failed(self, key: K, now: float) -> None:
         """A failure now keeps the next trial of what rests at a distance, even one that by itself rests nothing."""
         if (rest := self.get(key, now)) is not None:

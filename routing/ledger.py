@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from msgspec import Struct
 
@@ -26,6 +27,24 @@ class Reservation(Struct, eq=False):
     tokens: int
     day: int
     running: bool = True  # the tokens are an estimate, of which a part may be given back
+    granted: bool = True  # by the other gateways, where there are any; until then its attempt must not begin
+
+
+class Shares(Protocol):
+    """What several gateways use together (SPEC 20): each has a share of every account, and asks for more."""
+
+    def wait_s(self, model: Model, key: int, tokens: int, now: float) -> float:
+        """0 where there is room, or might be; else seconds until there may be."""
+
+    def take(self, model: Model, reservation: Reservation, restored: tuple[int, int]) -> None:
+        """Out of this gateway's share; where that is not enough it is not granted yet. `restored`: the requests and
+        tokens of today that the log knew at the start."""
+
+    def settle(self, reservation: Reservation, tokens: int) -> None:
+        """So much was really used."""
+
+    def release(self, reservation: Reservation) -> None:
+        """Nothing was used."""
 
 
 @dataclass(slots=True)
@@ -36,12 +55,15 @@ class Account:
     day: int = 0
     day_requests: int = 0
     day_tokens: int = 0
+    restored_requests: int = 0  # of the day's, these were found in the log
+    restored_tokens: int = 0
 
     def roll(self, now: float, day: int) -> None:
         while self.minute and self.minute[0].at <= now - MINUTE_S:
             self.minute.popleft()
         if day != self.day:
             self.day, self.day_requests, self.day_tokens = day, 0, 0
+            self.restored_requests = self.restored_tokens = 0
 
 
 class Ledger:
@@ -49,12 +71,19 @@ class Ledger:
 
     def __init__(self) -> None:
         self.utc_offset_s = 0.0  # UTC minus `now`, for quotas that end with the day; the shell keeps it true
+        self.shares: Shares | None = None  # None: this gateway has everything to itself
         self._accounts: dict[tuple[int, int], Account] = {}
 
     def wait_s(self, model: Model, key: int, tokens: int, now: float) -> float | None:
         """0 when there is room, else seconds until there is; None when no wait makes room for so many tokens."""
         if not model.limited:
             return 0.0
+        wait_s = self._own_wait_s(model, key, tokens, now)
+        if wait_s is None or self.shares is None:
+            return wait_s
+        return max(wait_s, self.shares.wait_s(model, key, tokens, now))
+
+    def _own_wait_s(self, model: Model, key: int, tokens: int, now: float) -> float | None:
         if any(limit is not None and tokens > limit for limit in (model.tpm, model.tpd)):
             return None
         account = self._account(model.id, key, now)
@@ -95,7 +124,22 @@ class Ledger:
         account.minute.append(reservation)
         account.day_requests += 1
         account.day_tokens += tokens
+        if self.shares is not None:
+            self.shares.take(model, reservation, (account.restored_requests, account.restored_tokens))
         return reservation
+
+    def release(self, reservation: Reservation | None) -> None:
+        """It was not used at all: its attempt never began."""
+        if reservation is None:
+            return
+        account = self._accounts[reservation.model, reservation.key]
+        if account.day == reservation.day:
+            account.day_requests -= 1
+            account.day_tokens = max(0, account.day_tokens - reservation.tokens)
+        if reservation in account.minute:
+            account.minute.remove(reservation)
+        if self.shares is not None:
+            self.shares.release(reservation)
 
     def keep(self, reservation: Reservation | None) -> None:
         """What was really used will never be known, so the estimate stays."""
@@ -110,6 +154,8 @@ class Ledger:
         account = self._accounts[reservation.model, reservation.key]
         if account.day == reservation.day:
             account.day_tokens = max(0, account.day_tokens + tokens - reservation.tokens)  # a clock may have jumped
+        if self.shares is not None:
+            self.shares.settle(reservation, tokens)
         made_room = tokens < reservation.tokens
         reservation.tokens, reservation.running = tokens, False
         return made_room
@@ -123,6 +169,8 @@ class Ledger:
         if (at + self.utc_offset_s) // DAY_S == account.day:
             account.day_requests += requests
             account.day_tokens += tokens
+            account.restored_requests += requests
+            account.restored_tokens += tokens
 
     def _account(self, model: int, key: int, now: float) -> Account:
         account = self._accounts.get((model, key))

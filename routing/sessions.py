@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 SESSIONS_MAX = 10_000  # SPEC 7.1; about 4 MB
@@ -70,6 +70,12 @@ class Sessions:
     def pin(self, key: str, model: int, key_id: int, now: float) -> None:
         if session := self._touch(key, now):
             session.model, session.key = model, key_id
+
+    def adopt(self, key: str, model: int | None, key_id: int | None, bans: Mapping[str, Banned], now: float) -> None:
+        """A conversation that began at another gateway goes on as that one left it."""
+        if session := self._touch(key, now):
+            session.model, session.key, session.bans = model, key_id, dict(bans)
+            session.requests = max(session.requests, 1)
 
     def ban(self, key: str, platform: str, reason: str, now: float) -> None:
         if session := self._touch(key, now):

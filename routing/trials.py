@@ -23,6 +23,7 @@ class Trials:
 
     def __init__(self, spacing_s: float = TRIAL_SPACING_S) -> None:
         self._taken: dict[int, float] = {}  # models, and since when; bounded by the catalogue
+        self._elsewhere: dict[int, float] = {}  # models that other gateways try, and until when; likewise
         self._spacing_s = spacing_s
         self._next_at = 0.0
 
@@ -31,6 +32,13 @@ class Trials:
         self._taken[model] = now
         self._next_at = now + self._spacing_s / UNPACED_MAX
         return now
+
+    def taken_elsewhere(self, model: int, until: float) -> None:
+        """Another gateway tries this model, until then at most."""
+        self._elsewhere[model] = until
+
+    def released_elsewhere(self, model: int) -> None:
+        self._elsewhere.pop(model, None)
 
     def release(self, model: int, taken: float) -> bool:
         """End it; False where it had lasted too long and another holds the model by now."""
@@ -42,7 +50,8 @@ class Trials:
     def busy_s(self, model: int, now: float) -> float:
         """Seconds until the model may be tried; 0 when it may."""
         taken = self._taken.get(model)
-        return 0.0 if taken is None else max(0.0, taken + LEASE_S - now)
+        busy_s = 0.0 if taken is None else max(0.0, taken + LEASE_S - now)
+        return max(busy_s, self._elsewhere.get(model, now) - now) if self._elsewhere else busy_s
 
     def pause_s(self, resting: int, now: float) -> float:
         """Seconds until one of so many resting things may be tried."""

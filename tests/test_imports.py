@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("wire", "dialects", "routing", "adapters", "records", "config", "transport", "engine", "admin")
+FOLDERS = ("wire", "dialects", "routing", "adapters", "records", "config", "transport", "shared", "engine", "admin")
 OWNERS_FILES = ("gateway", "providers", "router", "protection")  # the project's owner wants these at the root
 FILE_LINES_MAX = 600
 FUNCTION_LINES_MAX = 60
@@ -26,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "records": {"routing", "protection", "wire"},
     "config": {"routing", "wire"},
     "transport": {"wire"},
+    "shared": {"routing", "router", "protection", "wire"},
     "providers": {"adapters", "transport", "routing", "protection", "wire"},
 }
 ALLOWED["engine"] = set(ALLOWED)
@@ -39,6 +42,7 @@ OWNED = {
     "asyncpg": {"records.postgres", "records.postgres_link", "records.postgres_news"},
     "cryptography": {"records.vault"},
     "prometheus_client": {"records.metrics"},
+    "redis": {"shared.link"},
 }
 SQL = re.compile(r"\b(SELECT\s.+\sFROM|INSERT\s+INTO|UPDATE\s+\w+\s+SET|DELETE\s+FROM|PRAGMA\s)", re.DOTALL)
 
@@ -110,6 +114,15 @@ def test_a_pure_module_does_no_io_and_knows_no_clock(name):
 @pytest.mark.parametrize(("library", "owners"), OWNED.items(), ids=OWNED)
 def test_a_library_has_one_owner(library, owners):
     assert {name for name, path in MODULES.items() if library in imported(path)} <= owners
+
+
+def test_what_only_several_gateways_need_is_not_loaded_by_one():
+    look = "import gateway, sys; print(*{name.partition('.')[0] for name in sys.modules})"
+
+    loaded = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert "gateway" in loaded.stdout.split()
+    assert {"redis", "asyncpg", "shared"} & set(loaded.stdout.split()) == set()
 
 
 @every_module
