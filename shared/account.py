@@ -19,7 +19,7 @@ WINDOW_S = 60.5  # a minute, and what may pass between counting a call here and 
 BUCKET_S = 0.5  # uses are counted together, as at the end of their bucket
 LOAN_S = 5.0  # then it is over for Redis …
 KEPT_S = 4.0  # … and before that for us: no clock and no delay lets both count it
-IDLE_S = 1.0  # what is not needed for so long is given back
+IDLE_S = 0.3  # what is not needed for so long is given back
 RECENT_S = 0.1  # what was used within it is what is asked for ahead: enough for many round trips
 RECENT_MAX = 1_000
 

@@ -56,8 +56,9 @@ return {redis.call('ZCARD', KEYS[1]), now}
 # gateway: `number|day|requests|tokens|lent until|lent requests|lent tokens|at:requests:tokens;…`.
 # ARGV: 1 who, 2 the number of the message, 3 ms of a loan, 4 ms of the window, 5-8 limits (requests a minute and a day,
 # tokens a minute and a day; -1: none), 9 its day, 10-11 used on it, 12-13 held still, 14-15 needed, 16-17 wanted
-# besides, 18-19 what is known to have been used today by anybody, 20 `age:requests:tokens;…` of the window.
-# What was lent to one that has not come back counts as used until a window after the loan's end: it may have been.
+# to hold besides, 18-19 what is known to have been used today by anybody, 20 `age:requests:tokens;…` of the window.
+# What was lent to one that has not come back counts as used until a window after the loan's end: it may have been. What
+# is not needed comes back within 400 ms.
 # Gives lent requests and tokens, used by all in the window and today, and ms until there may be room (-1: next day).
 SHARE = """
 local time = redis.call('TIME')
@@ -89,7 +90,7 @@ for i = 1, #fields, 2 do
     if lr > 0 or lt > 0 then
       if ends > now then
         alive, lent_r, lent_t = true, lent_r + lr, lent_t + lt
-        leaving[#leaving + 1] = {ends, lr, lt}
+        leaving[#leaving + 1] = {math.min(ends, now + 400), lr, lt}
       elseif used(ends, lr, lt) then alive = true end
     end
     for at, requests, tokens in string.gmatch(list, '(%d+):(%d+):(%d+)') do
@@ -115,13 +116,13 @@ local function left(per_minute, per_day, in_minute, in_day, lent, held)
 end
 local left_r = left(n[5], n[6], minute_r, day_r, lent_r, n[12])
 local left_t = left(n[7], n[8], minute_t, day_t, lent_t, n[13])
-local function grant(room, need, want)
-  return math.min(room, need + math.min(want, math.floor(room / 10)))
+local function grant(room, need, want, held)
+  return math.min(room, need + math.max(0, math.min(want - held, math.floor(room / 10))))
 end
-local got_r, got_t = grant(left_r, n[14], n[16]), grant(left_t, n[15], n[17])
+local got_r, got_t = grant(left_r, n[14], n[16], n[12]), grant(left_t, n[15], n[17], n[13])
 local wait = 0
 if got_r < n[14] or got_t < n[15] then
-  if (n[6] >= 0 and day_r + lent_r + n[12] + n[14] > n[6]) or (n[8] >= 0 and day_t + lent_t + n[13] + n[15] > n[8]) then
+  if (n[6] >= 0 and got_r < n[14] and day_r >= n[6]) or (n[8] >= 0 and got_t < n[15] and day_t + n[15] > n[8]) then
     wait = -1
   else
     table.sort(leaving, function(a, b) return a[1] < b[1] end)

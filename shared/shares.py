@@ -24,7 +24,7 @@ DENIED_S_MIN = 0.05  # before the same is asked again
 PAUSE_S = 0.01  # between two exchanges that nobody waits for; what is used in it comes out of the loan
 SETTLE_S = 0.1  # how soon real numbers of tokens replace estimates elsewhere
 ACCOUNTS_MAX = 10_000  # models x keys of any catalogue; a bound, not a budget
-LOOK_S = 0.25  # how often loans are looked at that nobody needs
+LOOK_S = 0.1  # how often loans are looked at that nobody needs
 
 
 @dataclass(eq=False, slots=True)
@@ -207,7 +207,11 @@ class SharedLedger:
                 self._decide(asking, False)
 
     def _granted_alone(self, account: Account, asking: Asking) -> bool:
+        """Without an answer. As long as others may still get theirs, taking a part unasked would be one too many."""
         now = time.monotonic()
+        if self._link.up:
+            account.denied_until, account.denied_tokens = now + DENIED_S_MIN, 0
+            return False
         day, left_s = day_of(now, self._ledger.utc_offset_s)
         account.roll(day)
         if account.alone_wait_s(asking.tokens, self.gateways, now, left_s) > 0:
