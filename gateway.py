@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -62,13 +62,17 @@ from routing.scores import Stats, success_probabilities
 from routing.standing import Protection
 from transport.client import Receive, Send, read_body
 from transport.connection import ClientConnection
-from transport.process import allow_many_files, listen, spare_the_collector, trim_memory
+from transport.process import allow_many_files, bind, listen, spare_the_collector, trim_memory
+from transport.siblings import Siblings
 from transport.upstream import Upstream
+from transport.workers import Place, Supervisor, place_of
 from wire.chat import Dialect, LocalRoute
 
 STOP_S = 10  # for running streams, after a signal (SPEC 1.6)
+STORE_S = 8  # and then for the last rows and for what has been cancelled
 CLIENT_STALL_S = 300.0  # a client that takes no bytes for so long is gone, whatever its connection says
 SWEEP_S = 5.0
+ORPHAN_S = 1.0
 STATS_SHARE = 0.01  # of a core, at most, for the statistics: a million rows take 2 s, and say the same for minutes
 RETENTION_S = 3600.0  # SPEC 12.3
 
@@ -76,8 +80,10 @@ RETENTION_S = 3600.0  # SPEC 12.3
 class Gateway:
     """The ASGI app. Constructing it opens the database; its lifespan owns everything that runs."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, place: Place | None = None) -> None:
+        """`place`: it is one of several workers."""
         self.settings = settings
+        self.siblings = None if place is None else Siblings(place)
         self.proxies = proxies(settings.environ)
         files = load_catalog(settings, ADAPTERS)
         defaults = {p.id: p.protection for p in files.platforms.values()}
@@ -120,7 +126,7 @@ class Gateway:
                 *(self._local_route(route) for dialect in dialects for route in dialect.extra_routes()),
                 Route("/healthz", self.healthz),
                 resource("/", GET=Page().show),
-                *admin_routes(self.engine, self.control),
+                *admin_routes(self.engine, self.control, self.siblings),
             ],
             redirect_slashes=False,
             default=self._not_found,
@@ -187,13 +193,14 @@ class Gateway:
                 *(shared.jobs() if shared is not None else ()),
                 self._refresh(),
                 self._sweep(),
-                self._retain(),
                 self.store.backend.follow(self.control.reload),
                 keep_discovering(self.engine, self.control),
-                keep_rechecking(self.engine, self.control, s.key_recheck_ms / 1000),
+                *self._jobs_of_one(),
+                *(() if self.siblings is None else (stop_when_orphaned(self.siblings.place),)),
             )
             upstream = Upstream(s.connect_timeout_ms / 1000, proxies=self.proxies)
-            async with upstream, background(self.log, *jobs):
+            together = contextlib.nullcontext() if self.siblings is None else self.siblings.listening()
+            async with upstream, together, background(self.log, *jobs):
                 whole_calls = s.tool_calls == "whole"
                 self.engine.providers = Providers(timeouts, upstream, whole_calls=whole_calls)
                 if self.engine.shared is not None:
@@ -209,6 +216,12 @@ class Gateway:
                 self.log.write("error", "rows_lost", count=self.store.dropped)
             self.log.stop()
         await send({"type": "lifespan.shutdown.complete"})
+
+    def _jobs_of_one(self) -> list[Coroutine[Any, Any, None]]:
+        """What one of several workers does for all: they use one database."""
+        if self.siblings is not None and self.siblings.place.number > 0:
+            return []
+        return [self._retain(), keep_rechecking(self.engine, self.control, self.settings.key_recheck_ms / 1000)]
 
     async def _drain(self) -> None:
         """The server has waited for running requests; what it has cancelled since gets a moment to settle."""
@@ -319,6 +332,13 @@ class Gateway:
         return json_response({"status": "ok"})
 
 
+async def stop_when_orphaned(place: Place) -> None:
+    """A worker whose supervisor was killed would keep the port for ever."""
+    while not place.orphaned():  # noqa: ASYNC110 - nobody can tell it
+        await asyncio.sleep(ORPHAN_S)
+    signal.raise_signal(signal.SIGTERM)
+
+
 @contextlib.asynccontextmanager
 async def background(log: EventLog, *jobs: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run jobs beside the block; they end with it. A defect ends the one job that has it, never the service."""
@@ -357,12 +377,24 @@ def uvicorn_config(app: Gateway) -> uvicorn.Config:
     )
 
 
-def listener_of(settings: Settings) -> socket.socket:
+def listener_of(settings: Settings, open: Callable[..., socket.socket] = listen) -> socket.socket:
     try:
-        return listen(settings.host, settings.port)
+        return open(settings.host, settings.port, together=settings.workers > 1)
     except OSError as error:
         where = f"GATEWAY_HOST={settings.host!r}, GATEWAY_PORT={settings.port}"
         raise SettingsError(f"{where}: cannot listen there: {error.strerror or error}") from None
+
+
+def supervise(settings: Settings) -> int:
+    """Start the workers and see to them until a signal."""
+    log = EventLog(settings.log_level)
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+    holder = listener_of(settings, bind)
+    log.start()
+    try:
+        return Supervisor(command, settings.workers, holder, stop_s=STOP_S + STORE_S, log=log.write).run()
+    finally:
+        log.stop()
 
 
 def announce(app: Gateway, port: int) -> None:
@@ -385,8 +417,11 @@ def main() -> int:
         return command(sys.argv[2:], os.environ, Path.cwd(), lambda line: print(line, flush=True))
     try:
         settings = load_settings(sys.argv[1:], os.environ, Path.cwd())
+        place = place_of(os.environ)
+        if settings.workers > 1 and place is None:
+            return supervise(settings)
         listener = listener_of(settings)
-        app = Gateway(settings)
+        app = Gateway(settings, place)
     except (SettingsError, StoreError, DatabaseAway, DatabaseRefused) as error:
         print(f"freeway: {error}", file=sys.stderr)
         return 2
@@ -403,7 +438,8 @@ def main() -> int:
     spare_the_collector()
     logging.getLogger().addHandler(LibraryLog(app.log))
     with contextlib.suppress(OSError):  # nobody may be reading
-        announce(app, listener.getsockname()[1])
+        if place is None or not place.number:
+            announce(app, listener.getsockname()[1])
     server.run(sockets=[listener])
     return 0
 

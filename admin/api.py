@@ -18,19 +18,20 @@ from admin.live import Live
 from admin.quota import Quota
 from admin.reports import LogReports
 from engine.exchange import Engine
+from transport.siblings import Siblings
 
 
-def admin_routes(engine: Engine, control: Control) -> list[Route]:
-    """Everything under /api, and /metrics."""
+def admin_routes(engine: Engine, control: Control, siblings: Siblings | None = None) -> list[Route]:
+    """Everything under /api, and /metrics; with `siblings` this worker speaks for all of them."""
     chain = Chain(engine, control)
     parts = (
-        Live(engine),
+        Live(engine, siblings),
         Keys(engine, control),
         Clients(engine, control),
         chain,
         LogReports(engine, chain),
         Quota(engine),
-        Explain(engine),
+        Explain(engine, siblings),
         Drills(engine),
     )
     return [route for part in parts for route in part.routes()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from random import Random
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -14,6 +15,7 @@ from dialects.chat import ChatDialect
 from engine.door import understood
 from engine.exchange import Engine
 from transport.client import read_body
+from transport.siblings import Siblings
 
 ID_QUOTED_CHARS_MAX = 100
 
@@ -21,8 +23,11 @@ ID_QUOTED_CHARS_MAX = 100
 class Explain:
     """/api/explain and /api/requests/{request_id}/explain."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, siblings: Siblings | None) -> None:
         self._engine = engine
+        self._siblings = siblings
+        if siblings is not None:
+            siblings.answers["explain"] = lambda id: orjson.dumps(engine.explanations.of(id), default=str)
         self._dialect = ChatDialect()
 
     def routes(self) -> list[Route]:
@@ -34,6 +39,9 @@ class Explain:
     async def past(self, request: Request) -> Response:
         id = request.path_params["request_id"]
         told = self._engine.explanations.of(id)
+        if told is None and self._siblings is not None and id.isprintable():
+            answers = await self._siblings.ask("explain", id[:ID_QUOTED_CHARS_MAX])
+            told = next((told for told in map(orjson.loads, answers) if told is not None), None)
         if told is None:
             raise unknown("kept request", id[:ID_QUOTED_CHARS_MAX])
         return json_response(told)

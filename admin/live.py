@@ -5,18 +5,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from admin.bodies import json_response, resource
+from admin.together import metrics_of, of_all, protection_of, status_of
 from engine.exchange import Engine
 from protection import Level
 from records.controls import count_keys
 from records.metrics import CONTENT_TYPE
+from transport.siblings import Siblings
 
 VERSION = "0.1.0"
 
@@ -24,10 +27,15 @@ VERSION = "0.1.0"
 class Live:
     """/api/status, /api/platforms, /api/protection and /metrics."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, siblings: Siblings | None) -> None:
         self._engine = engine
+        self._siblings = siblings
         self._started = time.monotonic()
         watch(engine)
+        if siblings is not None:
+            siblings.answers["protection"] = lambda _: orjson.dumps(self._protection())
+            siblings.answers["metrics"] = lambda _: engine.metrics.text()
+            siblings.answers["status"] = lambda _: orjson.dumps(self._status({}))
 
     def routes(self) -> list[Route]:
         return [
@@ -40,20 +48,21 @@ class Live:
         ]
 
     async def status(self, request: Request) -> Response:
+        own = self._status(await self._engine.store.read(count_keys))
+        return json_response(status_of(await of_all(self._siblings, "status", own)))
+
+    def _status(self, keys: Mapping[str, int]) -> dict[str, Any]:
         engine, catalog = self._engine, self._engine.router.catalog
-        keys = await engine.store.read(count_keys)
-        return json_response(
-            {
-                "version": VERSION,
-                "uptime_s": round(time.monotonic() - self._started),
-                "platforms": len(catalog.platforms),
-                "models": len(catalog.models),
-                "keys": sum(keys.values()),
-                "routable_models": sum(engine.router.has_key(model) for model in catalog.auto_chain),
-                "log_queue": engine.store.pending,
-                "log_dropped": engine.store.dropped,
-            }
-        )
+        return {
+            "version": VERSION,
+            "uptime_s": round(time.monotonic() - self._started),
+            "platforms": len(catalog.platforms),
+            "models": len(catalog.models),
+            "keys": sum(keys.values()),
+            "routable_models": sum(engine.router.has_key(model) for model in catalog.auto_chain),
+            "log_queue": engine.store.pending,
+            "log_dropped": engine.store.dropped,
+        }
 
     async def list_platforms(self, request: Request) -> Response:
         keys = await self._engine.store.read(count_keys)
@@ -78,34 +87,35 @@ class Live:
         )
 
     async def protection(self, request: Request) -> Response:
+        return json_response(protection_of(await of_all(self._siblings, "protection", self._protection())))
+
+    def _protection(self) -> dict[str, Any]:
         """Levels, sessions, bans, running attempts and cooldowns."""
         protection, now = self._engine.protection, time.monotonic()
         sessions = [session for _, session in protection.sessions.active(now)]
         by_model = Counter(session.model for session in sessions if session.model is not None)
-        return json_response(
-            {
-                "levels": protection.levels,
-                "default_level": Level.MODEL_SKIP,
-                "sessions": {
-                    "count": len(sessions),
-                    "by_model": self._of_models((model, {"count": count}) for model, count in by_model.most_common()),
-                },
-                **self._restrictions(now),
-                "waiting": [
-                    {
-                        "request_id": waiter.request_id,
-                        "since_ms": ms(now - waiter.since),
-                        "eta_ms": max(0, ms(waiter.eta - now)),
-                    }
-                    for waiter in self._engine.waiting.waiters()
-                ],
-                "trials": [
-                    {"model_db_id": model, "since_ms": ms(now - since)} for model, since in protection.trials.running()
-                ],
-                "active": self._of_models((a.model, {"ms": ms(now - a.since)}) for a in protection.active),
-                "rescues": self._rescues(now),
-            }
-        )
+        return {
+            "levels": protection.levels,
+            "default_level": Level.MODEL_SKIP,
+            "sessions": {
+                "count": len(sessions),
+                "by_model": self._of_models((model, {"count": count}) for model, count in by_model.most_common()),
+            },
+            **self._restrictions(now),
+            "waiting": [
+                {
+                    "request_id": waiter.request_id,
+                    "since_ms": ms(now - waiter.since),
+                    "eta_ms": max(0, ms(waiter.eta - now)),
+                }
+                for waiter in self._engine.waiting.waiters()
+            ],
+            "trials": [
+                {"model_db_id": model, "since_ms": ms(now - since)} for model, since in protection.trials.running()
+            ],
+            "active": self._of_models((a.model, {"ms": ms(now - a.since)}) for a in protection.active),
+            "rescues": self._rescues(now),
+        }
 
     def _rescues(self, now: float) -> list[dict[str, Any]]:
         """The calls that go on with an answer which broke off elsewhere (SPEC 14)."""
@@ -194,7 +204,10 @@ class Live:
         return json_response({"lifted": lifted})
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._engine.metrics.text(), headers={"content-type": CONTENT_TYPE})
+        texts = [self._engine.metrics.text()]
+        if self._siblings is not None:
+            texts += await self._siblings.ask("metrics")
+        return Response(metrics_of(texts), headers={"content-type": CONTENT_TYPE})
 
 
 def ms(seconds: float) -> int:

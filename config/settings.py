@@ -20,6 +20,7 @@ KEY_CHARS_MIN = 16  # of a client key, wherever others can reach the port (SPEC 
 DIGITS_MAX = 18  # int() refuses thousands of them by itself, with a traceback
 QUOTED_CHARS_MAX = 100  # of a malformed value in the one line that the operator gets
 WHOLE_MAX = 10**12  # 31 years in milliseconds: above it a clock would overflow, and it is a typing error anyway
+WORKERS_MAX = 256  # more than a machine has cores
 CACHE_MB_MAX = 1_000_000  # more memory than any machine has
 
 
@@ -67,6 +68,7 @@ class Settings:
     cache_ttl_ms: int = 3_600_000
     state: str | None = field(default=None, repr=False)  # its address may hold a password, like the next one's
     log: str | None = field(default=None, repr=False)
+    workers: int = 1  # processes on one port (SPEC 20.4)
     privacy: str | None = None
     origins: tuple[str, ...] = ()
     analytics_window_days: int = 7
@@ -193,6 +195,7 @@ READERS: Mapping[str, Reader] = {
     "LOG_LEVEL": one_of("debug", "info", "warning", "error"),
     "GATEWAY_STATE": address("redis", "rediss"),
     "GATEWAY_LOG": address("postgresql", "postgres"),
+    "GATEWAY_WORKERS": whole(1, WORKERS_MAX),
     "GATEWAY_PRIVACY": one_of("no-train"),
     "GATEWAY_ORIGINS": web_origins,
 }  # fmt: skip
@@ -209,6 +212,10 @@ def load_settings(argv: Sequence[str], environ: Mapping[str, str], cwd: Path) ->
     values["db"] = cwd / values.get("db", Settings().db)
     if "catalog" in values:
         values["catalog"] = cwd / values["catalog"]
+    if values.get("workers", 1) > 1 and "state" not in values:
+        raise SettingsError(
+            f"GATEWAY_WORKERS={values['workers']}: several workers need GATEWAY_STATE, a Redis through which they share"
+        )
     return Settings(**values, environ=given)
 
 

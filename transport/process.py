@@ -13,14 +13,27 @@ FILES_MAX = 65_536  # open at once, where the system allows it
 MALLOC_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that clients can connect to from now on; whoever asks closes it. Raises OSError."""
+def bind(host: str, port: int, *, together: bool = False) -> socket.socket:
+    """A socket on this port; `together` with others of ours. Whoever asks closes it. Raises OSError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)  # named, or asyncio leaves Nagle on
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if together:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
-        listener.listen(BACKLOG)  # whoever connects from now on waits for the server instead of being refused
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def listen(host: str, port: int, *, together: bool = False) -> socket.socket:
+    """A socket that clients can connect to from now on: they wait for the server instead of being refused. Raises
+    OSError."""
+    listener = bind(host, port, together=together)
+    try:
+        listener.listen(BACKLOG)
     except OSError:
         listener.close()
         raise
