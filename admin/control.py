@@ -70,10 +70,6 @@ class Control:
             self._tell()
         return result
 
-    async def reload(self) -> None:
-        """Take over what another gateway has changed in a shared database."""
-        await self.apply(lambda db: None)
-
     async def revise_models(self, revise: Callable[[Sequence[Model]], Sequence[Model]]) -> bool:
         """Put other models into the catalogue; gives whether that was a change."""
         async with self._one_at_a_time:

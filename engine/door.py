@@ -22,6 +22,7 @@ from engine.drill import parse_drill
 from engine.exchange import Engine
 from engine.origins import allowed, is_preflight, preflight_headers, shown_to
 from engine.record import Exchange, route_headers
+from engine.sharing import Shared
 from routing.catalog import Catalog
 from routing.clients import Admission, Client, ClientKeys, allowed_models
 from transport.client import ClientGone, CutShort, Receive, Send, read_body
@@ -177,13 +178,15 @@ class Door:
         try:
             if client is not None:
                 admission = self._admit_client(exchange, client)
+                if self._engine.shared is not None:
+                    admission = await self._admitted_by_all(self._engine.shared, client, admission)
             await self._engine.answer(exchange, dialect, scope["freeway.client"], send)
         except GatewayError as error:
             self._engine.refuse(exchange, error)
             raise
         finally:
-            if admission is not None:
-                self._settle(exchange, admission)
+            if client is not None and admission is not None:
+                self._settle(exchange, client, admission)
 
     def _admit_client(self, exchange: Exchange, client: Client) -> Admission:
         """Hold the request to what its client's key allows, and take its place within the limits. Raises
@@ -196,14 +199,31 @@ class Door:
         exchange.chat = replace(chat, need=replace(need, min_rank=min(ranks, default=None), allowed=allowed))
         return self._clients.admit(client, need.tokens, time.monotonic(), time.time())
 
-    def _settle(self, exchange: Exchange, admission: Admission) -> None:
+    async def _admitted_by_all(self, shared: Shared, client: Client, admission: Admission) -> Admission:
+        """Its place among all gateways, too. Raises GatewayError."""
+        admitted = False
+        try:
+            await shared.admit_client(client, admission)
+            admitted = True
+        finally:
+            if not admitted:
+                self._clients.give_back(admission)
+        return admission
+
+    def _settle(self, exchange: Exchange, client: Client, admission: Admission) -> None:
         """What the request has used counts from now on in place of the estimate. An answer from memory counts as a
         request without tokens, as it does in the log."""
+        shared, estimate = self._engine.shared, admission.tokens
         if exchange.attempts == 0 and exchange.cache != "hit":
             self._clients.give_back(admission)
+            if shared is not None:
+                shared.client_settled(client, admission, -1, -estimate)
             return
         rows = [ended.row for ended in exchange.ended]
-        self._clients.settle(admission, sum((row.input_tokens or 0) + (row.output_tokens or 0) for row in rows))
+        used = sum((row.input_tokens or 0) + (row.output_tokens or 0) for row in rows)
+        self._clients.settle(admission, used)
+        if shared is not None:
+            shared.client_settled(client, admission, 0, used - estimate)
 
 
 def refuse_websocket(path: str, headers: Given) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from protection import Effect
+from routing.clients import Admission, Client
 from routing.route import Route
 
 
@@ -27,6 +28,12 @@ class Shared(Protocol):
 
     async def admits(self, route: Route) -> bool:
         """Whether this attempt may begin, as far as the others are concerned."""
+
+    async def admit_client(self, client: Client, admission: Admission) -> None:
+        """Count a client's request against its limits. Raises GatewayError 429."""
+
+    def client_settled(self, client: Client, admission: Admission, requests: int, tokens: int) -> None:
+        """It has used so much more, or less, than was counted."""
 
     def applied(self, effect: Effect, session: str, route: Route, began: float, now: float) -> None:
         """An attempt that began then has changed something here."""

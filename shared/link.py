@@ -9,6 +9,7 @@ that is still to come on it would be taken for the next command's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha1
@@ -19,12 +20,13 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-from shared.breaker import Breaker
+from shared.breaker import FAILURES_MAX, Breaker
 
 LIMIT_S = 0.05  # of one command (SPEC 20.3)
 CONNECT_S = 0.2  # of the first one on a new connection, which no request waits for
 CONNECTIONS_MAX = 8  # a command takes less than a millisecond
 LISTEN_S = 0.5  # how soon the one that listens notices that the breaker has opened
+OWN_DELAY_S = 0.02  # a limit that is noticed so late says that this process was busy, not that Redis is
 RETRY_S = 0.2  # before it listens again, where only its own connection has broken
 T = TypeVar("T")
 Command = Sequence[str | bytes | int]
@@ -48,6 +50,7 @@ class Link:
         self._scripts = {script: sha1(script.encode(), usedforsecurity=False).hexdigest() for script in scripts}
         self._breaker = Breaker()
         self._breaker.closed = False  # until `start`
+        self._asking: asyncio.Future[list[None]] | None = None
         self.why = ""
 
     @property
@@ -156,15 +159,27 @@ class Link:
     async def _within(self, limit_s: float, asked: Callable[[], Awaitable[T]]) -> T:
         if not self.up:
             raise Away
+        late_at = time.monotonic() + limit_s + OWN_DELAY_S
         try:
             async with asyncio.timeout(limit_s):
                 answer = await asked()
         except (RedisError, OSError, TimeoutError) as error:
-            self._failed(error)
+            if time.monotonic() < late_at:
+                self._failed(error)
+                self._ask_again()
             raise Away from None
         if self.up:
             self._breaker.succeeded()
         return answer
+
+    def _ask_again(self) -> None:
+        """Find out at once, off the requests' path, whether it hangs: as many failures as open the breaker."""
+        if self._asking is None or self._asking.done():
+            self._asking = asyncio.gather(*(self._asked_again() for _ in range(FAILURES_MAX - 1)))
+
+    async def _asked_again(self) -> None:
+        with contextlib.suppress(Away):
+            await self.send("PING")
 
     def _failed(self, error: Exception) -> None:
         self.why = said(error)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from routing.catalog import Model
 from routing.ledger import Ledger, Reservation
-from shared.account import BUCKET_S, IDLE_S, KEPT_S, LOAN_S, WINDOW_S, Account, day_of, limits_of
+from shared.account import BUCKET_S, IDLE_S, KEPT_S, LOAN_S, WINDOW_S, Account, Limits, day_of, limits_of
 from shared.link import LIMIT_S, Away, Link
 from shared.names import Names
 from shared.rests import PREFIX
@@ -35,6 +36,10 @@ class Asking:
     at: float
     granted: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
+    def was_granted(self) -> bool:
+        """Whether the answer came in the moment in which waiting for it ended."""
+        return self.granted.done() and not self.granted.cancelled() and self.granted.result()
+
 
 class SharedLedger:
     """What routing/ledger.py calls Shares, and the talk with Redis behind it."""
@@ -45,7 +50,7 @@ class SharedLedger:
         self._link = link
         self._names = names
         self._ledger = ledger
-        self._accounts: dict[tuple[int, int], Account] = {}
+        self._accounts: dict[Hashable, Account] = {}  # by model and key, or by client
         self._asking: dict[Account, list[Asking]] = {}
         self._dirty: dict[Account, None] = {}
         self._talks: dict[Account, asyncio.Task[None]] = {}
@@ -69,51 +74,68 @@ class SharedLedger:
             return
         account.roll(reservation.day)
         account.restored = restored
-        if self._link.up and not account.has(reservation.tokens, reservation.at):
-            reservation.granted = False
-            return
-        account.take(reservation.at, reservation.tokens, reservation.at, reservation.day)
+        if self._link.up:
+            reservation.granted = self.taken(account, reservation.tokens, reservation.at, reservation.day)
+        else:  # `wait_s` has said that there is room
+            account.take(reservation.at, reservation.tokens, reservation.at, reservation.day)
+            self._dirty[account] = None
+
+    def taken(self, account: Account, tokens: int, now: float, day: int) -> bool:
+        """Whether the loan was enough for one more, which has taken it then."""
+        if not account.has(tokens, now):
+            return False
+        account.take(now, tokens, now, day)
         self._talk_soon(account)
+        return True
 
     def settle(self, reservation: Reservation, tokens: int) -> None:
         account = self._accounts.get((reservation.model, reservation.key))
         if account is None or not reservation.granted or not account.limits.tokens or tokens == reservation.tokens:
             return
-        self._correct(account, reservation, 0, tokens - reservation.tokens)
-        self._dirty[account] = None
-        if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(SETTLE_S, self._talk_of_all)
+        self.correct(account, reservation.at, reservation.day, 0, tokens - reservation.tokens)
 
     def release(self, reservation: Reservation) -> None:
         account = self._accounts.get((reservation.model, reservation.key))
         if account is not None and reservation.granted:
-            self._correct(account, reservation, -1, -reservation.tokens)
-            self._talk_soon(account)
+            self.correct(account, reservation.at, reservation.day, -1, -reservation.tokens)
 
     # What the engine waits for.
 
     async def admit(self, model: Model, reservation: Reservation) -> bool:
         """Whether there is room for it among all gateways."""
         account = self._account(model, reservation.key)
-        if account is None:
-            reservation.granted = True
-            return True
-        asking = Asking(reservation.tokens, reservation.at)
+        reservation.granted = account is None or await self.granted(account, reservation.tokens, reservation.at)
+        return reservation.granted
+
+    async def granted(self, account: Account, tokens: int, at: float) -> bool:
+        """Whether one more request with so many tokens may use this account. One that is cancelled has used nothing."""
+        asking = Asking(tokens, at)
         self._asking.setdefault(account, []).append(asking)
         account.urgent.set()
         self._talk_soon(account)
         try:
             async with asyncio.timeout(LIMIT_S):
-                reservation.granted = await asking.granted
+                return await asking.granted
         except TimeoutError:
-            reservation.granted = self._granted_alone(account, asking)
+            return asking.was_granted() or self._granted_alone(account, asking)
         except asyncio.CancelledError:
-            reservation.granted = asking.granted.done() and not asking.granted.cancelled() and asking.granted.result()
-            raise  # whoever asked gives it back
+            if asking.was_granted():
+                self.correct(account, at, account.day, -1, -tokens)
+            raise
         finally:
             if asking in (waiting := self._asking.get(account, [])):
                 waiting.remove(asking)
-        return reservation.granted
+
+    def correct(self, account: Account, at: float, day: int, requests: int, tokens: int) -> None:
+        """So much more, or less, was used by one that began then, on a day that may be over. The others hear of it
+        soon."""
+        if day == account.day:
+            account.count(at, requests, tokens, day)
+        elif (bucket := account.buckets.get(int(at // BUCKET_S))) is not None:
+            bucket[0], bucket[1] = max(0, bucket[0] + requests), max(0, bucket[1] + tokens)
+        self._dirty[account] = None
+        if self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(SETTLE_S, self._talk_of_all)
 
     # The talk with Redis.
 
@@ -226,22 +248,19 @@ class SharedLedger:
         if not asking.granted.done():
             asking.granted.set_result(granted)
 
-    def _correct(self, account: Account, reservation: Reservation, requests: int, tokens: int) -> None:
-        """What was counted for this reservation was not, or not so much. Its day may be over."""
-        if reservation.day == account.day:
-            account.count(reservation.at, requests, tokens, account.day)
-        elif (bucket := account.buckets.get(int(reservation.at // BUCKET_S))) is not None:
-            bucket[0], bucket[1] = max(0, bucket[0] + requests), max(0, bucket[1] + tokens)
-
     def _account(self, model: Model, key: int) -> Account | None:
-        account, limits = self._accounts.get((model.id, key)), limits_of(model)
-        if account is not None and account.limits == limits:
+        return self.account((model.id, key), limits_of(model), lambda: self._names.pair(key, model.id))
+
+    def account(self, id: Hashable, limits: Limits, named: Callable[[], str | None]) -> Account | None:
+        """One account; None where it has no name that others would know."""
+        account = self._accounts.get(id)
+        if account is not None and (account.limits is limits or account.limits == limits):
             return account
-        if (name := self._names.pair(key, model.id)) is None:
+        if (name := named()) is None:
             return None
         if account is None:
             if len(self._accounts) >= ACCOUNTS_MAX:
                 del self._accounts[next(iter(self._accounts))]
-            account = self._accounts[model.id, key] = Account(name, limits)
+            account = self._accounts[id] = Account(name, limits)
         account.limits = limits
         return account

@@ -18,9 +18,11 @@ import orjson
 
 from protection import Ban, ClearKeyPin, ClearPin, Effect, EndRests, Pin, RestKey, RestModel
 from router import Router
+from routing.clients import Admission, Client
 from routing.route import Route
 from routing.standing import Protection
 from shared import rests, scripts, statuses
+from shared.clients import SharedClients
 from shared.clock import Clock
 from shared.leases import Leases
 from shared.link import Away, Link
@@ -69,6 +71,7 @@ class SharedState:
         self._statuses = Statuses(router, names, self._tell, freed)
         self._sessions = SharedSessions(protection.sessions, sticky_ttl_s, self._link, names, self._clock, self._tell)
         self._ledger = SharedLedger(self._id, self._link, names, router.ledger)
+        self._clients = SharedClients(self._ledger)
         router.ledger.shares = self._ledger
         self._was_up: bool | None = None
         self._reading = asyncio.Event()  # the catalogue is to be read again
@@ -111,6 +114,12 @@ class SharedState:
         if needed is not None and not await self._ledger.admit(route.model, needed):
             return False
         return not route.trial or await self._leases.take(route.model.id)
+
+    async def admit_client(self, client: Client, admission: Admission) -> None:
+        await self._clients.admit(client, admission)
+
+    def client_settled(self, client: Client, admission: Admission, requests: int, tokens: int) -> None:
+        self._clients.settled(client, admission, requests, tokens)
 
     def applied(self, effect: Effect, session: str, route: Route, began: float, now: float) -> None:
         match effect:
