@@ -143,7 +143,17 @@ class Gateway:
         except ModuleNotFoundError as error:
             needed = f"GATEWAY_STATE needs the package {error.name}: pip install -r requirements-scale.txt"
             raise SettingsError(needed) from None
-        shared = module.SharedState(
+        try:
+            shared = self._shared_state(module.SharedState, address)
+        except ValueError:
+            raise SettingsError("GATEWAY_STATE: not an address of a Redis (the value is not shown)") from None
+        self.engine.metrics.gauge("freeway_shared_state_up", "Whether the shared state answers.", lambda: shared.up)
+        self.engine.metrics.gauge("freeway_gateways", "Gateways that share it, lately.", lambda: shared.gateways)
+        self.engine.share(shared)
+        self.control.shared_with(shared.catalogue_changed)
+
+    def _shared_state(self, made: Callable[..., Any], address: str) -> Any:
+        return made(
             address,
             self.engine.protection,
             self.engine.router,
@@ -152,10 +162,6 @@ class Gateway:
             freed=self.engine.waiting.wake,
             catalogue_changed=self._read_again,
         )
-        self.engine.metrics.gauge("freeway_shared_state_up", "Whether the shared state answers.", lambda: shared.up)
-        self.engine.metrics.gauge("freeway_gateways", "Gateways that share it, lately.", lambda: shared.gateways)
-        self.engine.share(shared)
-        self.control.shared_with(shared.catalogue_changed)
 
     async def _read_again(self) -> None:
         """The operator has changed something at another gateway, which may use the same database."""

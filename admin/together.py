@@ -42,7 +42,7 @@ def protection_of(answers: Sequence[JSON]) -> JSON:
     if len(answers) == 1:
         return answers[0]
     merged = dict(answers[0])
-    for name in ("waiting", "active"):
+    for name in ("waiting", "active", "rescues"):
         merged[name] = [entry for answer in answers for entry in answer[name]]
     for name, same in SAME.items():
         merged[name] = distinct((entry for answer in answers for entry in answer[name]), same)

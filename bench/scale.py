@@ -153,10 +153,11 @@ async def hang(folder: Path) -> Lines:
                 await sharing(members)
                 await paced(members, 5)  # everything warm
                 before = await paced(members, 20)
+                known = [len(member.lines("shared_state")) for member in members]
                 redis.signal(signal.SIGSTOP)
                 during = await paced(members, HANG_S)
                 redis.signal(signal.SIGCONT)
-                told = [len(member.lines("shared_state")) for member in members]
+                told = [len(m.lines("shared_state")) - lines for m, lines in zip(members, known, strict=True)]
                 for member in members:
                     async with asyncio.timeout(40):
                         while not await member.metric("freeway_shared_state_up"):  # noqa: ASYNC110
@@ -165,7 +166,7 @@ async def hang(folder: Path) -> Lines:
                 await asyncio.sleep(1)
                 (account,) = redis.command("KEYS", "*a-model}:use").split()
                 used = sum(int(value.split("|")[2]) for value in redis.command("HVALS", account).split())
-                both = [len(member.lines("shared_state")) for member in members]
+                both = [len(m.lines("shared_state")) - lines for m, lines in zip(members, known, strict=True)]
         asked = fake.called.count("a")
     rows = [
         f"| {name} | {len(ms)} | {failed} | {median(ms):.1f} | {ms[int(0.99 * len(ms))]:.1f} | {ms[-1]:.0f} |"

@@ -13,6 +13,7 @@ class Breaker:
         self.closed = True
         self.trial_at = 0.0
         self._failures = 0
+        self._failed_at = 0.0
         self._trials_failed = 0
 
     def succeeded(self) -> bool:
@@ -21,11 +22,11 @@ class Breaker:
         was_open, self.closed = not self.closed, True
         return was_open
 
-    def failed(self, now: float) -> bool:
-        """Whether this has opened it. What failed on its way while it was opened says nothing new."""
-        if not self.closed:
+    def failed(self, began: float, now: float) -> bool:
+        """Whether this has opened it. What was on its way when another failed says nothing new."""
+        if not self.closed or began < self._failed_at:
             return False
-        self._failures += 1
+        self._failures, self._failed_at = self._failures + 1, now
         if self._failures < FAILURES_MAX:
             return False
         self.open(now)

@@ -9,7 +9,6 @@ that is still to come on it would be taken for the next command's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha1
@@ -20,10 +19,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError
 
-from shared.breaker import FAILURES_MAX, Breaker
+from shared.breaker import Breaker
 
 LIMIT_S = 0.05  # of one command (SPEC 20.3)
-CONNECT_S = 0.2  # of the first one on a new connection, which no request waits for
+CONNECT_S = 0.2  # of what no request waits for: a new connection, and the question whether it is there at all
 CONNECTIONS_MAX = 8  # a command takes less than a millisecond
 LISTEN_S = 0.5  # how soon the one that listens notices that the breaker has opened
 OWN_DELAY_S = 0.02  # a limit that is noticed so late says that this process was busy, not that Redis is
@@ -50,7 +49,7 @@ class Link:
         self._scripts = {script: sha1(script.encode(), usedforsecurity=False).hexdigest() for script in scripts}
         self._breaker = Breaker()
         self._breaker.closed = False  # until `start`
-        self._asking: asyncio.Future[list[None]] | None = None
+        self._asking: asyncio.Task[None] | None = None
         self.why = ""
 
     @property
@@ -113,12 +112,15 @@ class Link:
             try:
                 await self._listen(told, changed)
             except (RedisError, OSError, TimeoutError) as error:
-                self._failed(error)
+                self.why = said(error)
+                self._ask_again()
                 await asyncio.sleep(RETRY_S)
             except Away:
                 await asyncio.sleep(RETRY_S)
 
     async def close(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
         await self._redis.aclose()
         await self._pool.disconnect()
 
@@ -159,31 +161,37 @@ class Link:
     async def _within(self, limit_s: float, asked: Callable[[], Awaitable[T]]) -> T:
         if not self.up:
             raise Away
-        late_at = time.monotonic() + limit_s + OWN_DELAY_S
+        began = time.monotonic()
         try:
             async with asyncio.timeout(limit_s):
                 answer = await asked()
         except (RedisError, OSError, TimeoutError) as error:
-            if time.monotonic() < late_at:
-                self._failed(error)
+            now = time.monotonic()
+            if now < began + limit_s + OWN_DELAY_S:
+                self.why = said(error)
                 self._ask_again()
+                if limit_s >= LIMIT_S or not isinstance(error, TimeoutError):
+                    self._breaker.failed(began, now)
             raise Away from None
         if self.up:
             self._breaker.succeeded()
         return answer
 
     def _ask_again(self) -> None:
-        """Find out at once, off the requests' path, whether it hangs: as many failures as open the breaker."""
+        """Find out, off the requests' path, whether it is slow or hangs: five requests would have to find out."""
         if self._asking is None or self._asking.done():
-            self._asking = asyncio.gather(*(self._asked_again() for _ in range(FAILURES_MAX - 1)))
+            self._asking = asyncio.create_task(self._asked_again())
 
     async def _asked_again(self) -> None:
-        with contextlib.suppress(Away):
-            await self.send("PING")
-
-    def _failed(self, error: Exception) -> None:
-        self.why = said(error)
-        self._breaker.failed(time.monotonic())
+        began = time.monotonic()
+        answered = await self._tried()
+        late = time.monotonic() > began + CONNECT_S + OWN_DELAY_S
+        if not self.up or late:
+            return
+        if answered:
+            self._breaker.succeeded()
+        else:
+            self._breaker.open(time.monotonic())
 
 
 def said(error: Exception) -> str:

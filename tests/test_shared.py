@@ -31,9 +31,9 @@ def lend(to: Account, requests: int, now: float, tokens: int = 0) -> None:
 def test_a_breaker_opens_after_five_failures_in_a_row_and_tries_ever_more_rarely():
     breaker = Breaker()
     for _ in range(FAILURES_MAX - 1):
-        assert not breaker.failed(0.0)
+        assert not breaker.failed(0.0, 0.0)
     assert not breaker.succeeded()
-    assert [breaker.failed(0.0) for _ in range(FAILURES_MAX)] == [False] * (FAILURES_MAX - 1) + [True]
+    assert [breaker.failed(0.0, 0.0) for _ in range(FAILURES_MAX)] == [False] * (FAILURES_MAX - 1) + [True]
 
     pauses, now = [], 0.0
     for _ in range(7):
@@ -51,8 +51,14 @@ def test_a_breaker_opens_after_five_failures_in_a_row_and_tries_ever_more_rarely
 def test_what_fails_while_it_is_open_does_not_put_its_trial_off():
     breaker = Breaker()
     breaker.open(0.0)
-    assert not breaker.failed(5.0)
+    assert not breaker.failed(5.0, 5.0)
     assert breaker.trial_at == 1.0
+
+
+def test_what_fails_together_is_one_failure():
+    breaker = Breaker()
+    assert [breaker.failed(1.0, 1.0 + n / 100) for n in range(50)] == [False] * 50
+    assert breaker.closed
 
 
 # --- One gateway's part of an account ---------------------------------------------------------------------------------
@@ -223,7 +229,7 @@ def test_metrics_of_workers_add_up_but_for_what_they_all_see():
 def test_workers_show_one_state():
     empty = {
         "sessions": {"count": 0, "by_model": []}, "bans": [], "gates": [], "transient_cooldowns": [],
-        "key_cooldowns": [], "waiting": [], "trials": [], "active": [],
+        "key_cooldowns": [], "waiting": [], "trials": [], "active": [], "rescues": [],
     }  # fmt: skip
     name = {"platform": "p", "model_id": "m"}
     one = empty | {

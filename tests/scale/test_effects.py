@@ -4,6 +4,8 @@ import asyncio
 import signal
 import time
 
+import aiohttp
+from conftest import Client
 from fake_provider import Reply, Wait, answer, completion, error, until
 
 pytest_plugins = ["servers"]
@@ -124,6 +126,37 @@ async def test_bans_travel_with_the_session(start_gateways, redis, fake):
 
     (ban,) = (await other.protection())["bans"]
     assert [(entry["platform"]) for entry in ban["platforms"]] == ["a"]
+
+
+async def test_a_conversation_that_moves_keeps_model_and_key(start_gateways, redis, fake):
+    platforms = {name: {"keys": [f"sk-{name}-number-{n}-0123456789" for n in range(4)]} for name in "abcd"}
+    one, other = await start_gateways(2, redis, platforms, {"THREAD_COOLDOWN_MS": "1"})
+
+    for n in range(12):
+        headers = {"X-Session-Id": f"conversation-{n}"}
+        fake.clear()
+        assert (await one.chat(model="auto-smart", headers=headers)).status == 200
+        await asyncio.sleep(0.05)
+        assert (await other.chat(model="auto-smart", headers=headers)).status == 200
+        first, second = fake.requests
+        assert (first.platform, first.key) == (second.platform, second.key)
+
+
+async def test_a_clients_limit_is_one_for_all_gateways(start_gateways, redis, fake):
+    one = (await start_gateways(1, redis, ["a"], {"GATEWAY_WORKERS": "2"}))[0]
+    async with asyncio.timeout(15):
+        while await one.metric("freeway_gateways") < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    _, made = await one.call("POST", "/api/clients", {"name": "c", "limits": {"rpm": 9}})
+    await asyncio.sleep(0.3)
+
+    async def ask() -> int:
+        async with aiohttp.ClientSession() as http:
+            return (await Client(one.base_url, http, made["key"]).chat()).status
+
+    answers = await asyncio.gather(*[ask() for _ in range(30)])
+
+    assert (answers.count(200), answers.count(429)) == (9, 21)
 
 
 async def test_without_redis_at_the_start_a_gateway_serves_and_says_so_once(start_gateways, own_redis, fake):
