@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from routing.catalog import Model
 from routing.ledger import DAY_S
 
-WINDOW_S = 60.5  # a minute, and what may pass between counting a call here and its arrival at the provider
+WINDOW_S = 61.5  # a minute, and what may pass between counting a call here and its arrival on a busy day
 BUCKET_S = 0.5  # uses are counted together, as at the end of their bucket
 LOAN_S = 5.0  # then it is over for Redis …
 KEPT_S = 4.0  # … and before that for us: no clock and no delay lets both count it
