@@ -47,7 +47,7 @@ browser:
 
 # Several gateways on a Redis and a PostgreSQL of their own, which the tests start and end.
 test-scale: $(SCALE) servers
-	$(BIN)/python -m pytest tests/scale
+	$(BIN)/python -m pytest tests/scale -n 2 --dist worksteal
 
 servers:
 	@command -v redis-server >/dev/null && { command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; } && exit; \
