@@ -82,7 +82,7 @@ async def test_only_one_gateway_tries_what_rests(start_gateways, redis, fake):
     go_on = asyncio.Event()
     fake.script("a", error(500))
     assert (await one.chat(headers={"X-Max-Wait": "0"})).status != 200
-    while not await other.cooled_models():  # it has been told
+    while not await other.cooled_models():  # noqa: ASYNC110 - until it has been told
         await asyncio.sleep(0.01)
     fake.clear()
     fake.script("a", lambda request: held(go_on))
