@@ -99,7 +99,7 @@ class Router:
             self._plan_auto(plan, standing, now, rng, rehearsal=rehearsal)
         else:
             self._plan_pinned(plan, need.pinned, now, rng)
-        if plan.banned or len(self._protection.transient):
+        if plan.banned or self._protection.transient.rests:
             resting = self._protection.transient
             plan.cooling = [
                 m.label for m in plan.complete() if m.platform.id in plan.banned or resting.get(m.id, now) is not None
@@ -449,8 +449,7 @@ class Router:
             tried_at = self._protection.trials.take(model.id, now)
             self.gates.trial_began(model.id, now)
             plan.trial = None if model.id == plan.trial else plan.trial
-        self._protection.transient.begun(model.id, now)
-        self._protection.keys.begun((key.id, model.id), now)
+        self._protection.begun(key.id, model.id, now)
         reservation = self.ledger.reserve(model, key.id, plan.need.tokens, now)
         return Route(model, key, reservation, step.rung, trial, tried_at)
 
@@ -459,12 +458,13 @@ class Router:
         if gated and model.id != plan.trial and model.id not in plan.asked_for and self.gates.is_open(model.id):
             rung = Rung.DOUBTED
         wait_s, until, reason = 0.0, 0.0, "transient"
-        rest = self._protection.transient.get(model.id, now)
+        transient = self._protection.transient
+        rest = transient.get(model.id, now) if transient.rests else None
         if rest is not None and model.id not in plan.forgiven:
             rung, until, wait_s = Rung.RESTING, rest.until, rest.trial_at() - now
         if (again_s := self._again_s(model, plan, now)) > wait_s:
             wait_s, reason = again_s, "failed" if rest is None else reason
-        if wait_s <= 0 and plan.patient and (room_s := self._protection.transient.room_s(model.id, now)):
+        if transient.recovering and wait_s <= 0 and plan.patient and (room_s := transient.room_s(model.id, now)):
             wait_s, reason = room_s, "trial"
         if wait_s > 0:
             return Step(model, rung, blocked=Blocked(reason, wait_s))
@@ -528,15 +528,15 @@ class Router:
     ) -> tuple[float | None, float]:
         """Seconds until this key may be used for this model (None: never by this request), and until when it rests;
         without `capacity` as far as the ledger does not matter."""
-        wait_s, until = 0.0, 0.0
-        if (rest := self._protection.keys.get((key.id, model.id), now)) is not None:
+        wait_s, until, keys = 0.0, 0.0, self._protection.keys
+        if keys.rests and (rest := keys.get((key.id, model.id), now)) is not None:
             wait_s, until = rest.trial_at() - now, rest.until
         if plan.failed_keys and (failed_at := plan.failed_keys.get((key.id, model.id))) is not None:
             if failed_at == inf:
                 return None, until
             wait_s = max(wait_s, self._failed_s(self._protection.keys, (key.id, model.id), failed_at, plan, now))
-        if wait_s <= 0 and not until and plan.patient:
-            wait_s = self._protection.keys.room_s((key.id, model.id), now)
+        if keys.recovering and wait_s <= 0 and not until and plan.patient:
+            wait_s = keys.room_s((key.id, model.id), now)
         if wait_s > 0 or not capacity:
             return wait_s, until
         return self.ledger.wait_s(model, key.id, plan.need.tokens, now), until

@@ -230,9 +230,11 @@ def named_failure(
 
 def cut_short(tally: Tally, chat: Chat, model: Model) -> bool:
     """Whether an answer that ended for length stopped far below every length that was allowed (SPEC 7.8)."""
+    if tally.finish != "length":
+        return False
     asked = None if chat.max_tokens is None else min(chat.max_tokens, model.answer_max(chat.prompt_tokens))
     limits = [limit for limit in (asked, model.max_output) if limit is not None]
-    return tally.finish == "length" and bool(limits) and all(tally.output_tokens() * 2 < limit for limit in limits)
+    return bool(limits) and all(tally.output_tokens() * 2 < limit for limit in limits)
 
 
 def said_instead(raw: bytes) -> object:

@@ -105,7 +105,10 @@ def checked(messages: list[System | User | Assistant | Result]) -> list[str]:
         if waiting:
             raise Odd
         if message.content:
-            texts += texts_of(message.content)
+            if type(message.content) is str:
+                texts.append(message.content)
+            else:
+                texts += texts_of(message.content)
         if isinstance(message, Assistant):
             if message.tool_calls is not UNSET:
                 for call in message.tool_calls:

@@ -60,7 +60,8 @@ class Explanations:
             chat.model, exchange.session, exchange.status, plan, moment, exchange.ended, exchange.waited_s,
             cached,
         )  # fmt: skip
-        self._weight += moment.weight if moment is not None else 0
+        if moment is not None and (moment.transient or moment.keys):
+            self._weight += moment.weight
         while len(self._kept) > KEPT_MAX or (self._weight > WEIGHT_MAX and len(self._kept) > 1):
             _, oldest = self._kept.popitem(last=False)
             self._weight -= oldest.moment.weight if oldest.moment is not None else 0

@@ -94,7 +94,7 @@ class Journal:
             model=chat.model if chat else None,
             route=route.model.label if route else None,
             attempts=exchange.attempts,
-            failures=trail(exchange) or None,
+            failures=trail(exchange) if exchange.failures else None,
             status=exchange.status,
             first_event_ms=exchange.first_event_ms,
             waited_ms=round(exchange.waited_s * 1000) or None,

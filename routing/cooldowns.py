@@ -58,9 +58,10 @@ class Cooldowns(Generic[K]):
         spacing_s: float = TRIAL_SPACING_S,
         followers: int = FOLLOWERS,
     ) -> None:
-        self._rests: dict[K, Rest] = {}
+        # Looked at to see whether there are any, which is rare; changed by the methods alone.
+        self.rests: dict[K, Rest] = {}
         self._proved: dict[K, float] = {}  # when it last answered right after a rest; bounded like the rests
-        self._recovering: dict[K, Recovery] = {}  # as long as RAMP_S
+        self.recovering: dict[K, Recovery] = {}  # as long as RAMP_S
         self._cleared_at = -inf
         self._entries_max = entries_max
         self._spacing_s = spacing_s
@@ -73,12 +74,12 @@ class Cooldowns(Generic[K]):
             return
         rest = self.get(key, now)
         if rest is None:
-            if len(self._rests) >= self._entries_max:
+            if len(self.rests) >= self._entries_max:
                 self._make_room(now)
             rest = Rest(until, 0.0, now, now)
-            self._recovering.pop(key, None)
+            self.recovering.pop(key, None)
         firm_until = max(rest.firm_until, until) if firm else rest.firm_until
-        self._rests[key] = Rest(max(rest.until, until), firm_until, now, now + self._spacing_s)
+        self.rests[key] = Rest(max(rest.until, until), firm_until, now, now + self._spacing_s)
         self._snapshot = None
 
     def merge(self, key: K, told: Rest, now: float) -> None:
@@ -86,11 +87,11 @@ class Cooldowns(Generic[K]):
         if told.until <= now:
             return
         if (rest := self.get(key, now)) is None:
-            if len(self._rests) >= self._entries_max:
+            if len(self.rests) >= self._entries_max:
                 self._make_room(now)
-            self._recovering.pop(key, None)
+            self.recovering.pop(key, None)
             rest = told
-        self._rests[key] = Rest(
+        self.rests[key] = Rest(
             max(rest.until, told.until),
             max(rest.firm_until, told.firm_until),
             max(rest.failed_at, told.failed_at),
@@ -104,10 +105,10 @@ class Cooldowns(Generic[K]):
             self.set(key, rest.until, now)
 
     def get(self, key: K, now: float) -> Rest | None:
-        if not self._rests or (rest := self._rests.get(key)) is None:
+        if not self.rests or (rest := self.rests.get(key)) is None:
             return None
         if rest.until <= now:
-            del self._rests[key]
+            del self.rests[key]
             self._recover(key, Recovery(rest.until, self._followers))
             self._snapshot = None
             return None
@@ -116,12 +117,12 @@ class Cooldowns(Generic[K]):
     def snapshot(self) -> Mapping[K, Rest]:
         """What rests at this moment; the same object until something changes."""
         if self._snapshot is None:
-            self._snapshot = dict(self._rests)
+            self._snapshot = dict(self.rests)
         return self._snapshot
 
     def restore(self, rests: Mapping[K, Rest]) -> None:
         """Rest what rested when a snapshot was taken, and nothing else."""
-        self._rests, self._snapshot = dict(rests), None
+        self.rests, self._snapshot = dict(rests), None
 
     def left(self, key: K, now: float) -> float:
         """Seconds of rest left; 0 when it may be used."""
@@ -130,10 +131,10 @@ class Cooldowns(Generic[K]):
 
     def lift(self, key: K, began: float, now: float) -> bool:
         """End a rest because of a success that began then; one that was set since knows more."""
-        rest = self._rests.get(key)
+        rest = self.rests.get(key)
         if rest is None or rest.failed_at > began:
             return False
-        del self._rests[key]
+        del self.rests[key]
         self._snapshot = None
         self._recover(key, Recovery(now, self._followers, begun=1, answered=1))
         self._prove(key, now)
@@ -162,31 +163,31 @@ class Cooldowns(Generic[K]):
         return True
 
     def active(self, now: float) -> Iterator[tuple[K, float]]:
-        for key in list(self._rests):
+        for key in list(self.rests):
             if left := self.left(key, now):
                 yield key, left
 
     def clear(self, now: float) -> None:
-        self._rests.clear()
-        self._recovering.clear()
+        self.rests.clear()
+        self.recovering.clear()
         self._cleared_at = now
         self._snapshot = None
 
     def __len__(self) -> int:
-        return len(self._rests)
+        return len(self.rests)
 
     def _recovery(self, key: K, now: float) -> Recovery | None:
-        if not self._recovering or (recovery := self._recovering.get(key)) is None:
+        if not self.recovering or (recovery := self.recovering.get(key)) is None:
             return None
         if recovery.since + RAMP_S <= now:
-            del self._recovering[key]
+            del self.recovering[key]
             return None
         return recovery
 
     def _recover(self, key: K, recovery: Recovery) -> None:
-        if len(self._recovering) >= self._entries_max:
-            del self._recovering[next(iter(self._recovering))]
-        self._recovering[key] = recovery
+        if len(self.recovering) >= self._entries_max:
+            del self.recovering[next(iter(self.recovering))]
+        self.recovering[key] = recovery
 
     def _prove(self, key: K, now: float) -> None:
         self._proved.pop(key, None)  # so that the oldest comes first
@@ -195,7 +196,7 @@ class Cooldowns(Generic[K]):
             del self._proved[next(iter(self._proved))]
 
     def _make_room(self, now: float) -> None:
-        for key in [key for key, rest in self._rests.items() if rest.until <= now]:
-            del self._rests[key]
-        if len(self._rests) >= self._entries_max:  # full of live ones: the soonest to end is the least loss
-            del self._rests[min(self._rests, key=lambda key: self._rests[key].until)]
+        for key in [key for key, rest in self.rests.items() if rest.until <= now]:
+            del self.rests[key]
+        if len(self.rests) >= self._entries_max:  # full of live ones: the soonest to end is the least loss
+            del self.rests[min(self.rests, key=lambda key: self.rests[key].until)]

@@ -181,6 +181,8 @@ class Plan(Struct):
         )  # fmt: skip
 
     def skipped_labels(self) -> list[str]:
+        if not (self.cooling or self.skipped):
+            return []
         return sorted({*self.cooling, *(m.label for m in self.skipped.values())})
 
 

@@ -102,7 +102,7 @@ class Protection:
 
     def begin(self, session: str, platform: str, model: int, now: float) -> Active:
         """Note a running attempt; whoever began it gives the entry to `end` on every way out."""
-        entry = Active(session, platform, model, now, self.sessions.is_conversation(session, now))
+        entry = Active(session, platform, model, now, bool(session) and self.sessions.is_conversation(session, now))
         self.active.add(entry)
         return entry
 
@@ -111,7 +111,7 @@ class Protection:
 
     def used(self, session: str, platform: str, model: int, now: float) -> None:
         """A conversation was served here: others leave it alone for a while, as far as the level says (SPEC 7.5)."""
-        if not self.sessions.is_conversation(session, now):
+        if not session or not self.sessions.is_conversation(session, now):
             return
         level = self.level(platform)
         if level is Level.PROVIDER_BAN:
@@ -130,11 +130,21 @@ class Protection:
     def end_rests(self, key: int, model: int, began: float, now: float) -> bool:
         """Carry EndRests out; whether something had rested."""
         self.strikes.pop((key, model), None)
+        if not (self.transient.rests or self.keys.rests):
+            return False
         lifted = self.transient.lift(model, began, now)
         return self.keys.lift((key, model), began, now) or lifted
 
+    def begun(self, key: int, model: int, now: float) -> None:
+        """One more asks, perhaps something that has just rested."""
+        if self.transient.recovering or self.keys.recovering:
+            self.transient.begun(model, now)
+            self.keys.begun((key, model), now)
+
     def answered(self, key: int, model: int, now: float) -> bool:
         """An answer has begun; whether that makes room for others at what has just rested."""
+        if not (self.transient.recovering or self.keys.recovering):
+            return False
         room = self.transient.answered(model, now)
         return self.keys.answered((key, model), now) or room
 

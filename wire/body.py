@@ -24,8 +24,10 @@ class Body(Mapping[str, Any]):
 
     def as_sent(self, texts_wanted: Collection[str]) -> dict[str, Any]:
         """The fields to be written as JSON; those named are not read where their text is there."""
-        kept = {name: orjson.Fragment(text) for name, text in self._texts.items() if name in texts_wanted}
-        return {name: kept[name] if name in kept else self[name] for name in self}
+        sent = dict(self._fields)
+        for name, text in self._texts.items():
+            sent[name] = orjson.Fragment(text) if name in texts_wanted else self[name]
+        return sent
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._fields and name in self._texts:

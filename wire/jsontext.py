@@ -42,7 +42,8 @@ def plain_value(text: bytes) -> Any:
     """A value that can go on as the very text that it came as. Raises ValueError for one that is no JSON after all,
     nests too deeply or has a NUL in it."""
     value = orjson.loads(text)
-    if isinstance(value, (str, list, dict)) and any(looked_over([value])):
+    kind = type(value)
+    if (kind is str and "\0" in value) or ((kind is list or kind is dict) and any(looked_over([value]))):
         raise ValueError
     return value
 
