@@ -34,6 +34,10 @@ class Body(Mapping[str, Any]):
             self._fields[name] = orjson.loads(self._texts[name])
         return self._fields[name]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """Mapping's own raises and catches for what is not there, as most names are."""
+        return self[name] if name in self._fields or name in self._texts else default
+
     def __contains__(self, name: object) -> bool:
         return name in self._fields or name in self._texts
 
