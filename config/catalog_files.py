@@ -22,7 +22,6 @@ from routing.day import is_known
 from routing.quirk_names import QUIRKS
 from wire.chat import MODES
 
-BUILT_IN_CATALOG = Path(__file__).parent.parent / "catalog.json"
 CONTEXT_WINDOW = 32_768  # tokens, of a model whose entry does not say
 
 
@@ -84,12 +83,13 @@ def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
 
     Raises SettingsError naming file and entry.
     """
+    built_in = built_in_files(settings.built_in_catalog)
     own = listed(settings.catalog) if settings.catalog is not None else Listed([], [], [], {}, [])
-    warnings = [*built_in().warnings, *own.warnings]
+    warnings = [*built_in.warnings, *own.warnings]
     platforms: dict[str, dict[str, Any]] = {}
     models: dict[tuple[str, str], dict[str, Any]] = {}
     keys: list[GivenKey] = []
-    for file in (built_in(), own):
+    for file in (built_in, own):
         for entry in file.platforms:
             platforms.setdefault(entry["id"], {}).update(entry)
         for entry in file.models:
@@ -109,12 +109,12 @@ def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
     for platform in made.values():
         keys += keys_from_environment(platform, settings.environ)
     placed = tuple(make_model(fields, made, warnings) for fields in models.values())
-    return CatalogFiles(made, placed, tuple(keys), {**built_in().aliases, **own.aliases}, tuple(warnings))
+    return CatalogFiles(made, placed, tuple(keys), {**built_in.aliases, **own.aliases}, tuple(warnings))
 
 
-@lru_cache(maxsize=1)
-def built_in() -> Listed:
-    return listed(BUILT_IN_CATALOG)
+@lru_cache(maxsize=2)  # it comes with the program and does not change under it
+def built_in_files(path: Path) -> Listed:
+    return listed(path)
 
 
 def listed(path: Path) -> Listed:

@@ -15,6 +15,7 @@ from typing import Any
 
 from dotenv.parser import parse_stream
 
+BUILT_IN_CATALOG = Path(__file__).parent.parent / "catalog.json"
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 KEY_CHARS_MIN = 16  # of a client key, wherever others can reach the port (SPEC 13.1)
 DIGITS_MAX = 18  # int() refuses thousands of them by itself, with a traceback
@@ -77,6 +78,7 @@ class Settings:
     content_filter: str = "propagate"
     log_retention_days: int = 90
     log_level: str = "info"
+    built_in_catalog: Path = BUILT_IN_CATALOG  # has no name in the environment: `catalog` is what is merged over it
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # for the names the catalogue gives
 
 

@@ -8,6 +8,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -37,10 +38,12 @@ import gateway
 from config.settings import load_settings
 from records.connection import Connection
 from records.database import Store, backend_of
+from transport.process import spare_the_collector
 
 pytest.register_assert_rewrite("browsing")  # the browser's tests and their fixtures stand in one folder
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent
+FEW_MODELS = ROOT / "tests" / "few_models.json"  # the built-in catalogue of most tests: 190 models take 10 ms a start
 API_KEY = "fw-test-0123456789abcdef"
 # Nothing waits, nothing is mended in mid-stream and nobody joins a race, unless a test asks for it: each has its own.
 PLAIN = {"WAIT_FOR_CAPACITY_MS": "0", "RESCUE": "off", "HEDGE_PERCENT": "0"}
@@ -56,6 +59,12 @@ os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f".hypothesis/{os.environ.
 # Two thousand databases come and go: on a disk each waits three times for it, in memory never.
 if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Five thousand tests lie in memory; the collector need not walk through them again and again."""
+    gc.collect()
+    spare_the_collector()
 
 
 # --- Tests with limits of milliseconds --------------------------------------------------------------------------------
@@ -366,9 +375,12 @@ class PromptServer(uvicorn.Server):
 
 
 async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None = None, **unnamed: object) -> Gateway:
-    """`http` stands in for the class of connections; `unnamed` are settings without a name in the environment."""
+    """`http` stands in for the class of connections; `unnamed` are settings without a name in the environment.
+
+    `built_in_catalog=BUILT_IN_CATALOG` is for tests of what is shipped.
+    """
     loaded = load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **PLAIN, **settings}, cwd)
-    loaded = dataclasses.replace(loaded, **unnamed)
+    loaded = dataclasses.replace(loaded, **{"built_in_catalog": FEW_MODELS, **unnamed})
     listener = socket.socket(proto=socket.IPPROTO_TCP)  # without it asyncio sets no TCP_NODELAY
     listener.bind(("127.0.0.1", 0))
     config = gateway.uvicorn_config(gateway.Gateway(loaded))

@@ -46,7 +46,6 @@ def garbage() -> Iterator[Counter]:
         yield found
     finally:
         gc.enable()
-        gc.unfreeze()
 
 
 def collect(found: Counter) -> None:
