@@ -9,6 +9,8 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := .
 SECONDS ?= 300
 WORKERS ?= auto
+# Compiled once and kept: in some shells Python is told to do without, and each of the tests' processes starts anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: all run test test-browser browser test-scale servers check fmt clean bench soak hostile chaos drill doctor
 

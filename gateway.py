@@ -196,6 +196,7 @@ class Gateway:
             request_s=s.request_timeout_ms / 1000,
             stall_s=s.max_stream_stall_ms / 1000,
             first_token_s=s.first_token_timeout_ms / 1000,
+            error_body_s=s.error_body_ms / 1000,
         )
         try:
             shared = self.engine.shared

@@ -29,7 +29,6 @@ from wire.jsontext import BOM, load_lenient
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
 ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
-ERROR_BODY_S = 2.0  # for an error's body: its status and headers say enough without it (SPEC 5.3)
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
 CHECK_S = 10.0  # for a list of models
@@ -43,6 +42,7 @@ class Timeouts:
     request_s: float
     stall_s: float
     first_token_s: float
+    error_body_s: float = 2.0  # for an error's body: its status and headers say enough without it (SPEC 5.3)
 
 
 class State(StrEnum):
@@ -181,7 +181,7 @@ class Attempt:
     def _limit(self) -> float:
         """Until when the next wait may last."""
         if self._refused:
-            return self._heard_at + ERROR_BODY_S
+            return self._heard_at + self._timeouts.error_body_s
         if self._whole:
             return self.began + self._timeouts.request_s
         silence_s, first_from, incoming = self._timeouts.stall_s, self.began, self._incoming

@@ -9,7 +9,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +82,7 @@ def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
 
     Raises SettingsError naming file and entry.
     """
-    built_in = built_in_files(settings.built_in_catalog)
+    built_in = listed(settings.built_in_catalog)
     own = listed(settings.catalog) if settings.catalog is not None else Listed([], [], [], {}, [])
     warnings = [*built_in.warnings, *own.warnings]
     platforms: dict[str, dict[str, Any]] = {}
@@ -110,11 +109,6 @@ def load_catalog(settings: Settings, adapters: Collection[str]) -> CatalogFiles:
         keys += keys_from_environment(platform, settings.environ)
     placed = tuple(make_model(fields, made, warnings) for fields in models.values())
     return CatalogFiles(made, placed, tuple(keys), {**built_in.aliases, **own.aliases}, tuple(warnings))
-
-
-@lru_cache(maxsize=2)  # it comes with the program and does not change under it
-def built_in_files(path: Path) -> Listed:
-    return listed(path)
 
 
 def listed(path: Path) -> Listed:

@@ -78,7 +78,9 @@ class Settings:
     content_filter: str = "propagate"
     log_retention_days: int = 90
     log_level: str = "info"
-    built_in_catalog: Path = BUILT_IN_CATALOG  # has no name in the environment: `catalog` is what is merged over it
+    # These two have no name in the environment.
+    error_body_ms: int = 2_000  # for the rest of a provider's error: its status says enough without it (SPEC 5.3)
+    built_in_catalog: Path = BUILT_IN_CATALOG  # what `catalog` is merged over
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)  # for the names the catalogue gives
 
 

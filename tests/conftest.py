@@ -32,10 +32,12 @@ from _pytest.runner import runtestprotocol
 from anthropic import AsyncAnthropic
 from anthropic import DefaultAsyncHttpxClient as AnthropicHttp
 from fake_provider import FakeProvider, TooLate, until
+from hypothesis import HealthCheck
+from hypothesis import settings as property_settings
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 import gateway
-from config.settings import load_settings
+from config.settings import BUILT_IN_CATALOG, load_settings
 from records.connection import Connection
 from records.database import Store, backend_of
 from transport.process import spare_the_collector
@@ -44,6 +46,7 @@ pytest.register_assert_rewrite("browsing")  # the browser's tests and their fixt
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent
 FEW_MODELS = ROOT / "tests" / "few_models.json"  # the built-in catalogue of most tests: 190 models take 10 ms a start
+SHIPPED = {platform["id"] for platform in json.loads(BUILT_IN_CATALOG.read_text())["platforms"]} - {"demo"}
 API_KEY = "fw-test-0123456789abcdef"
 # Nothing waits, nothing is mended in mid-stream and nobody joins a race, unless a test asks for it: each has its own.
 PLAIN = {"WAIT_FOR_CAPACITY_MS": "0", "RESCUE": "off", "HEDGE_PERCENT": "0"}
@@ -55,6 +58,9 @@ both_ways = pytest.mark.parametrize("streaming", [False, True], ids=["whole", "s
 
 # Tests run in several processes side by side; what hypothesis has found is each process's own.
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", f".hypothesis/{os.environ.get('PYTEST_XDIST_WORKER', 'main')}")
+# How long an example takes, or making one up, says how busy the machine is: a limit would fail tests for that alone.
+property_settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+property_settings.load_profile("any machine")
 
 # Two thousand databases come and go: on a disk each waits three times for it, in memory never.
 if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30:
@@ -377,7 +383,7 @@ class PromptServer(uvicorn.Server):
 async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None = None, **unnamed: object) -> Gateway:
     """`http` stands in for the class of connections; `unnamed` are settings without a name in the environment.
 
-    `built_in_catalog=BUILT_IN_CATALOG` is for tests of what is shipped.
+    `built_in_catalog=BUILT_IN_CATALOG` is for tests of what is shipped and names no platform of it.
     """
     loaded = load_settings([], {"GATEWAY_API_KEY": API_KEY, "LOG_LEVEL": "error", **PLAIN, **settings}, cwd)
     loaded = dataclasses.replace(loaded, **{"built_in_catalog": FEW_MODELS, **unnamed})
@@ -417,7 +423,10 @@ async def fake() -> AsyncIterator[FakeProvider]:
 
 @pytest.fixture
 async def start_gateway(fake: FakeProvider, tmp_path: Path):
-    """Start a gateway over these platforms. A second call uses the same database: a restart, after `stop`."""
+    """Start a gateway over these platforms. A second call uses the same database: a restart, after `stop`.
+
+    The built-in catalogue is there whole where none is given, or one that is named like a platform of it.
+    """
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(
@@ -425,7 +434,9 @@ async def start_gateway(fake: FakeProvider, tmp_path: Path):
         ) -> Gateway:
             catalog = tmp_path / "test-catalog.json"
             catalog.write_text(json.dumps(catalog_of(platforms, fake)))
-            running = await run_gateway({"GATEWAY_CATALOG": str(catalog), **(settings or {})}, tmp_path, **unnamed)
+            built_in = BUILT_IN_CATALOG if not platforms or SHIPPED.intersection(platforms) else FEW_MODELS
+            given = {"GATEWAY_CATALOG": str(catalog), **(settings or {})}
+            running = await run_gateway(given, tmp_path, **{"built_in_catalog": built_in, **unnamed})
             stack.push_async_callback(running.stop)
             return running
 

@@ -155,7 +155,7 @@ CUT_BODIES = {
     ("name", "streaming"), [("cut", False), ("cut", True), ("endless", False), ("never begun", True)]
 )
 async def test_a_rate_limit_keeps_its_status_and_time_though_its_body_never_ends(start_gateway, fake, name, streaming):
-    gateway = await start_gateway(["a", "b"])
+    gateway = await start_gateway(["a", "b"], error_body_ms=200)
     fake.script("a", CUT_BODIES[name])
 
     got = await gateway.ask(streaming=streaming)

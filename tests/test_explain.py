@@ -120,7 +120,7 @@ def wishes(seed: int) -> dict:
     return {"no_train": seed % 5 == 0, "min_rank": 8 if seed % 7 == 0 else None, "allowed": allowed}
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(SEEDS)
 def test_a_rehearsal_agrees_with_the_route_then_taken_and_changes_nothing(seed):
     world, session = a_world(seed), "s"
@@ -145,7 +145,7 @@ def test_a_rehearsal_agrees_with_the_route_then_taken_and_changes_nothing(seed):
         assert next(c.rung for c in candidates if c.excluded is None) is route.rung
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SEEDS)
 def test_a_rehearsals_order_is_the_order_in_which_routes_are_taken_when_each_fails(seed):
     """Without trials, whose turns come with time, and before breadth over platforms changes the order (SPEC 5.1)."""
@@ -165,7 +165,7 @@ def test_a_rehearsals_order_is_the_order_in_which_routes_are_taken_when_each_fai
     assert taken[: len(sure)] == sure
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SEEDS)
 def test_what_is_kept_of_a_request_says_what_a_look_at_that_moment_would_have_said(seed):
     """All but capacity, of which only what stood in a model's way when its turn came is known."""
@@ -188,7 +188,7 @@ def test_what_is_kept_of_a_request_says_what_a_look_at_that_moment_would_have_sa
     assert now == then
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(SEEDS)
 def test_the_parts_of_a_score_add_up_to_it(seed):
     world = a_world(seed)

@@ -42,7 +42,7 @@ def requests_of(world: World, **wish: object):
 KINDS = (ModelKind.CHAT, ModelKind.CHAT, ModelKind.EMBEDDING)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(SEEDS)
 def test_no_train_never_reaches_a_route_that_is_not_known_to_be_safe(seed):
     world = a_world(seed, kind=KINDS[seed % len(KINDS)])
@@ -54,7 +54,7 @@ def test_no_train_never_reaches_a_route_that_is_not_known_to_be_safe(seed):
             assert route.model.platform.id in safe or route.key.trains_on_prompts is False
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SEEDS, st.integers(1, 25))
 def test_no_model_below_the_floor_is_ever_asked(seed, floor):
     world = a_world(seed)
@@ -63,7 +63,7 @@ def test_no_model_below_the_floor_is_ever_asked(seed, floor):
         assert all(reaches_floor(need, route.model, world.catalog) for route in routes)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SEEDS)
 def test_without_a_wish_every_model_with_a_key_is_asked_before_a_request_gives_up(seed):
     """So that a world in which nothing is private tests something."""

@@ -12,6 +12,8 @@ import pytest
 from conftest import both_ways
 from fake_provider import CUT, PAUSE, RESET, ROLE, Reply, answer, chunk, completion, error, sse, usage_chunk
 
+from config.settings import BUILT_IN_CATALOG
+
 A1, A2, B = "a/one", "a/two", "b/b-model"
 SMART = {"prefer_in": ["smart"]}
 # Guards between sessions are not at stake here: they and all cooldowns end before the next request (see `ask`).
@@ -274,7 +276,7 @@ async def test_a_banned_platform_comes_last_and_not_never(start_gateway, fake, s
 
 async def test_the_setting_decides_and_not_only_the_catalogue(start_gateway, fake):
     settings = {**AT_ONCE, "THREAD_PROTECTION_PLATFORMS": " A : Provider-Ban ,b:off,nonsense"}
-    gateway = await start_gateway(two_models("off"), settings)
+    gateway = await start_gateway(two_models("off"), settings, built_in_catalog=BUILT_IN_CATALOG)
     fake.script("a", failing_once("one", NOTHING))
 
     assert await ask(gateway, fake, "first") == [A1, B]

@@ -137,7 +137,7 @@ MORE = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(TURNS, MORE, st.lists(st.tuples(st.integers(0, 20), ANY), max_size=2))
 def test_a_request_is_the_same_whether_it_was_recognised_or_mended(turns, more, odd):
     for place, message in odd:
@@ -173,7 +173,7 @@ BYTES = st.sampled_from(
 )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.lists(st.tuples(st.integers(0, len(ESCAPED)), st.integers(0, 6), BYTES), min_size=1, max_size=2))
 def test_a_damaged_text_gets_the_same_verdict_either_way(edits):
     raw = ESCAPED
