@@ -127,14 +127,14 @@ def about_database(settings: Settings, found: Checkup | None) -> Iterator[Findin
         yield ok("key file", "the right one" if settings.encryption_key is None else "ENCRYPTION_KEY, the right one")
 
 
-async def about_port(settings: Settings, here: Upstream) -> Finding:
+async def about_port(settings: Settings, here: Upstream, ask_s: float = ASK_S) -> Finding:
     where = f"{settings.host}:{settings.port}"
     try:
         listen(settings.host, settings.port).close()
         return ok("port", f"{where} is free")
     except OSError as error:
         trouble = error.strerror or str(error)
-    if await is_freeway(settings, here):
+    if await is_freeway(settings, here, ask_s):
         return ok("port", f"a gateway answers at {where} already")
     return todo("port", f"{where} cannot be used: {trouble}", "Choose another one with --port or GATEWAY_PORT.")
 
@@ -145,9 +145,9 @@ def own_address(settings: Settings) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
 
 
-async def is_freeway(settings: Settings, here: Upstream) -> bool:
+async def is_freeway(settings: Settings, here: Upstream, ask_s: float) -> bool:
     try:
-        async with asyncio.timeout(ASK_S):
+        async with asyncio.timeout(ask_s):
             response = await here.call("GET", Endpoint(f"{own_address(settings)}/healthz", {}))
             try:
                 return response.status == 200 and b'"status"' in await response.read()

@@ -7,6 +7,7 @@ time.
 import asyncio
 import json
 import re
+import socket
 import time
 from email.utils import formatdate
 
@@ -15,6 +16,10 @@ from conftest import API_KEY, PLAIN, ROOT, catalog_of, files_of
 from fake_provider import STOP, body, chunk, error, refusing_url, sse
 
 from admin.commands import COMMANDS
+from admin.doctor import Verdict, about_port
+from config.settings import load_settings
+from transport.upstream import Upstream
+from wire.http import NO_PROXIES
 
 KEY = {"GATEWAY_API_KEY": API_KEY}
 README = (ROOT / "README.md").read_text()
@@ -159,6 +164,20 @@ async def test_a_port_that_something_else_has_is_told_and_the_flag_is_read(run):
     assert status == 1
     assert "!!" in lines_about(text, "port")
     assert port in lines_about(text, "port")
+
+
+async def test_a_port_at_which_nothing_is_ever_said_is_not_waited_for_long(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = load_settings(["--port", str(port)], KEY, tmp_path)
+
+        async with Upstream(1.0, proxies=NO_PROXIES) as here:
+            found = await about_port(settings, here, ask_s=0.05)
+
+    assert found.verdict is Verdict.TODO
+    assert str(port) in found.words
 
 
 async def test_a_running_gateway_is_no_trouble(start_gateway, run, fake, tmp_path):

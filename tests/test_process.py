@@ -12,7 +12,7 @@ import time
 import aiohttp
 import pytest
 from conftest import API_KEY, Client, Process, client_of, files_of, logged, stored_keys
-from fake_provider import Wait, answer, chunk, event, sse, until
+from fake_provider import Wait, answer, chunk, event, in_time, sse, until
 
 GIVEN_KEY = {"GATEWAY_API_KEY": API_KEY}
 FIRST = event(chunk("begun "))
@@ -180,8 +180,8 @@ async def test_a_kill_under_load_harms_no_file_and_loses_the_last_moment_at_most
 # --- The encryption key -----------------------------------------------------------------------------------------
 
 
-async def test_a_wrong_encryption_key_stops_the_start_and_changes_nothing(start_process, fake, tmp_path):
-    await stopped_once(start_process, {"ENCRYPTION_KEY": "cd" * 32})
+async def test_a_wrong_encryption_key_stops_the_start_and_changes_nothing(start_gateway, start_process, fake, tmp_path):
+    await stopped_once(start_gateway, {"ENCRYPTION_KEY": "cd" * 32})
     before = files_of(tmp_path)
 
     refused = await start_process(["a"], GIVEN_KEY | {"ENCRYPTION_KEY": ANOTHER_KEY})
@@ -192,8 +192,8 @@ async def test_a_wrong_encryption_key_stops_the_start_and_changes_nothing(start_
     assert files_of(tmp_path) == before
 
 
-async def test_a_lost_key_file_stops_the_start_and_changes_nothing(start_process, fake, tmp_path):
-    await stopped_once(start_process, {})
+async def test_a_lost_key_file_stops_the_start_and_changes_nothing(start_gateway, start_process, fake, tmp_path):
+    await stopped_once(start_gateway, {})
     (tmp_path / "gateway.db.key").unlink()
     before = files_of(tmp_path)
 
@@ -204,8 +204,8 @@ async def test_a_lost_key_file_stops_the_start_and_changes_nothing(start_process
     assert files_of(tmp_path) == before
 
 
-async def test_a_damaged_key_file_stops_the_start_and_changes_nothing(start_process, fake, tmp_path):
-    await stopped_once(start_process, {})
+async def test_a_damaged_key_file_stops_the_start_and_changes_nothing(start_gateway, start_process, fake, tmp_path):
+    await stopped_once(start_gateway, {})
     (tmp_path / "gateway.db.key").write_text("not a key")
     before = files_of(tmp_path)
 
@@ -227,13 +227,11 @@ async def test_a_file_that_is_no_database_stops_the_start_and_stays(start_proces
     assert (tmp_path / "gateway.db").read_bytes() == before
 
 
-async def stopped_once(start_process, settings: dict[str, str]) -> None:
+async def stopped_once(start_gateway, settings: dict[str, str]) -> None:
     """A database with keys in it."""
-    running = await start_process(["a"], GIVEN_KEY | settings)
-    async with client_of(running) as client:
-        assert (await client.chat()).status == 200
-    running.signal(signal.SIGTERM)
-    assert await running.ended() == 0
+    running = await start_gateway(["a"], settings)
+    assert (await running.chat()).status == 200
+    await running.stop()
 
 
 def assert_one_clear_line(running: Process, *words: str) -> None:
@@ -293,22 +291,20 @@ async def test_flags_beat_the_environment_which_beats_the_env_file(start_process
     assert {path.name for path in tmp_path.glob("*.db")} == {"from-flag.db"}
 
 
-async def test_a_database_that_is_locked_delays_no_request_and_loses_no_row(start_process, fake, tmp_path):
-    running = await start_process(["a"], {**GIVEN_KEY, "STATS_REFRESH_MS": "20"})
+async def test_a_database_that_is_locked_delays_no_request_and_loses_no_row(start_gateway, fake, tmp_path):
+    gateway = await start_gateway(["a"], {"STATS_REFRESH_MS": "20"})
     fake.script("a", answer())
-    async with client_of(running) as client:
-        with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as other:
-            other.execute("BEGIN IMMEDIATE")
-            started = time.monotonic()
+    with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        async with in_time(1):
             for n in range(20):
-                assert (await client.ask(streaming=bool(n % 2))).status == 200
-            assert time.monotonic() - started < 1
-            assert (await client.get("/api/requests")).json == {"rows": []}  # by now the statistics have waited in vain
-            assert (await client.chat()).status == 200
-            other.execute("ROLLBACK")
-        await client.rows(21)
-        assert {key["status"] for key in stored_keys(tmp_path / "gateway.db").values()} == {"healthy"}
-        assert (await client.chat()).status == 200
+                assert (await gateway.ask(streaming=bool(n % 2))).status == 200
+        assert (await gateway.get("/api/requests")).json == {"rows": []}  # by now the statistics have waited in vain
+        assert (await gateway.chat()).status == 200
+        other.execute("ROLLBACK")
+    await gateway.rows(21)
+    assert {key["status"] for key in stored_keys(tmp_path / "gateway.db").values()} == {"healthy"}
+    assert (await gateway.chat()).status == 200
 
 
 async def test_a_gateway_that_may_open_no_more_files_blames_no_provider_for_it(start_process, fake):
@@ -327,13 +323,12 @@ async def test_a_gateway_that_may_open_no_more_files_blames_no_provider_for_it(s
         assert await client.cooled_models() == {}
 
 
-async def test_old_rows_are_removed_at_start(start_process, fake, tmp_path):
-    await stopped_once(start_process, {})
+async def test_old_rows_are_removed_at_start(start_gateway, fake, tmp_path):
+    await stopped_once(start_gateway, {})
     with contextlib.closing(sqlite3.connect(tmp_path / "gateway.db")) as connection, connection:
         connection.execute("UPDATE requests SET created_at = '2020-01-01T00:00:00.000Z'")
 
-    running = await start_process(["a"], GIVEN_KEY)
-    async with client_of(running) as client:
-        request_id = (await client.chat()).headers["X-Request-Id"]
+    running = await start_gateway(["a"])
+    request_id = (await running.chat()).headers["X-Request-Id"]
 
     await until(lambda: {row["request_id"] for row in logged(tmp_path / "gateway.db")} == {request_id})
