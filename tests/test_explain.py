@@ -9,7 +9,7 @@ from conftest import IN_ORDER, assert_error, both_ways
 from fake_provider import CUT, answer, chunk, completion, error, sse
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_worlds import World, a_world
+from random_worlds import World, a_world
 
 from engine.explain import KEPT_MAX
 from protection import Scope, Skip

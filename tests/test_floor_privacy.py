@@ -10,7 +10,7 @@ from conftest import IN_ORDER, Answer, assert_error
 from fake_provider import answer, error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_worlds import NAMES, World, a_world
+from random_worlds import NAMES, World, a_world
 
 from routing.catalog import Model, Platform, keeps_prompts_private
 from routing.fit import reaches_floor

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import assert_error, both_ways
-from fake_provider import CUT, ROLE, Wait, answer, chunk, completion, error, raw, sse, until
+from fake_provider import CUT, ROLE, Wait, answer, assert_in_time, chunk, completion, error, in_time, raw, sse, until
 
 from engine.waiting import WAITING_MAX, WaitingRoom
 
@@ -29,7 +29,9 @@ async def test_a_wait_ends_when_its_time_has_come():
 
     await room.wait("r", began, began, 0.03)
 
-    assert 0.025 <= time.monotonic() - began < 0.5
+    took_s = time.monotonic() - began
+    assert took_s >= 0.025
+    assert_in_time(took_s, 0.5)
     assert len(room) == 0
 
 
@@ -92,8 +94,9 @@ async def test_a_request_waits_for_a_key_that_rests_for_a_named_time(start_gatew
     got = await gateway.ask(streaming=streaming)
 
     assert got.text == "well again"
-    assert 0.3 <= time.monotonic() - began < 3
-    assert 250 <= int(got.headers["X-Waited-Ms"]) < 3_000
+    took_s, waited_ms = time.monotonic() - began, int(got.headers["X-Waited-Ms"])
+    assert took_s >= 0.3 and waited_ms >= 250
+    assert_in_time(max(took_s, waited_ms / 1000), 3)
     assert got.headers["X-Fallback-Trail"] == "a/a-model=rate_limited"
     first, second = await gateway.rows(2)
     assert (first["waited_ms"], second["status"]) == (None, "success")
@@ -124,7 +127,9 @@ async def test_what_failed_for_a_reason_that_passes_is_asked_again(start_gateway
 
     assert got.text == "a again"
     assert fake.called == ["a", "b", "a"]
-    assert 1.0 <= fake.requests[2].arrived_at - fake.requests[0].arrived_at < 2.5
+    later_s = fake.requests[2].arrived_at - fake.requests[0].arrived_at
+    assert later_s >= 1.0
+    assert_in_time(later_s, 2.5)
 
 
 @both_ways
@@ -132,7 +137,7 @@ async def test_what_will_not_come_back_in_time_is_refused_at_once_with_the_time(
     gateway = await start_gateway(["a"], WAITS)
     fake.script("a", error(429, headers={"retry-after": "60"}))
 
-    async with asyncio.timeout(1):
+    async with in_time(1):
         got = await gateway.ask(streaming=streaming)
 
     assert_error(got, 429, "rate_limit_error", "rate_limited")
@@ -150,7 +155,7 @@ async def test_nobody_waits_who_does_not_want_to(start_gateway, fake, settings, 
     fake.script("a", SOON)
 
     for model in ("auto", "a-model"):
-        async with asyncio.timeout(0.25):
+        async with in_time(0.25):
             got = await gateway.chat(model=model, headers=headers)
         assert_error(got, 429, "rate_limit_error", "rate_limited")
         assert got.headers["Retry-After"] == "1"
@@ -177,7 +182,7 @@ async def test_the_budget_of_a_request_bounds_its_wait(start_gateway, fake):
     gateway = await start_gateway(["a"], {**WAITS, "REQUEST_BUDGET_MS": "200"})
     fake.script("a", SOON)
 
-    async with asyncio.timeout(0.25):
+    async with in_time(0.25):
         assert_error(await gateway.chat(), 429, "rate_limit_error", "rate_limited")
 
 
@@ -189,7 +194,7 @@ async def test_the_wait_of_a_request_is_counted_over_all_its_waits(start_gateway
     got = await gateway.chat()
 
     assert_error(got, 429, "rate_limit_error", "rate_limited")
-    assert time.monotonic() - began < 0.8
+    assert_in_time(time.monotonic() - began, 0.8)
     assert 2 <= len(fake.called) <= 3
 
 
@@ -237,7 +242,7 @@ async def test_a_client_that_leaves_while_it_waits_is_gone_at_once(start_gateway
 
     asking.cancel()
 
-    async with asyncio.timeout(0.5):
+    async with in_time(0.5):
         while (await gateway.protection())["waiting"]:  # noqa: ASYNC110
             await asyncio.sleep(0.005)
     assert fake.called == ["a"]

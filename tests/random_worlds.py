@@ -1,12 +1,15 @@
 """Routers over random catalogues, in random states: what property tests of routing are about.
 
-A world is made of one seed, so that a failing example is one number.
+A world is made of one seed, so that a failing example is one number. What models and platforms have in common, and
+worlds made by hand, are in worlds.py.
 """
 
 import contextlib
 from dataclasses import dataclass
 from math import inf
 from random import Random
+
+import worlds
 
 from protection import KeyStatus, Level, Scope, Skip
 from router import Router
@@ -107,7 +110,7 @@ def some(rng: Random, things, share: float) -> set:
 
 def a_world(seed: int, kind: ModelKind = ModelKind.CHAT) -> World:
     rng = Random(seed)
-    platforms = [a_platform(rng, f"p{n}") for n in range(rng.randint(1, 5))]
+    platforms = [random_platform(rng, f"p{n}") for n in range(rng.randint(1, 5))]
     keys = [
         Key(10 * n + i, platform.id, "secret", trains_on_prompts=rng.choice((None, None, True, False)))
         for n, platform in enumerate(platforms, start=1)
@@ -116,7 +119,7 @@ def a_world(seed: int, kind: ModelKind = ModelKind.CHAT) -> World:
     models = []
     for platform in platforms:
         for name in rng.sample(NAMES, rng.randint(1, len(NAMES))):
-            models.append(a_model(rng, len(models) + 1, platform, name, kind))
+            models.append(random_model(rng, len(models) + 1, platform, name, kind))
     catalog = Catalog(platforms, models, keys, ALIASES)
     protection = Protection(levels={}, sticky_ttl_s=1800, thread_cooldown_s=180)
     router = Router(protection)
@@ -126,12 +129,9 @@ def a_world(seed: int, kind: ModelKind = ModelKind.CHAT) -> World:
     return world
 
 
-def a_platform(rng: Random, id: str) -> Platform:
-    return Platform(
-        id=id,
-        name=id.upper(),
-        adapter="openai",
-        base_url="http://127.0.0.1:1/v1",
+def random_platform(rng: Random, id: str) -> Platform:
+    return worlds.a_platform(
+        id,
         keyless=rng.random() < 0.2,
         protection=rng.choice(list(Level)),
         local=rng.random() < 0.15,
@@ -139,19 +139,18 @@ def a_platform(rng: Random, id: str) -> Platform:
     )
 
 
-def a_model(rng: Random, id: int, platform: Platform, name: str, kind: ModelKind = ModelKind.CHAT) -> Model:
+def random_model(rng: Random, id: int, platform: Platform, name: str, kind: ModelKind = ModelKind.CHAT) -> Model:
     def limit() -> int | None:
         return rng.choice((None, None, None, 1, 5))
 
     def marks(share: float) -> frozenset[str]:
         return frozenset(some(rng, map(str, Mode), share))
 
-    return Model(
-        id=id, platform=platform, model_id=name, name=name, intelligence_rank=rng.choice(RANKS),
-        speed_rank=rng.choice(RANKS), context_window=rng.choice((4_000, 32_000)), max_output=None, rpm=limit(),
-        rpd=limit(), tpm=None, tpd=None, tools=rng.random() < 0.7, vision=rng.random() < 0.4,
-        exclude_from=marks(0.1), prefer_in=marks(0.1), enabled=rng.random() < 0.9, priority=rng.randrange(100),
-        in_chain=rng.random() < 0.9, kind=kind, family=name,
+    return worlds.a_model(
+        id, platform, model_id=name, name=name, intelligence_rank=rng.choice(RANKS), speed_rank=rng.choice(RANKS),
+        context_window=rng.choice((4_000, 32_000)), rpm=limit(), rpd=limit(), tools=rng.random() < 0.7,
+        vision=rng.random() < 0.4, exclude_from=marks(0.1), prefer_in=marks(0.1), enabled=rng.random() < 0.9,
+        priority=rng.randrange(100), in_chain=rng.random() < 0.9, kind=kind, family=name,
     )  # fmt: skip
 
 
