@@ -325,7 +325,7 @@ ROUTED = {
     "a bad request of another number": (error(422, "no"), 400, "invalid_request_error", anthropic.BadRequestError),
     "a filter": (error(400, code="content_filter"), 400, "invalid_request_error", anthropic.BadRequestError),
 }
-SHORT_TIMES = {"REQUEST_TIMEOUT_MS": "100", "MAX_STREAM_STALL_MS": "100", "FIRST_TOKEN_TIMEOUT_MS": "100"}
+SHORT_TIMES = {"REQUEST_TIMEOUT_MS": "300", "MAX_STREAM_STALL_MS": "300", "FIRST_TOKEN_TIMEOUT_MS": "300"}
 
 
 @both_ways
