@@ -159,10 +159,9 @@ class Door:
         client: Client | None,
     ) -> None:
         """One request of any dialect; `model` is the one that its address names."""
-        # The body has no name here: it would live as long as its answer.
-        arrived = scope["freeway.client"].sent_all
-        body = read_body(headers, receive, self._body_bytes_max, arrived=arrived)
-        chat = dialect.parse(await body, exchange.utc, exchange.client)
+        # What is received has no name here: it would live as long as its answer.
+        receiving = read_body(headers, receive, self._body_bytes_max, arrived=scope["freeway.client"].sent_all)
+        chat = dialect.parse(await receiving, exchange.utc, exchange.client)
         chat = chat if model is None else chat.asking_for(model)
         private, catalog = self._private or (client is not None and client.private), self._engine.router.catalog
         exchange.chat, exchange.session = understood(chat, headers, catalog, private=private, client=exchange.client)
