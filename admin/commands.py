@@ -34,11 +34,11 @@ def doctor(argv: Sequence[str], environ: Mapping[str, str], cwd: Path, tell: Tel
         things = 0
         async for finding in examination(argv, environ, cwd):
             tell(str(finding))
-            things += finding.verdict is Verdict.TODO
+            things += finding.verdict is Verdict.ACT
         return things
 
     things = asyncio.run(examine())
-    tell("All is well." if not things else f"{things} thing{'s' if things > 1 else ''} to do, marked {Verdict.TODO}.")
+    tell("All is well." if not things else f"{things} thing{'s' if things > 1 else ''} to do, marked {Verdict.ACT}.")
     return 1 if things else 0
 
 

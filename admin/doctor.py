@@ -36,7 +36,7 @@ ANYWHERE = ("0.0.0.0", "::")
 class Verdict(StrEnum):
     OK = "ok"
     NOTE = "--"  # worth knowing
-    TODO = "!!"
+    ACT = "!!"  # there is something to do
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ def note(about: str, words: str, todo: str = "") -> Finding:
 
 
 def todo(about: str, words: str, what: str) -> Finding:
-    return Finding(Verdict.TODO, about, words, what)
+    return Finding(Verdict.ACT, about, words, what)
 
 
 async def doctor(argv: Sequence[str], environ: Mapping[str, str], cwd: Path) -> AsyncIterator[Finding]:
