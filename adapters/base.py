@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from msgspec import Struct
@@ -13,6 +13,7 @@ from routing.catalog import Key, Model, Platform, how_written, is_templated
 from wire.chat import Chat, Completion, Event, Tally, chunk_of, frame
 from wire.http import Endpoint
 from wire.jsontext import JSON
+from wire.plain import PlainAnswer
 
 USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
 
@@ -57,10 +58,9 @@ def piece_of(like: JSON, delta: JSON) -> Event:
 class Translator(Protocol):
     """One stream's chunks, from the adapter's wire to OpenAI's chat form."""
 
-    @property
-    def plain_text(self) -> Callable[[Any], str | None] | None:
-        """A function that gives the text of a chunk which holds nothing else, and so need not be fed. None while every
-        chunk has to be fed."""
+    def recognised(self, raw: bytes, payload: bytes) -> Sequence[Event] | None:
+        """The events of a frame that is nothing but text, an ending or usage in the one form, and so need not be fed.
+        None for one that needs a look."""
 
     @property
     def finishing(self) -> bool:
@@ -101,9 +101,9 @@ class Adapter(Protocol):
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         """The headers of every call; one of them carries the secret."""
 
-    def plain_answer(self, body: Any, chat: Chat) -> str | None:
-        """The text of a whole answer that is nothing but text in OpenAI's form, and so can go out as it came; None for
-        any other."""
+    def plain_answer(self, raw: bytes, chat: Chat) -> PlainAnswer | None:
+        """A whole answer that is nothing but text in OpenAI's form, and so can go out as it came; None for any
+        other."""
 
     def completion(self, raw: bytes, body: dict[str, Any], chat: Chat) -> Completion | None:
         """A whole answer in the one form; None for a body that is no answer. Raises UpstreamError for one that says it

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from hashlib import blake2b
 from typing import Any
 
-from adapters.plain import find_usage, has_head, whole_number
+from adapters.answers import find_usage, has_head, whole_number
 from wire.chat import Completion, Usage, chunk_of, told_usage
 from wire.jsontext import JSON, dump
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from hashlib import blake2b
 from typing import Any
 
+from adapters.answers import note_completion
 from adapters.base import Reply, Request, Translator
 from adapters.embeddings import committed, texts_of, unit
-from adapters.plain import note_completion
 from routing.catalog import Key, Model
 from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
 from wire.jsontext import JSON, dump
@@ -43,7 +43,7 @@ class DemoAdapter:
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         return {}
 
-    def plain_answer(self, body: Any, chat: Chat) -> None:
+    def plain_answer(self, raw: bytes, chat: Chat) -> None:
         return None
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> None:

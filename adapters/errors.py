@@ -14,8 +14,9 @@ from typing import Any
 
 import orjson
 
-from adapters.plain import PLAIN_CHUNK
-
+ANSWER_FIELDS = frozenset(
+    {"id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"}
+)
 MESSAGE_CHARS_MAX = 500  # of a body that is plain words
 # Finish reasons with which a server says that it failed; each with the status that it amounts to, if any.
 FAILED_FINISHES: Mapping[str, int | None] = {
@@ -68,7 +69,7 @@ class Fault:
 
 def wrapped(body: Mapping[str, Any], quirks: Mapping[str, Any] = NO_QUIRKS) -> Fault | None:
     """The error inside a 200's body or a streamed event, if there is one (SPEC 6.1)."""
-    if body.get("choices") and PLAIN_CHUNK.issuperset(body):  # nothing stands beside the answer
+    if body.get("choices") and ANSWER_FIELDS.issuperset(body):  # nothing stands beside the answer
         return wrapped_in_choice(body["choices"], quirks)
     if is_error(body.get("error")):
         return read(body, quirks)

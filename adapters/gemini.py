@@ -111,7 +111,7 @@ class GeminiAdapter:
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         return api_key_headers(secret, quirks)
 
-    def plain_answer(self, body: object, chat: Chat) -> str | None:
+    def plain_answer(self, raw: bytes, chat: Chat) -> None:
         return None  # every answer on this wire has to be translated
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
@@ -487,12 +487,13 @@ def filtered(reason: str, words: str) -> UpstreamError:
 class ChunkTranslator:
     """One stream's frames as chunks in OpenAI's form: at most one with what is new and one with how it ended."""
 
-    plain_text = None  # every frame has to be translated
-
     def __init__(self, reader: GeminiReader, mender: ChunkMender) -> None:
         self._reader = reader
         self._mender = mender  # of what the models write, whatever wire it comes by
         self._begun = False
+
+    def recognised(self, raw: bytes, payload: bytes) -> None:
+        return None  # every frame has to be translated
 
     @property
     def finishing(self) -> bool:

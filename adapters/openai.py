@@ -6,14 +6,14 @@ calls of an answer. No platform is named here. No I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+from adapters.answers import find_usage, odd_head, right_head
 from adapters.base import Request, base_url, bearer_headers, piece_of
 from adapters.embeddings import embedding_request
 from adapters.legacy import legacy_request, takes_prompts
-from adapters.plain import find_usage, odd_head, plain_answer, plain_text, right_head
 from adapters.quirks import given_back, holds_any, outgoing
 from adapters.shapes import is_summary, joined_text, put_right, well_formed, well_formed_answer
 from adapters.text_gate import TextGate
@@ -26,6 +26,7 @@ from routing.catalog import Key, Model
 from wire.chat import Chat, Completion, Event, ModelKind, Tally, chunk_of, frame
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump
+from wire.plain import PlainAnswer, PlainChunk, is_exact, plain_answer, plain_chunk
 
 FINISH_REASONS = {
     "content_filter": "content_filter", "tool_calls": "tool_calls",
@@ -67,8 +68,8 @@ class OpenAIAdapter:
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         return bearer_headers(secret, quirks)
 
-    def plain_answer(self, body: Any, chat: Chat) -> str | None:
-        return None if chat.need.tools or "response_format" in chat.body else plain_answer(body)
+    def plain_answer(self, raw: bytes, chat: Chat) -> PlainAnswer | None:
+        return None if chat.need.tools or "response_format" in chat.body else plain_answer(raw)
 
     def completion(self, raw: bytes, body: JSON, chat: Chat) -> Completion | None:
         if body.get("choices", body) in ([], None):
@@ -226,11 +227,41 @@ class ChunkMender:
         self._odd_head = False  # id, created or model are not of the types that clients insist on
         self._ending: Event | None = None  # the provider's own event of its ending, if it says nothing else
 
-    @property
-    def plain_text(self) -> Callable[[Any], str | None] | None:
-        if self._gate is None:
-            return None if self._odd_head or self.holding else plain_text
-        return None if self._has_tools else self._first_text
+    def recognised(self, raw: bytes, payload: bytes) -> Sequence[Event] | None:
+        gate = self._gate
+        if self._odd_head or self.holding or (gate is not None and self._has_tools):
+            return None
+        if (chunk := plain_chunk(payload)) is None:
+            return None
+        if not chunk.choices:
+            return self._recognised_usage(raw, chunk)
+        if chunk.usage:
+            return None
+        choice = chunk.choices[0]
+        text = choice.delta.content
+        if choice.finish_reason is not None:
+            if text or not self._tally.head:
+                return None
+            self._note_finish(choice.finish_reason)
+            self._ending = Event(raw, payload, chunk)
+            return ()
+        if text is None:
+            return None
+        if gate is not None and text:  # without tools, only an answer that begins with a tag is not what it seems
+            first = text.lstrip()[:1]
+            if gate.begun or not first or first in FIRST_CHARS:
+                return None
+            self._gate = None
+        if not self._head:
+            self._head = chunk.head()
+        return (Event(raw, payload, chunk),)
+
+    def _recognised_usage(self, raw: bytes, chunk: PlainChunk) -> Sequence[Event] | None:
+        if not chunk.usage or not is_exact(chunk.usage):
+            return None
+        self._tally.note_usage(chunk.usage)
+        self._tally.usage_raw = raw if chunk.usage is self._tally.usage_object else None
+        return ()
 
     @property
     def finishing(self) -> bool:
@@ -295,7 +326,7 @@ class ChunkMender:
         elif rest:
             events.append(piece_of(self._head, {"tool_calls": rest}))
         finish = final_finish(self._finish, has_calls=bool(self._calls))
-        if self._ending is not None and self._ending.chunk["choices"][0]["finish_reason"] == finish:
+        if self._ending is not None and self._ending.finish == finish:
             return [*events, self._ending]
         chunk = chunk_of(self._head, {}, finish)
         return [*events, Event(frame(chunk), chunk)]
@@ -402,20 +433,6 @@ class ChunkMender:
         events = self._rewritten(like, pieces)
         found = [self._calls.add(name, arguments, like) for name, arguments in calls]
         return events + self._pieces(found if self._whole is None else self._whole.take(found))
-
-    def _first_text(self, chunk: Any) -> str | None:
-        """Where no tools are declared, only an answer that begins with a tag is not what it seems."""
-        text = plain_text(chunk)
-        if text is not None and not self._head and not odd_head(chunk):
-            self._head = chunk
-        if self._odd_head or not self._head:
-            return None
-        if text and self._gate is not None:
-            first = text.lstrip()[:1]
-            if self._gate.begun or not first or first in FIRST_CHARS:
-                return None
-            self._gate = None
-        return text
 
     def _released(self) -> list[Event]:
         events, self._gated = self._gated, []

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from adapters.answers import note, note_completion, note_plain
 from adapters.base import Adapter, Reply, Translator
 from adapters.chunks import as_chunks, completed, joined
 from adapters.embeddings import embedding_reply
 from adapters.errors import Fault, read, redact, wrapped
 from adapters.openai import with_json
-from adapters.plain import note, note_completion, note_plain, note_text
 from adapters.shapes import answer_within, unreadable
 from adapters.waits import retry_after_s
 from protection import Failure, UpstreamError, classify
@@ -100,25 +100,24 @@ class Incoming:
         events: list[Event] = []
         meaningful = False
         tally, translator = self._tally, self._translator
-        plain_text = translator.plain_text
+        recognised = translator.recognised
         fault: Fault | None
         for raw, payload, is_error in frames:
             if payload == b"[DONE]" and not is_error:
                 self.done = True
                 meaningful |= self._take(translator.end, events)
                 break
+            if not is_error and (plain := recognised(raw, payload)) is not None:
+                for event in plain:
+                    meaningful |= note(event, tally)
+                    events.append(event)
+                continue
             chunk = decoded(payload)
             if chunk is None and not is_error and (inner := mended_frames(payload)) is not None:
                 more, opens = self._events(inner)
                 events, meaningful = events + more, meaningful or opens
                 if self.error or self.done:
                     break
-                continue
-            if plain_text is not None and (text := plain_text(chunk)) is not None and not is_error:
-                meaningful |= note_text(text, tally)
-                if not tally.head:
-                    tally.head = chunk
-                events.append(Event(raw, chunk))
                 continue
             moved = type(chunk) is list and len(chunk) == 1
             if moved:
@@ -141,7 +140,6 @@ class Incoming:
             meaningful |= self._take(partial(translator.feed, frame(chunk) if moved else raw, payload, chunk), events)
             if self.error:
                 break
-            plain_text = translator.plain_text  # which may have become possible
         return events, meaningful
 
     def _take(self, translated: Callable[[], list[Event]], events: list[Event]) -> bool:
@@ -149,7 +147,7 @@ class Incoming:
         meaningful = False
         try:
             for event in translated():
-                meaningful |= note(event.chunk, self._tally)
+                meaningful |= note(event, self._tally)
                 events.append(event)
         except UpstreamError as error:
             self.error = error
@@ -266,25 +264,29 @@ def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route, utc: flo
     """A committed answer from a whole body."""
     if chat.need.kind is ModelKind.EMBEDDING:
         return embedding_reply(checked_answer(loaded(raw), route, utc), chat, route.model)
+    if (plain := adapter.plain_answer(raw, chat)) is not None:
+        note_plain(plain, tally := Tally())
+        completion = Completion(raw, raw)
+    else:
+        tally, completion = looked_at(raw, adapter, chat, route, utc)
+    if not chat.stream:
+        return Reply(tally, completion=completion)
+    return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in as_chunks(completion.body)])
+
+
+def looked_at(raw: bytes, adapter: Adapter, chat: Chat, route: Route, utc: float) -> tuple[Tally, Completion]:
+    """A whole body in any form. Raises UpstreamError."""
     try:
         body = load_lenient(raw.removeprefix(BOM))
     except ValueError:
         raw, body = mended_body(raw)
     if body is None:
-        tally, completion = joined_stream(raw, adapter, chat, route, utc)
-    else:
-        tally = Tally()
-        if (text := adapter.plain_answer(body, chat)) is not None:
-            completion = Completion(raw, body)
-            note_plain(body, text, tally)
-        else:
-            completion = whole_completion(raw, body, adapter, chat, route, utc)
-            note_completion(completion.body, tally)
-            if tally.empty:
-                raise empty_answer()
-    if not chat.stream:
-        return Reply(tally, completion=completion)
-    return Reply(tally, first=[Event(frame(chunk), chunk) for chunk in as_chunks(completion.body)])
+        return joined_stream(raw, adapter, chat, route, utc)
+    tally, completion = Tally(), whole_completion(raw, body, adapter, chat, route, utc)
+    note_completion(completion.body, tally)
+    if tally.empty:
+        raise empty_answer()
+    return tally, completion
 
 
 def mended_body(raw: bytes) -> tuple[bytes, Any]:

@@ -122,11 +122,10 @@ class CompletionsEncoder:
     def feed(self, events: list[Event]) -> bytes:
         frames = []
         for event in events:
-            for choice in (event.chunk.get("choices") or ())[:1]:
-                delta = choice.get("delta") or {}
-                text, finish = delta.get("content") or delta.get("refusal"), choice.get("finish_reason")
-                if text or finish:
-                    frames.append(frame(self._chunk(event.chunk, text, finish)))
+            delta, finish = event.delta, event.finish
+            text = delta.get("content") or delta.get("refusal")
+            if text or finish:
+                frames.append(frame(self._chunk(event.head, text, finish)))
         return b"".join(frames)
 
     def end(self, tally: Tally) -> bytes:

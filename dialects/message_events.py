@@ -189,8 +189,7 @@ class MessagesEncoder:
     def feed(self, events: list[Event]) -> bytes:
         self._begin()
         for event in events:
-            choices = event.chunk.get("choices")
-            if choices and (delta := choices[0].get("delta")):
+            if delta := event.delta:
                 self._blocks.delta(delta)
         self._blocks.tell()
         return self._flush()

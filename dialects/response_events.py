@@ -343,10 +343,9 @@ class ResponsesEncoder:
 
     def feed(self, events: list[Event]) -> bytes:
         if events:
-            self._begin(events[0].chunk)
+            self._begin(events[0].head)
         for event in events:
-            choices = event.chunk.get("choices")
-            if choices and (delta := choices[0].get("delta")):
+            if delta := event.delta:
                 self._output.delta(delta)
         return self._flush()
 

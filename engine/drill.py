@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
 
-from adapters.plain import note
+from adapters.answers import note
 from config.settings import spelled
 from protection import Failure, UpstreamError
 from providers import Attempt, Providers
@@ -103,7 +103,7 @@ class DrilledAttempt(Attempt):
 
     def _up_to_the_break(self, events: list[Event]) -> list[Event]:
         for index, event in enumerate(events):
-            self._over += note(event.chunk, self._said)
+            self._over += note(event, self._said)
             if self._over >= self._drill.events:
                 return events[: index + 1]
         return events

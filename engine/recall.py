@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from adapters.answers import note_completion
 from adapters.chunks import as_chunks
-from adapters.plain import note_completion
 from engine.cache import Answer, Cache, key_of, repeatable
 from engine.delivery import Delivery
 from engine.listener import Listener

@@ -60,7 +60,7 @@ class Seam:
         out: list[Event] = []
         misfit: Misfit | None = None
         for event in events:
-            if (choices := event.chunk.get("choices")) and (misfit := self._chunk(choices[0], now, out)):
+            if misfit := self._event(event, now, out):
                 break
         if misfit is None and not self.joined and self._since is not None and now - self._since > HELD_S:
             misfit = self._no_longer(out, Misfit.TOO_LATE)
@@ -72,16 +72,16 @@ class Seam:
         misfit = self._ended(out)
         return Step(out, misfit or (Misfit.ENDED if self._lacks_more and self._story.open else None))
 
-    def _chunk(self, choice: JSON, now: float, out: list[Event]) -> Misfit | None:
+    def _event(self, event: Event, now: float, out: list[Event]) -> Misfit | None:
         """Reasoning and role are left out: the client has them, or is past them."""
-        delta = choice.get("delta") or {}
+        delta = event.delta
         if text := delta.get("content"):
             if self._since is None and not text.isspace():
                 self._since = now
             if misfit := self._text(text, out):
                 return misfit
         more = {name: delta[name] for name in ("refusal", "tool_calls") if delta.get(name)}
-        finish = choice.get("finish_reason")
+        finish = event.finish
         if not more and not finish:
             return None
         if misfit := self._ended(out):

@@ -36,12 +36,11 @@ class Story:
 
     __slots__ = (
         "_attempts", "_completion_tokens", "_kept", "_prompt_tokens", "_thought_chars", "_usage_details", "_write",
-        "calls", "chars", "finish", "head", "reasoning", "refusal", "role", "spoilt",
+        "calls", "chars", "finish", "head", "reasoning", "refusal", "spoilt",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.head: JSON = {}  # id, created and model of its first chunk
-        self.role = False  # has been told
         self.chars = 0  # of text
         self.reasoning = False  # some has been shown
         self.refusal = False
@@ -59,31 +58,30 @@ class Story:
     def feed(self, events: list[Event]) -> None:
         """Take note of events that go out to the client."""
         for event in events:
-            chunk = event.chunk
-            choices = chunk.get("choices")
-            if not choices:
-                continue
-            choice = choices[0]
-            delta = choice.get("delta") or {}
-            text = delta.get("content")
+            if event.plain is not None and self.head:
+                said = event.plain.choices[0]
+                text, more = said.delta.content, said.finish_reason is not None
+            else:
+                delta = event.delta
+                text, more = delta.get("content"), True
             if text:
                 self.chars += self._write(text)
                 if self.chars > TEXT_CHARS_MAX:
                     self._forget()
-            if not text or len(delta) > 1 or choice.get("finish_reason") or not self.head:
-                self._note(chunk, choice, delta)
+            if more:
+                self._note(event)
 
-    def _note(self, chunk: JSON, choice: JSON, delta: JSON) -> None:
+    def _note(self, event: Event) -> None:
         """What a chunk says beside its text."""
+        delta = event.delta
         if not self.head:
-            self.head = {name: chunk[name] for name in HEAD if name in chunk}
-        self.role = self.role or "role" in delta
+            self.head = {name: value for name, value in event.head.items() if name in HEAD}
         if thoughts := delta.get("reasoning_content"):
             self.reasoning = True
             self._thought_chars += len(thoughts)
         self.refusal = self.refusal or bool(delta.get("refusal"))
         self.calls = self.calls or bool(delta.get("tool_calls") or delta.get("function_call"))
-        self.finish = choice.get("finish_reason") or self.finish
+        self.finish = event.finish or self.finish
 
     def _forget(self) -> None:
         self.spoilt = True

@@ -35,9 +35,9 @@ class Defective(OpenAIAdapter):
         self._fails("request")
         return super().request(*args, **more)
 
-    def plain_answer(self, body, chat):
+    def plain_answer(self, raw, chat):
         self._fails("a whole answer")
-        return super().plain_answer(body, chat)
+        return super().plain_answer(raw, chat)
 
     def translator(self, tally, chat, **more):
         self._fails("the head of a stream")
@@ -45,10 +45,11 @@ class Defective(OpenAIAdapter):
         fails, feed, end = self._fails, translator.feed, translator.end
 
         class Translator(type(translator)):
-            plain_text = None  # so that every chunk is fed
-
             def __init__(self) -> None:
                 vars(self).update(vars(translator))
+
+            def recognised(self, raw, payload):
+                return None  # so that every chunk is fed
 
             def feed(self, raw, payload, said):
                 fails("an event")

@@ -9,9 +9,9 @@ from worlds import World
 
 from adapters import errors as faults
 from adapters import waits
+from adapters.answers import note_completion
 from adapters.chunks import as_chunks
 from adapters.openai import OpenAIAdapter
-from adapters.plain import note_completion
 from adapters.stream import Incoming
 from dialects.chat import chat_from
 from dialects.responses import ResponsesDialect

@@ -407,7 +407,8 @@ class Defective(OpenAIAdapter):
 
     def translator(self, *args, **more):
         class Translator:
-            plain_text = None
+            def recognised(self, raw: bytes, payload: bytes) -> None:
+                return None
 
             def feed(self, raw: bytes, chunk: dict) -> list:
                 if chunk["choices"][0]["delta"].get("content"):

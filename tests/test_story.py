@@ -57,7 +57,7 @@ def test_a_story_knows_the_text_and_the_first_chunks_name():
         event(content=" three\u2028", head={**HEAD, "id": "chatcmpl-2"}),
     )
     assert (story.delivered, story.chars) == ("One\r\ntwo three\u2028", 15)
-    assert (story.head, story.role) == (HEAD, True)
+    assert story.head == HEAD
 
 
 def test_a_text_too_long_to_be_continued_is_not_kept():

@@ -13,11 +13,13 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Protocol
 
+import orjson
 from msgspec import Struct
 from msgspec.structs import replace
 
 from wire.errors import GatewayError
 from wire.jsontext import dump
+from wire.plain import PlainChunk, is_exact
 
 CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
 ANSWER_TOKENS_ASSUMED = 1000  # what a request needs room for beside its prompt, however much it wishes for (SPEC 3.7)
@@ -130,20 +132,15 @@ class Usage(Struct, frozen=True):
         """From OpenAI's `usage` object; None when it does not say."""
         if not isinstance(usage, dict):
             return None
+        if is_exact(usage):  # as nearly always
+            taken, made = usage["prompt_tokens"], usage["completion_tokens"]
+            if 0 <= taken <= TOKENS_MAX and 0 <= made <= TOKENS_MAX:
+                return cls(taken, made)
         prompt, answer = (
             next((count for name in names if (count := token_count(usage.get(name))) is not None), None)
             for names in (PROMPT_NAMES, ANSWER_NAMES)
         )
         return None if prompt is None and answer is None else cls(prompt or 0, answer or 0)
-
-
-def is_exact(usage: Mapping[str, Any]) -> bool:
-    """Whether a `usage` object has the three counts that clients read, as whole numbers."""
-    return (
-        type(usage.get("prompt_tokens")) is int
-        and type(usage.get("completion_tokens")) is int
-        and type(usage.get("total_tokens")) is int
-    )
 
 
 def told_usage(usage: dict[str, Any], read: Usage) -> dict[str, Any]:
@@ -157,18 +154,60 @@ def told_usage(usage: dict[str, Any], read: Usage) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Event(Struct):
+def read_object(text: bytes) -> dict[str, Any]:
+    """What has been recognised before as an object."""
+    value: dict[str, Any] = orjson.loads(text)
+    return value
+
+
+class Event(Struct, gc=False):
     """One streamed chunk in OpenAI's chat form: the frame as it goes out, and what it says."""
 
     raw: bytes
-    chunk: dict[str, Any]
+    json: dict[str, Any] | bytes  # as text until somebody looks into it
+    plain: PlainChunk | None = None  # where it holds only text, or how the answer ended
+
+    @property
+    def chunk(self) -> dict[str, Any]:
+        json = self.json
+        if isinstance(json, bytes):
+            json = self.json = read_object(json)
+        return json
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """A chunk to take id, created and model from."""
+        return self.chunk if self.plain is None else self.plain.head()
+
+    @property
+    def delta(self) -> dict[str, Any]:
+        """What it says; empty where that is nothing."""
+        if self.plain is not None:
+            return {"content": self.plain.choices[0].delta.content}
+        choices = self.chunk.get("choices")
+        return (choices[0].get("delta") or {}) if choices else {}
+
+    @property
+    def finish(self) -> str | None:
+        """Why the answer ended with it."""
+        if self.plain is not None:
+            return self.plain.choices[0].finish_reason
+        choices = self.chunk.get("choices")
+        return choices[0].get("finish_reason") if choices else None
 
 
-class Completion(Struct):
+class Completion(Struct, gc=False):
     """One whole answer in OpenAI's chat form: the body as it goes out, and what it says."""
 
     raw: bytes
-    body: dict[str, Any]
+    json: dict[str, Any] | bytes  # as text until somebody looks into it
+
+    @property
+    def body(self) -> dict[str, Any]:
+        json = self.json
+        if isinstance(json, bytes):
+            json = self.json = read_object(json)
+        return json
 
 
 class Tally(Struct):

@@ -1,62 +1,12 @@
-"""The short path: chunks and answers that are nothing but text are recognised in one look; and what an answer has said
-so far is counted, by whichever path it came. No I/O."""
+"""What an answer says of itself, and what it has said so far: head, text, calls, finish and usage. No I/O."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from wire.chat import Tally, Usage, is_exact
+from wire.chat import Event, Tally, Usage
 from wire.jsontext import JSON
-
-PLAIN_CHUNK = frozenset({"id", "object", "created", "model", "system_fingerprint", "service_tier", "choices", "usage"})
-PLAIN_CHOICE = frozenset({"index", "delta", "finish_reason", "logprobs"})
-PLAIN_DELTA = frozenset({"content", "role", "refusal"})
-PLAIN_WHOLE_CHOICE = frozenset({"index", "message", "finish_reason", "logprobs"})
-PLAIN_MESSAGE = frozenset({"content", "role", "refusal", "annotations"})
-
-
-def plain_text(chunk: Any) -> str | None:
-    """The text of a chunk that holds nothing else, perhaps none: most of every stream. None when it needs a look.
-
-    What passes here has no error, no usage and nothing to mend, so that it costs one look instead of four.
-    """
-    if type(chunk) is not dict or not PLAIN_CHUNK.issuperset(chunk) or chunk.get("usage"):
-        return None
-    choices = chunk.get("choices")
-    if type(choices) is not list or len(choices) != 1:
-        return None
-    choice = choices[0]
-    if type(choice) is not dict or not PLAIN_CHOICE.issuperset(choice) or choice.get("finish_reason") is not None:
-        return None
-    delta = choice.get("delta")
-    if type(delta) is not dict or not PLAIN_DELTA.issuperset(delta) or (len(delta) > 1 and delta.get("refusal")):
-        return None
-    text = delta.get("content")
-    return text if type(text) is str else None
-
-
-def plain_answer(body: Any) -> str | None:
-    """The text of a whole answer that holds nothing else, is complete (SPEC 3.11) and ended by itself."""
-    if type(body) is not dict or not PLAIN_CHUNK.issuperset(body) or not has_head(body):
-        return None
-    usage = body.get("usage")
-    if usage is not None and (type(usage) is not dict or not is_exact(usage)):
-        return None
-    choices = body.get("choices")
-    if type(choices) is not list or len(choices) != 1:
-        return None
-    choice = choices[0]
-    if type(choice) is not dict or not PLAIN_WHOLE_CHOICE.issuperset(choice) or choice.get("finish_reason") != "stop":
-        return None
-    message = choice.get("message")
-    if type(message) is not dict or not PLAIN_MESSAGE.issuperset(message) or message.get("refusal"):
-        return None
-    if type(choice.get("index")) is not int or type(message.get("role")) is not str:
-        return None
-    text = message.get("content")
-    if type(text) is not str or not text or text[0] in "<[◁" or text[0].isspace() or "</" in text:
-        return None  # it may be thoughts in tags
-    return text
+from wire.plain import PlainAnswer
 
 
 def has_head(body: JSON) -> bool:
@@ -104,17 +54,23 @@ def whole_number(value: object) -> int | None:
     return int(number) if 0 <= number < 1e12 else None
 
 
-def note(chunk: JSON, tally: Tally) -> bool:
-    """Count one chunk; True when it is the kind that may open an answer (SPEC 8.1): text, reasoning, a call, a refusal
+def note(event: Event, tally: Tally) -> bool:
+    """Count one event; True when it is the kind that may open an answer (SPEC 8.1): text, reasoning, a call, a refusal
     or a filter's stop. `length` alone is not: with nothing said it may be a truncation, which its usage decides.
     """
-    choices = chunk.get("choices")
+    if (plain := event.plain) is not None:
+        if not tally.head:
+            tally.head = plain.head()
+        said = plain.choices[0]
+        if said.finish_reason is not None:
+            tally.finish = said.finish_reason
+        return note_text(said.delta.content or "", tally)
+    choices = event.chunk.get("choices")
     if not choices:
         return False
     if not tally.head:
-        tally.head = chunk
-    choice = choices[0]
-    return note_part(choice.get("delta"), choice.get("finish_reason"), tally)
+        tally.head = event.chunk
+    return note_part(choices[0].get("delta"), choices[0].get("finish_reason"), tally)
 
 
 def note_completion(body: JSON, tally: Tally) -> None:
@@ -125,11 +81,12 @@ def note_completion(body: JSON, tally: Tally) -> None:
     note_part(choice.get("message"), choice.get("finish_reason"), tally)
 
 
-def note_plain(body: JSON, text: str, tally: Tally) -> None:
-    """Count a whole answer that is plain text."""
-    tally.head = body
-    tally.note_usage(body.get("usage"))
-    tally.finish, tally.has_text, tally.text_chars = "stop", True, len(text)
+def note_plain(answer: PlainAnswer, tally: Tally) -> None:
+    """Count a whole answer that is nothing but text."""
+    if answer.usage is not None:
+        tally.usage, tally.usage_object = Usage.read(answer.usage), answer.usage
+    tally.finish, tally.has_text = "stop", True
+    tally.text_chars = len(answer.choices[0].message.content)
 
 
 def note_text(text: str, tally: Tally) -> bool:
