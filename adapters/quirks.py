@@ -85,12 +85,12 @@ def as_sent(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Mapping[str, 
     anything to change in these."""
     if not isinstance(body, Body):
         return body
-    taken_as_they_are = []
-    if MESSAGE_QUIRKS.isdisjoint(quirks):
-        taken_as_they_are.append("messages")
-    if TOOL_QUIRKS.isdisjoint(quirks):
-        taken_as_they_are.append("tools")
-    return body.as_sent(taken_as_they_are)
+    read = set()
+    if quirks and not MESSAGE_QUIRKS.isdisjoint(quirks):
+        read.add("messages")
+    if quirks and not TOOL_QUIRKS.isdisjoint(quirks):
+        read.add("tools")
+    return body.as_sent(read)
 
 
 def given_back(model: Model) -> frozenset[str]:
@@ -111,23 +111,8 @@ def holds_any(messages: object, fields: frozenset[str]) -> bool:
 
 def apply_quirks(body: JSON, quirks: Mapping[str, Any], answer_max: int) -> None:
     """Leave out, clamp and rename what the platform would refuse."""
-    if "reasoning_effort" in body and (switch := quirks.get("effort_as_template")):
-        thinks = body["reasoning_effort"] != "none"
-        body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), switch: thinks}
-        if not thinks:
-            del body["reasoning_effort"]
-    if quirks.get("effort_as_thinking") and "reasoning_effort" in body:
-        body["thinking"] = {"type": "disabled" if body.pop("reasoning_effort") == "none" else "enabled"}
-    elif quirks.get("standard_fields_only"):
-        for name in body.keys() - STANDARD_FIELDS:
-            del body[name]
-    for name in quirks.get("drop", ()):
-        body.pop(name, None)
-    for name, value in quirks.get("default", {}).items():
-        body.setdefault(name, value)
-    for name, limit in quirks.get("max", {}).items():
-        if name in body and body[name] > limit:
-            body[name] = limit
+    if quirks:
+        apply_own_rules(body, quirks)
     if body.get("max_tokens", 0) > answer_max:
         body["max_tokens"] = answer_max  # asking for more is a 400 nearly everywhere
     for name, limit in quirks.get("min", {}).items():
@@ -154,6 +139,27 @@ def apply_quirks(body: JSON, quirks: Mapping[str, Any], answer_max: int) -> None
     for name, new_name in quirks.get("rename", {}).items():
         if name in body:
             body[new_name] = body.pop(name)
+
+
+def apply_own_rules(body: JSON, quirks: Mapping[str, Any]) -> None:
+    """What the catalogue says of fields: dropped, set, renamed, or held below a limit."""
+    if "reasoning_effort" in body and (switch := quirks.get("effort_as_template")):
+        thinks = body["reasoning_effort"] != "none"
+        body["chat_template_kwargs"] = {**body.get("chat_template_kwargs", {}), switch: thinks}
+        if not thinks:
+            del body["reasoning_effort"]
+    if quirks.get("effort_as_thinking") and "reasoning_effort" in body:
+        body["thinking"] = {"type": "disabled" if body.pop("reasoning_effort") == "none" else "enabled"}
+    elif quirks.get("standard_fields_only"):
+        for name in body.keys() - STANDARD_FIELDS:
+            del body[name]
+    for name in quirks.get("drop", ()):
+        body.pop(name, None)
+    for name, value in quirks.get("default", {}).items():
+        body.setdefault(name, value)
+    for name, limit in quirks.get("max", {}).items():
+        if name in body and body[name] > limit:
+            body[name] = limit
 
 
 def plain_tool(tool: JSON) -> JSON:

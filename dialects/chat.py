@@ -17,9 +17,9 @@ from dialects.custom_tools import CustomCalls
 from dialects.history import History
 from dialects.older_calls import OlderCalls
 from dialects.response_request import chat_of_items, check_types, in_own_terms, input_items, is_of_items
-from dialects.tools import Toolset, mend_tools, toolset_of
+from dialects.tools import NO_TOOLS, TOOL_FIELDS, Toolset, mend_tools, toolset_of
 from dialects.values import boolean, number, whole_number, wrong_type
-from dialects.well_formed import WellFormed, recognised
+from dialects.well_formed import WellFormed, recognised, recognised_request, sent_as_given
 from wire.body import Body
 from wire.chat import (
     ANSWER_TOKENS_ASSUMED,
@@ -36,7 +36,7 @@ from wire.chat import (
     parse_model,
 )
 from wire.errors import GatewayError, InvalidRequest
-from wire.jsontext import JSON, load_object, members, plain_value, without_nulls
+from wire.jsontext import JSON, load_object, without_nulls
 from wire.sse import DONE, KEEP_ALIVE
 
 RAW_FIELDS = frozenset({"messages", "tools"})  # which mend their own nulls: what stands in them may be data
@@ -54,16 +54,33 @@ RANGES = {"temperature": (0, 2), "top_p": (0.01, 1)}  # 0 would mean no token at
 
 def read_chat(raw: bytes) -> Chat:
     """A request's text as a `Chat`. Raises InvalidRequest naming the field."""
-    texts = members(raw)
-    history = recognised(texts.pop("messages", b""))
-    if history is not None:
-        try:
-            toolset = toolset_of(texts.pop("tools")) if "tools" in texts else None
-            return chat_from({name: plain_value(text) for name, text in texts.items()}, history, toolset)
-        except (ValueError, InvalidRequest):  # something odd after all
-            pass
+    if (chat := recognised_chat(raw)) is not None:
+        return chat
     body = load_object(raw)
     return read_items(body) if is_of_items(body) else chat_from(body)
+
+
+def recognised_chat(raw: bytes) -> Chat | None:
+    """A request in which nothing has to be mended; its messages and tools stay text. None for any other."""
+    if (asked := recognised_request(raw)) is None or len(asked.model or "") > MODEL_CHARS_MAX:
+        return None
+    try:
+        tools = toolset_of(bytes(asked.tools)) if asked.tools else NO_TOOLS
+    except (ValueError, InvalidRequest):
+        return None
+    body, history = sent_as_given(asked), recognised(bytes(asked.messages))
+    if body is None or history is None or "\0" in (asked.model or ""):
+        return None
+    if tools.tools:
+        body["tools"] = tools.tools
+    elif asked.tools or not TOOL_FIELDS.isdisjoint(body):
+        return None
+    limit = asked.max_tokens if asked.max_completion_tokens is None else asked.max_completion_tokens
+    if limit is not None and limit > 0:
+        body["max_tokens"] = limit
+    options, texts = asked.stream_options, {"messages": history.text, **tools.texts}
+    include_usage = options is not None and options.include_usage is True
+    return chat_of(body, texts, history, tools, asked.model or "", bool(asked.stream), include_usage)
 
 
 def read_items(request: JSON) -> Chat:
@@ -84,10 +101,8 @@ def read_items(request: JSON) -> Chat:
     return replace(chat, origin=frozenset(name for name, offer in tools.offers.items() if offer.type == "custom"))
 
 
-def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | None = None) -> Chat:
-    """Judge and mend a chat body. Raises InvalidRequest naming the field.
-
-    Messages and tools that have been read already, and are not in the body, stay the text they came as."""
+def chat_from(body: JSON) -> Chat:
+    """Judge and mend a chat body. Raises InvalidRequest naming the field."""
     body = {name: v if name in RAW_FIELDS else without_nulls(v) for name, v in body.items() if v is not None}
     extra = body.pop("extra_body", None)  # which one client merges into the body, and others send as it is
     if isinstance(extra, dict):
@@ -100,17 +115,21 @@ def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | 
     if not isinstance(options, dict):
         raise wrong_type("stream_options", "an object")
     refuse_unserved(body)
-    tools = mend_tools(body, toolset)
+    tools = mend_tools(body)
     mend_sampling(body)
     mend_effort(body)
     mend_response_format(body)
-    told: WellFormed | History = history or History(body.get("messages"), tools.safe_names)
-    texts = tools.texts
-    if isinstance(told, History):
-        body["messages"] = told.mended
-    else:
-        texts = {"messages": told.text, **texts}
-    prompt_tokens = -(-(told.chars + tools.chars) // CHARS_PER_TOKEN)
+    history = History(body.get("messages"), tools.safe_names)
+    body["messages"] = history.mended
+    return chat_of(body, {}, history, tools, model, stream, bool(options.get("include_usage")))
+
+
+def chat_of(
+    body: JSON, texts: Mapping[str, bytes], history: WellFormed | History, tools: Toolset, model: str, stream: bool,
+    include_usage: bool,
+) -> Chat:  # fmt: skip
+    """A request whose fields are in order; `texts` are those of them that can go out as they came."""
+    prompt_tokens = -(-(history.chars + tools.chars) // CHARS_PER_TOKEN)
     max_tokens: int | None = body.get("max_tokens")
     conversation = body.get("prompt_cache_key")
     mode, pinned = parse_model(model)
@@ -118,7 +137,7 @@ def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | 
         mode=mode,
         pinned=pinned,
         tokens=prompt_tokens + min(max_tokens or ANSWER_TOKENS_ASSUMED, ANSWER_TOKENS_ASSUMED),
-        vision=told.has_images,
+        vision=history.has_images,
         tools="tools" in body,
     )
     return Chat(
@@ -126,10 +145,10 @@ def chat_from(body: JSON, history: WellFormed | None = None, toolset: Toolset | 
         body=Body(body, texts) if texts else body,
         model=model,
         stream=stream,
-        include_usage=stream and bool(options.get("include_usage")),
+        include_usage=stream and include_usage,
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
-        first_user_text=told.first_user_text,
+        first_user_text=history.first_user_text,
         conversation=conversation if isinstance(conversation, str) else "",
         origin=OLDER if tools.older else tools.custom,
         tool_names={safe: name for name, safe in tools.safe_names.items()} if tools.safe_names else tools.safe_names,

@@ -75,22 +75,22 @@ def mended_tools(given: object) -> Toolset:
     return Toolset(tools, safe_names, frozenset(custom), len(orjson.dumps(tools)) if tools else 0)
 
 
-def mend_tools(body: JSON, toolset: Toolset | None) -> Toolset:
+def mend_tools(body: JSON) -> Toolset:
     """The body's tools in the form that adapters know; a choice only where there are tools. Raises InvalidRequest."""
-    if toolset is None and TOOL_FIELDS.isdisjoint(body):
+    if TOOL_FIELDS.isdisjoint(body):
         return NO_TOOLS
     older = "functions" in body
     if older:
         functions = body.pop("functions")
         if not isinstance(functions, list):
             raise wrong_type("functions", "a list")
-        older = "tools" not in body and toolset is None
-        if "tools" not in body and toolset is None:
+        older = "tools" not in body
+        if older:
             body["tools"] = [{"type": "function", "function": function} for function in functions]
     if "function_call" in body:
         choice = body.pop("function_call")
         body.setdefault("tool_choice", {"type": "function", "function": choice} if isinstance(choice, dict) else choice)
-    toolset = replace(toolset or mended_tools(body.get("tools", [])), older=older)
+    toolset = replace(mended_tools(body.get("tools", [])), older=older)
     if body.get("tool_choice") == "":
         del body["tool_choice"]
     if "tool_choice" in body:

@@ -36,9 +36,7 @@ def tidy_path(path: str) -> tuple[str, str | None]:
 
 def credentials(headers: Given) -> list[bytes]:
     """What may be the client's key: a bearer token, a bare Authorization, and the headers of other APIs."""
-    given = headers.get(b"authorization", b"").strip()
-    keys = [given[7:].strip() if given[:7].lower() == b"bearer " else given]
-    for name in KEY_HEADERS:
-        if name in headers:
-            keys.append(headers[name])
-    return [key for key in keys if key]
+    keys = [headers[name] for name in KEY_HEADERS if headers.get(name)]
+    if given := headers.get(b"authorization", b"").strip():
+        keys.append(given[7:].strip() if given[:7].lower() == b"bearer " else given)
+    return keys

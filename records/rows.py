@@ -56,10 +56,13 @@ ONE_ROW = f"({', '.join('?' * len(ROW_COLUMNS))})"
 ROWS_AT_ONCE = (64, 8, 1)
 
 
+MILLISECONDS = tuple(f".{ms:03}Z" for ms in range(1000))
+
+
 def iso(utc: float) -> str:
     """Seconds since 1970 as ISO-8601 with milliseconds and Z."""
-    ms = int(utc * 1000)
-    return f"{iso_second(ms // 1000)}.{ms % 1000:03}Z"
+    second, ms = divmod(int(utc * 1000), 1000)
+    return iso_second(second) + MILLISECONDS[ms]
 
 
 @lru_cache(maxsize=16)

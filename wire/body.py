@@ -22,11 +22,11 @@ class Body(Mapping[str, Any]):
         self._fields = fields
         self._texts = texts
 
-    def as_sent(self, texts_wanted: Collection[str]) -> dict[str, Any]:
-        """The fields to be written as JSON; those named are not read where their text is there."""
+    def as_sent(self, read: Collection[str]) -> dict[str, Any]:
+        """The fields to be written as JSON; those that are there as text stay text, apart from these."""
         sent = dict(self._fields)
         for name, text in self._texts.items():
-            sent[name] = orjson.Fragment(text) if name in texts_wanted else self[name]
+            sent[name] = self[name] if name in read else orjson.Fragment(text)
         return sent
 
     def __getitem__(self, name: str) -> Any:

@@ -8,7 +8,6 @@ import re
 from operator import is_
 from typing import Any
 
-import msgspec
 import orjson
 
 from wire.errors import InvalidRequest
@@ -88,18 +87,6 @@ def load_object(raw: bytes) -> dict[str, Any]:
     if too_deep:
         raise InvalidRequest(f"The body nests deeper than {DEPTH_MAX} levels.", code="invalid_json")
     return orjson.loads(mended_escapes(raw)) if has_nul else body
-
-
-MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-
-
-def members(raw: bytes) -> dict[str, bytes]:
-    """The values of a JSON object, each still text, of which only the form has been looked at: numbers may be too
-    large, and strings no text. Empty where even the form is wrong."""
-    try:
-        return {name: bytes(text) for name, text in MEMBERS.decode(raw).items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return {}
 
 
 def no_number(text: str) -> None:
