@@ -38,5 +38,5 @@ def credentials(headers: Given) -> list[bytes]:
     """What may be the client's key: a bearer token, a bare Authorization, and the headers of other APIs."""
     keys = [headers[name] for name in KEY_HEADERS if headers.get(name)]
     if given := headers.get(b"authorization", b"").strip():
-        keys.append(given[7:].strip() if given[:7].lower() == b"bearer " else given)
+        keys.insert(0, given[7:].strip() if given[:7].lower() == b"bearer " else given)
     return keys
