@@ -42,14 +42,18 @@ class SSEDecoder:
         self._tail = b""  # its last bytes, where the blank line may have begun
 
     def feed(self, data: bytes) -> list[Frame]:
+        if not self._held and data[:6] == b"data: " and data[-2:] == b"\n\n" and data.find(b"\n") == len(data) - 2:
+            if len(data) > EVENT_BYTES_MAX:
+                raise EventTooLarge
+            return [(data, data[6:-2].strip(), False)]  # one event on one line, as most reads of slow streams are
         frames: list[Frame] = []
         if self._held or data[-2:] != b"\n\n" or data[-3:-2] == b"\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
             for block in self._blocks(data):
                 frames += frames_of(block)
             return frames
         for block in data[:-2].split(b"\n\n"):  # whole events, as most reads are
-            if block[:5] == b"data:" and b"\n" not in block:
-                frames.append((block + b"\n\n", block[5:].strip(), False))
+            if block[:6] == b"data: " and b"\n" not in block:
+                frames.append((block + b"\n\n", block[6:].strip(), False))
             else:
                 frames += frames_of(block + b"\n\n")
         return frames
