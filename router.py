@@ -12,8 +12,8 @@ the way.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from math import inf
 from random import Random
 
@@ -90,9 +90,10 @@ class Router:
 
         Raises ModelNotFound for an unknown name, and a GatewayError saying why when no model could ever serve it.
         """
-        plan = Plan(
-            need, preferred=(standing.preferred_model, standing.preferred_key), banned=frozenset(standing.banned)
-        )
+        plan = Plan(need)
+        if standing is not NO_STANDING:
+            plan.preferred = standing.preferred_model, standing.preferred_key
+            plan.banned = frozenset(standing.banned)
         if need.kind is ModelKind.EMBEDDING:
             self._plan_vectors(plan, now, rng)
         elif need.pinned is None:
@@ -133,34 +134,30 @@ class Router:
 
     def _plan_pinned(self, plan: Plan, pinned: str, now: float, rng: Random) -> None:
         need, asked = plan.need, self.catalog.resolve(pinned)
-
-        def asked_of(world: Reach) -> list[Model]:
-            return [m for m in asked if world.has_key(m)]
-
-        def others_of(models: list[Model]) -> list[Model]:
-            return [] if need.strict else [m for m in models if m not in asked and not is_demo(m.platform)]
-
         world = self._reach(need)
-        plan.order = self._fit(plan, asked_of(world))
-        plan.asked_for = frozenset(m.id for m in plan.order)
-        if not plan.order and plan.floored:  # the client has named what its own floor forbids
-            raise below_floor(need)
-
-        def rest(plan: Plan) -> list[Model]:  # given: one that held it would be a cycle
-            last = self._fit(plan, others_of(world.excluded[Mode.BALANCED]))
-            plan.excluded = frozenset(m.id for m in last)
-            others = self._fit(plan, others_of(world.others))
-            return self._ordered(others, need.mode, NO_STANDING, plan, now, rng) + last
-
+        plan.order = self._fit(plan, [m for m in asked if world.has_key(m)])
         if plan.order:
-            plan.more = rest
+            plan.asked_for = frozenset([m.id for m in plan.order])
+            plan.more = partial(self._behind_pinned, asked, now, rng)
             return
-        plan.order = rest(plan)
+        if plan.floored:  # the client has named what its own floor forbids
+            raise below_floor(need)
+        plan.order = self._behind_pinned(asked, now, rng, plan)
         if not plan.order:
-            every = Mode.BALANCED
-            raise self._unserved(
-                need, lambda world: asked_of(world) + others_of(world.others) + others_of(world.excluded[every])
-            )
+
+            def models_of(world: Reach) -> list[Model]:
+                others = [*world.others, *world.excluded[Mode.BALANCED]]
+                return [m for m in asked if world.has_key(m)] + others_than(asked, others, need)
+
+            raise self._unserved(need, models_of)
+
+    def _behind_pinned(self, asked: Sequence[Model], now: float, rng: Random, plan: Plan) -> list[Model]:
+        """The models that follow the pinned one."""
+        need, world = plan.need, self._reach(plan.need)
+        last = self._fit(plan, others_than(asked, world.excluded[Mode.BALANCED], need))
+        plan.excluded = frozenset(m.id for m in last)
+        others = self._fit(plan, others_than(asked, world.others, need))
+        return self._ordered(others, need.mode, NO_STANDING, plan, now, rng) + last
 
     def _fit(self, plan: Plan, models: list[Model]) -> list[Model]:
         """Those of the models that may serve this request."""
@@ -318,12 +315,13 @@ class Router:
         """Whether another route than this one may be left, as far as that is known without working out the order."""
         if self.has_other_keys(plan, route):
             return True
-        world = self._reach(plan.need)
-        others = world.others if plan.more is not None and not plan.need.strict else ()
-        return any(
-            model.id != route.model.id and plan.failed.get(model.id) != inf and world.has_key(model)
-            for model in itertools.chain(plan.order, permitted(plan.need, others))
-        )
+        world, models = self._reach(plan.need), plan.order
+        if plan.more is not None and not plan.need.strict:
+            models = [*models, *permitted(plan.need, world.others)]
+        for model in models:
+            if model is not route.model and plan.failed.get(model.id) != inf and world.has_key(model):
+                return True
+        return False
 
     def has_other_keys(self, plan: Plan, route: Route) -> bool:
         return len(self._reach(plan.need).keys.get(route.model.platform.id, ())) > 1
@@ -588,3 +586,8 @@ class Router:
         models = self.catalog.chain
         scores = self._penalised(self.scores.expected(models), models, now)
         return {model.id: score for model, score in zip(models, scores, strict=True)}
+
+
+def others_than(asked: Sequence[Model], models: Sequence[Model], need: Need) -> list[Model]:
+    """Those of the models that may follow the pinned one."""
+    return [] if need.strict else [m for m in models if m not in asked and not is_demo(m.platform)]

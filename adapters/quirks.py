@@ -53,7 +53,8 @@ ANY_OBJECT = {"type": "object", "properties": {}, "additionalProperties": True}
 def outgoing(model: Model, chat: Chat, *, bare: bool = False) -> JSON:
     """The chat body as this model takes it; `bare`: without what platforms give out to have it back."""
     quirks = model.quirks
-    body: JSON = {**as_sent(chat.body, quirks), "model": model.model_id}
+    body = as_sent(chat.body, quirks)
+    body["model"] = model.model_id
     if chat.stream and not quirks.get("no_stream"):
         body["stream"] = True
         if not quirks.get("no_stream_usage"):
@@ -80,11 +81,11 @@ def mark_prefill(body: JSON, form: Prefill) -> None:
             body["messages"] = [*before, {**last, "content": last["content"].rstrip()}]
 
 
-def as_sent(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> Mapping[str, Any]:
+def as_sent(body: Mapping[str, Any], quirks: Mapping[str, Any]) -> JSON:
     """The fields to send. Messages and tools that stay as their text are well formed: of the quirks only a few have
     anything to change in these."""
     if not isinstance(body, Body):
-        return body
+        return dict(body)
     read = set()
     if quirks and not MESSAGE_QUIRKS.isdisjoint(quirks):
         read.add("messages")

@@ -8,6 +8,7 @@ commits nobody to this answer. No I/O.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
@@ -34,8 +35,8 @@ class WholeCalls:
     name in the first."""
 
     def __init__(self, chat: Chat) -> None:
-        self._tools = declared_tools(chat.body)
-        self._names = {client: name for name, client in chat.tool_names.items()}  # a schema is kept by the sent name
+        self._chat = chat
+        self._schemas: Mapping[str, JSON] | None = None  # of the tools, by the client's names; most streams call none
         self._held: dict[int, HeldCall] = {}  # by index; the lowest goes out first
         self._sent = 0  # how many have gone out
         self._chars = 0  # held now
@@ -101,7 +102,10 @@ class WholeCalls:
             return None
         call.judged = len(call.arguments)
         text = "".join(call.arguments)
-        schema = self._tools.get(self._names.get(name, name))
+        if self._schemas is None:
+            sent = declared_tools(self._chat.body)
+            self._schemas = {self._chat.tool_names.get(name, name): schema for name, schema in sent.items()}
+        schema = self._schemas.get(name)
         mended = mended_arguments(text, schema)
         return text if mended is None and schema is None and ended else mended
 

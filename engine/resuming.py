@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from engine.rescue import Continuation, continuation, refused_prefill
 from engine.seam import HELD_S, Seam
-from engine.story import UNCONTINUED, Continuable, Story
+from engine.story import Continuable, Story, may_be_continued
 from protection import Failure, UpstreamError
 from routing.catalog import Model
 from wire.chat import Chat, Encoder, Event, Need, Tally
@@ -49,7 +49,7 @@ class Resuming:
         self._chat = chat
         self._rescue_after_s = rescue_after_s
         self._continuations = 0  # that have brought something
-        self._never = any(chat.body.get(name) for name in UNCONTINUED)
+        self._never = not may_be_continued(chat)
         self.elsewhere = False  # there may be another route than the one that is at work
 
     @property

@@ -20,7 +20,6 @@ from wire.jsontext import JSON
 
 TEXT_CHARS_MAX = 1024 * 1024  # a longer text is not kept and so not continued: no model takes it as a prompt
 HEAD = ("id", "created", "model")
-UNCONTINUED = ("logprobs", "top_logprobs")  # the numbers of the repeated tokens would be lost or doubled
 
 
 class Continuable(StrEnum):
@@ -29,6 +28,11 @@ class Continuable(StrEnum):
     NO = "no"
     CONTINUE = "continue"  # from its last character on
     RESTART = "restart"  # from the beginning: the client has no text yet
+
+
+def may_be_continued(chat: Chat) -> bool:
+    """Not where the client wants numbers of each token: those of repeated ones would be lost or doubled."""
+    return not (chat.body.get("logprobs") or chat.body.get("top_logprobs"))
 
 
 class Story:
@@ -105,7 +109,7 @@ class Story:
 
     def continuable(self, chat: Chat) -> Continuable:
         """What can be done if the stream has broken here (SPEC 14.1, 14.6)."""
-        if not self.open or any(chat.body.get(name) for name in UNCONTINUED):
+        if not self.open or not may_be_continued(chat):
             return Continuable.NO
         return Continuable.CONTINUE if self.chars and self.delivered.strip() else Continuable.RESTART
 

@@ -24,6 +24,7 @@ REQUESTS_BETWEEN = 8  # trials are a small share of the traffic, however rare it
 QUIET_S = 300.0  # … but after this long a trial is due whatever the traffic
 SUCCESSES_TO_CLOSE = 2
 MASS_S = 60.0  # more than half of the models gated within this time: the fault is ours, not theirs
+NONE_OPEN: frozenset[int] = frozenset()
 
 
 @dataclass(slots=True)
@@ -135,7 +136,7 @@ class Gates:
 
     def snapshot(self) -> frozenset[int]:
         """The models whose gates are open now."""
-        return frozenset(self._open)
+        return frozenset(self._open) if self._open else NONE_OPEN
 
     def restore(self, models: Collection[int]) -> None:
         """These gates are open, and no others."""
