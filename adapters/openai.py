@@ -228,8 +228,8 @@ class ChunkMender:
         self._ending: Event | None = None  # the provider's own event of its ending, if it says nothing else
 
     def recognised(self, raw: bytes, payload: bytes) -> Sequence[Event] | None:
-        gate = self._gate
-        if self._odd_head or self.holding or (gate is not None and self._has_tools):
+        gate, calls = self._gate, self._whole
+        if self._odd_head or (calls is not None and calls.holding) or (gate is not None and self._has_tools):
             return None
         if (chunk := plain_chunk(payload)) is None:
             return None
@@ -253,7 +253,7 @@ class ChunkMender:
                 return None
             self._gate = None
         if not self._head:
-            self._head = chunk.head()
+            self._head = self._tally.head = self._tally.head or chunk.head()
         return (Event(raw, payload, chunk),)
 
     def _recognised_usage(self, raw: bytes, chunk: PlainChunk) -> Sequence[Event] | None:

@@ -39,12 +39,24 @@ class Story:
     """One answer as its client knows it."""
 
     __slots__ = (
-        "_attempts", "_completion_tokens", "_kept", "_prompt_tokens", "_thought_chars", "_usage_details", "_write",
-        "calls", "chars", "finish", "head", "reasoning", "refusal", "spoilt",
+        "_attempts",
+        "_completion_tokens",
+        "_first",
+        "_kept",
+        "_prompt_tokens",
+        "_thought_chars",
+        "_usage_details",
+        "_write",
+        "calls",
+        "chars",
+        "finish",
+        "reasoning",
+        "refusal",
+        "spoilt",
     )  # fmt: skip
 
     def __init__(self) -> None:
-        self.head: JSON = {}  # id, created and model of its first chunk
+        self._first: Event | None = None
         self.chars = 0  # of text
         self.reasoning = False  # some has been shown
         self.refusal = False
@@ -61,25 +73,22 @@ class Story:
 
     def feed(self, events: list[Event]) -> None:
         """Take note of events that go out to the client."""
+        if self._first is None and events:
+            self._first = events[0]
         for event in events:
-            if event.plain is not None and self.head:
-                said = event.plain.choices[0]
-                text, more = said.delta.content, said.finish_reason is not None
+            if (plain := event.plain) is not None:
+                text, self.finish = plain.choices[0].delta.content, plain.choices[0].finish_reason or self.finish
             else:
-                delta = event.delta
-                text, more = delta.get("content"), True
+                text = event.delta.get("content")
+                self._note(event)
             if text:
                 self.chars += self._write(text)
                 if self.chars > TEXT_CHARS_MAX:
                     self._forget()
-            if more:
-                self._note(event)
 
     def _note(self, event: Event) -> None:
         """What a chunk says beside its text."""
         delta = event.delta
-        if not self.head:
-            self.head = {name: value for name, value in event.head.items() if name in HEAD}
         if thoughts := delta.get("reasoning_content"):
             self.reasoning = True
             self._thought_chars += len(thoughts)
@@ -91,6 +100,11 @@ class Story:
         self.spoilt = True
         self._kept = StringIO(newline="")
         self._write = len
+
+    @property
+    def head(self) -> JSON:
+        """Id, created and model of its first chunk."""
+        return {} if self._first is None else {name: v for name, v in self._first.head.items() if name in HEAD}
 
     @property
     def open(self) -> bool:

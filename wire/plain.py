@@ -48,8 +48,14 @@ class PlainChunk(Struct, forbid_unknown_fields=True, gc=False):
 
     def head(self) -> dict[str, Any]:
         """What is the same in all chunks of an answer."""
-        told = (("id", self.id), ("created", self.created), ("model", self.model))
-        return {"object": "chat.completion.chunk", **{name: value for name, value in told if value is not UNSET}}
+        head: dict[str, Any] = {"object": "chat.completion.chunk"}
+        if self.id is not UNSET:
+            head["id"] = self.id
+        if self.created is not UNSET:
+            head["created"] = self.created
+        if self.model is not UNSET:
+            head["model"] = self.model
+        return head
 
 
 class PlainMessage(Struct, forbid_unknown_fields=True, gc=False):

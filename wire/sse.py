@@ -26,6 +26,7 @@ class EventTooLarge(Exception):
     """A provider's event passed EVENT_BYTES_MAX."""
 
 
+END = b"\n\n"  # of an event
 BLANK_LINE = re.compile(rb"(\r?\n\r?\n)")
 
 
@@ -42,20 +43,13 @@ class SSEDecoder:
         self._tail = b""  # its last bytes, where the blank line may have begun
 
     def feed(self, data: bytes) -> list[Frame]:
-        if not self._held and data[:6] == b"data: " and data[-2:] == b"\n\n" and data.find(b"\n") == len(data) - 2:
-            if len(data) > EVENT_BYTES_MAX:
-                raise EventTooLarge
-            return [(data, data[6:-2].strip(), False)]  # one event on one line, as most reads of slow streams are
+        if not self._held and data[:6] == b"data: " and data[-2:] == END and len(data) <= EVENT_BYTES_MAX:
+            blocks = data[:-2].split(END)
+            if data.count(b"\n") == 2 * len(blocks) and data.count(b"\n\ndata: ") == len(blocks) - 1:
+                return [(block + END, block[6:].strip(), False) for block in blocks]  # whole events of one line each
         frames: list[Frame] = []
-        if self._held or data[-2:] != b"\n\n" or data[-3:-2] == b"\n" or b"\r" in data or len(data) > EVENT_BYTES_MAX:
-            for block in self._blocks(data):
-                frames += frames_of(block)
-            return frames
-        for block in data[:-2].split(b"\n\n"):  # whole events, as most reads are
-            if block[:6] == b"data: " and b"\n" not in block:
-                frames.append((block + b"\n\n", block[6:].strip(), False))
-            else:
-                frames += frames_of(block + b"\n\n")
+        for block in self._blocks(data):
+            frames += frames_of(block)
         return frames
 
     def flush(self) -> list[Frame]:
