@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from random import Random
 
@@ -121,11 +121,13 @@ class Books:
         """Change state by what the attempt's outcome costs, and give its trial back, whatever happens."""
         assert attempt.outcome is not None
         try:
-            for effect in costs(attempt.outcome, self._facts(exchange, attempt, now), now):
-                if exchange.drill is None or isinstance(effect, Skip):  # a drill costs its own request alone
-                    self.apply(effect, exchange, attempt, now)
-                    if self.shared is not None:
-                        self.shared.applied(effect, exchange.session, attempt.route, attempt.started, now)
+            effects = costs(attempt.outcome, self._facts(exchange, attempt, now), now)
+            if exchange.drill is not None:  # it costs its own request alone
+                effects = tuple(effect for effect in effects if isinstance(effect, Skip))
+            self._apply(effects, exchange, attempt, now)
+            if self.shared is not None:
+                for effect in effects:
+                    self.shared.applied(effect, exchange.session, attempt.route, attempt.started, now)
         finally:
             if attempt.route.trial:
                 self._end_trial(attempt.route, failed=isinstance(attempt.outcome, Failed))
@@ -150,45 +152,46 @@ class Books:
         ):
             self._freed()
 
-    def apply(self, effect: Effect, exchange: Exchange, attempt: Attempt, now: float) -> None:
-        """Change state by one effect of this attempt. Those of a success come first: they are the most frequent."""
+    def _apply(self, effects: Sequence[Effect], exchange: Exchange, attempt: Attempt, now: float) -> None:
+        """Change state by what this attempt costs. A success's effects are looked for first: most are."""
         model, key, session = attempt.route.model, attempt.route.key, exchange.session
         protection, sessions = self._protection, self._protection.sessions
-        match effect:
-            case EndRests():
-                if protection.end_rests(key.id, model.id, attempt.started, now):
-                    self._freed()
-            case SpaceTrials():
-                protection.space_trials(key.id, model.id, now)
-            case MarkKey(status, error):
-                self._mark_key(key.id, status, error)
-            case Reward():
-                self._router.penalties.success(model.id, now)
-            case FeedGate(ok):
-                self._feed_gate(attempt, ok, now)
-            case Pin():
-                sessions.pin(session, model.id, key.id, now)
-            case RestModel(until):
-                protection.transient.set(model.id, until, now)
-                self._log.write("info", "cooldown", model=model.label)
-            case RestKey():
-                protection.rest_key(key.id, model.id, effect, now)
-            case Skip():
-                if exchange.plan is not None:
-                    exchange.plan.note_failure(attempt.route, effect, now, exchange.pause_s(now))
-            case Ban(reason):
-                sessions.ban(session, model.platform.id, reason, now)
-                if exchange.plan is not None:
-                    exchange.plan.ban(model.platform.id)
-                self._log.write("info", "ban", platform=model.platform.id, reason=reason, request_id=exchange.id)
-            case ClearPin():
-                sessions.clear_model(session, model.id, now)
-            case ClearKeyPin():
-                sessions.clear_key(session, key.id, now)
-            case AvoidNext():
-                sessions.avoid_next(session, model.id, now)
-            case Penalise():
-                self._router.penalties.add(model.id, now)
+        for effect in effects:
+            match effect:
+                case EndRests():
+                    if protection.end_rests(key.id, model.id, attempt.started, now):
+                        self._freed()
+                case MarkKey(status, error):
+                    self._mark_key(key.id, status, error)
+                case Reward():
+                    self._router.penalties.success(model.id, now)
+                case FeedGate(ok):
+                    self._feed_gate(attempt, ok, now)
+                case Pin():
+                    sessions.pin(session, model.id, key.id, now)
+                case SpaceTrials():
+                    protection.space_trials(key.id, model.id, now)
+                case RestModel(until):
+                    protection.transient.set(model.id, until, now)
+                    self._log.write("info", "cooldown", model=model.label)
+                case RestKey():
+                    protection.rest_key(key.id, model.id, effect, now)
+                case Skip():
+                    if exchange.plan is not None:
+                        exchange.plan.note_failure(attempt.route, effect, now, exchange.pause_s(now))
+                case Ban(reason):
+                    sessions.ban(session, model.platform.id, reason, now)
+                    if exchange.plan is not None:
+                        exchange.plan.ban(model.platform.id)
+                    self._log.write("info", "ban", platform=model.platform.id, reason=reason, request_id=exchange.id)
+                case ClearPin():
+                    sessions.clear_model(session, model.id, now)
+                case ClearKeyPin():
+                    sessions.clear_key(session, key.id, now)
+                case AvoidNext():
+                    sessions.avoid_next(session, model.id, now)
+                case Penalise():
+                    self._router.penalties.add(model.id, now)
 
     def _facts(self, exchange: Exchange, attempt: Attempt, now: float) -> Facts:
         route, plan = attempt.route, exchange.plan
