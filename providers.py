@@ -306,7 +306,7 @@ class Attempt:
             return None
         while not (self._at_end or incoming.done or incoming.error):
             finishing = incoming.finishing
-            data = await self._read(quiet_s, incoming, finishing=finishing)
+            data = await self._read(quiet_s, incoming, finishing)
             if data:
                 events, _ = incoming.feed(data)
                 if incoming.progressed:
@@ -321,7 +321,7 @@ class Attempt:
                 return events
         return await self._ending(incoming)
 
-    async def _read(self, quiet_s: float, incoming: Incoming, *, finishing: bool) -> bytes:
+    async def _read(self, quiet_s: float, incoming: Incoming, finishing: bool) -> bytes:
         """The next bytes; b"" at the end, and when nothing more comes behind a finish reason.
 
         Only waiting counts as silence, never the time that our client takes.

@@ -75,22 +75,28 @@ class Incoming:
         if self.bytes_seen > STREAM_BYTES_MAX:
             self.error = UpstreamError(Failure.MALFORMED, f"The answer is larger than {STREAM_BYTES_MAX} bytes.")
             return [], False
-        return self._decoded(self._decoder.feed, data)
+        try:
+            return self._counted(self._decoder.feed(data))
+        except EventTooLarge:
+            return self._too_large()
 
     def flush(self) -> tuple[list[Event], bool]:
         """The rest, where nothing more will come."""
         self._flushing = True
-        events, meaningful = self._decoded(self._decoder.flush)
+        try:
+            events, meaningful = self._counted(self._decoder.flush())
+        except EventTooLarge:
+            return self._too_large()
         if self.finishing and not self.done and self.error is None:
             meaningful |= self._take(self._translator.end, events)
         return events, meaningful
 
-    def _decoded(self, decode: Callable[..., list[Frame]], *data: bytes) -> tuple[list[Event], bool]:
-        try:
-            events, meaningful = self._events(decode(*data))
-        except EventTooLarge:
-            self.error = UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
-            return [], False
+    def _too_large(self) -> tuple[list[Event], bool]:
+        self.error = UpstreamError(Failure.MALFORMED, "The provider sent an event larger than 1 MiB.")
+        return [], False
+
+    def _counted(self, frames: list[Frame]) -> tuple[list[Event], bool]:
+        events, meaningful = self._events(frames)
         self.progressed = meaningful
         if not meaningful and self._translator.held_chars > self._held_chars:
             self.progressed, self._held_chars = True, self._translator.held_chars

@@ -44,6 +44,8 @@ class SSEDecoder:
 
     def feed(self, data: bytes) -> list[Frame]:
         if not self._held and data[:6] == b"data: " and data[-2:] == END and len(data) <= EVENT_BYTES_MAX:
+            if data.find(b"\n") == len(data) - 2:
+                return [(data, data[6:-2].strip(), False)]
             blocks = data[:-2].split(END)
             if data.count(b"\n") == 2 * len(blocks) and data.count(b"\n\ndata: ") == len(blocks) - 1:
                 return [(block + END, block[6:].strip(), False) for block in blocks]  # whole events of one line each
