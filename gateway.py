@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -304,13 +304,13 @@ class Gateway:
                 self.log.write("warning", "retention", message=str(error))
             await asyncio.sleep(RETENTION_S)
 
-    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Any, receive: Receive, send: Send) -> Awaitable[None]:
+        """An ASGI app. No coroutine of its own: each that waits for another is woken with every chunk of a stream."""
         if scope["type"] == "http":
-            await self._door(scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await self._lifespan(receive, send)
-        else:
-            await send({"type": "websocket.close", "code": 1008})
+            return self._door(scope, receive, send)
+        if scope["type"] == "lifespan":
+            return self._lifespan(receive, send)
+        return send({"type": "websocket.close", "code": 1008})
 
     # Endpoints that are not chat.
 
@@ -378,6 +378,7 @@ def uvicorn_config(app: Gateway) -> uvicorn.Config:
         loop="uvloop",
         http=ClientConnection,
         ws="none",
+        interface="asgi3",  # which uvicorn would ask a coroutine function for
         lifespan="on",
         log_config=None,
         access_log=False,

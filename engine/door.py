@@ -101,7 +101,7 @@ class Door:
         except ClientGone:
             return
         except CutShort:
-            raise  # the server closes the connection
+            scope["freeway.client"].cut()
         except Exception as error:  # a defect of ours: the client gets an error, the operator its place
             self._log.write(
                 "error", "defect", request_id=exchange.id, type=type(error).__name__, traceback=traced(error)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
 from math import inf
 from random import Random
+from typing import Any
 
 from adapters.stream import cut_short
 from config.settings import Settings
@@ -111,7 +113,7 @@ class Engine:
                 exchange.resuming = Resuming(chat, self._rescue_after_s)
         try:
             try:
-                last = await unless_gone(client, exchange.task, self._serve(exchange, chat, delivery))
+                last = await unless_gone(client, exchange.task, self._work(exchange, chat, delivery))
             except asyncio.CancelledError:
                 last = stopped(delivery)
             finally:
@@ -131,17 +133,21 @@ class Engine:
             self._journal.ended(exchange)
             self.explanations.keep(exchange)
 
-    async def _serve(self, exchange: Exchange, chat: Chat, delivery: Delivery) -> bytes | None:
-        if chat.answered is None:
-            if self.recall is None:
-                return await self._run(exchange, chat, delivery)
-            return await self.recall.serve(exchange, chat, delivery, lambda: self._run(exchange, chat, delivery))
+    def _work(self, exchange: Exchange, chat: Chat, delivery: Delivery) -> Coroutine[Any, Any, bytes | None]:
+        """What has to be done for this request; gives the last bytes of the answer."""
+        if chat.answered is not None:
+            return self._told(exchange, chat.answered, chat, delivery)
+        if self.recall is None:
+            return self._run(exchange, chat, delivery)
+        return self.recall.serve(exchange, chat, delivery, lambda: self._run(exchange, chat, delivery))
+
+    async def _told(self, exchange: Exchange, answered: bytes, chat: Chat, delivery: Delivery) -> bytes:
         exchange.status = "success"  # what needs no provider leaves no row: statistics and limits are about providers
         if chat.stream:
             await delivery.begin_stream()
         else:
-            await delivery.begin_whole(len(chat.answered))
-        return chat.answered
+            await delivery.begin_whole(len(answered))
+        return answered
 
     async def _run(self, exchange: Exchange, chat: Chat, delivery: Delivery) -> bytes | None:
         """The one loop. Gives the last bytes of the answer, when its provider has been let go of already; None where

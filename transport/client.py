@@ -75,15 +75,24 @@ class Client:
     """Whoever sent a request: its connection says here when it is lost, which cancels the work that is done for it.
 
     `listen` makes the connection read on: uvicorn stops reading behind a large body, and would not notice its end.
+    `cutting` gives what closes it in the middle of its answer; None when it has gone anyway.
     """
 
-    __slots__ = ("gone", "listen", "sent_all", "task")
+    __slots__ = ("_cutting", "gone", "listen", "sent_all", "task")
 
-    def __init__(self, listen: Callable[[], None]) -> None:
+    def __init__(
+        self, listen: Callable[[], None], cutting: Callable[[], Callable[[], None] | None] = lambda: None
+    ) -> None:
         self.gone = False
         self.sent_all = False  # its whole body has arrived
         self.listen = listen
+        self._cutting = cutting
         self.task: asyncio.Task[Any] | None = None  # that works for it
+
+    def cut(self) -> None:
+        """Close the connection in the middle of the answer."""
+        if (close := self._cutting()) is not None:
+            close()
 
     def leave(self) -> None:
         self.gone = True

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from weakref import WeakMethod
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from transport.client import Client, CutShort
+from transport.client import Client
 from wire.errors import GatewayError, InvalidRequest
 
 HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; checked read by read, so a little more may slip in
@@ -32,6 +33,7 @@ class ClientConnection(HttpToolsProtocol):
         self._refused = False
         self._last_seen: object = self  # the request at the last look; at first none, and not even a look
         self._timer: asyncio.TimerHandle | None = None
+        self._cut = WeakMethod(self._cut_served)  # the client is held by the request, and that by this connection
         self._client: Client | None = None  # whose request is being served
         self._served: RequestResponseCycle | None = None  # `cycle` is the last request that came, perhaps behind this
 
@@ -50,17 +52,15 @@ class ClientConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        async def served(scope: Any, receive: Any, send: Any) -> None:
-            try:
-                await app(scope, receive, send)
-            except CutShort:
-                cycle.disconnected = True  # by us: nothing that uvicorn would have to complain of
-                self.transport.close()
-
         self._served = cycle
-        self._client = Client(self.flow.resume_reading)
+        self._client = Client(self.flow.resume_reading, self._cut)
         cycle.scope["freeway.client"] = self._client  # type: ignore[typeddict-unknown-key]
-        super()._start_asgi_task(cycle, served)
+        super()._start_asgi_task(cycle, app)
+
+    def _cut_served(self) -> None:
+        if self._served is not None:
+            self._served.disconnected = True  # by us: nothing that uvicorn would have to complain of
+        self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:  # what arrives is read and dropped, because a reset would overtake the answer
