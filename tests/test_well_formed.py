@@ -125,16 +125,23 @@ ODD_TOOL = st.sampled_from(
         {"type": "web_search"},
     ]
 )  # fmt: skip
-MORE = st.fixed_dictionaries(
-    {},
-    optional={
-        "model": st.sampled_from(["auto", "m", None, 5]), "stream": st.booleans(),
-        "temperature": st.sampled_from([1, 9]),
-        "max_tokens": st.sampled_from([0, 5, None, 1e400, "7"]), "tools": st.lists(TOOL | ODD_TOOL, max_size=3),
-        "tool_choice": st.sampled_from(["auto", {"type": "function", "function": {"name": "mcp.server/tool"}}]),
-        "stop": st.sampled_from(["a", ["\0"], []]), "x": st.sampled_from([None, [None], "half \ud83d", {"y": {}}]),
-    },
-)  # fmt: skip
+CHOSEN = {"type": "function", "function": {"name": "mcp.server/tool"}}
+OPTIONS: dict[str, list] = {
+    "model": ["auto", "m", None, 5, "nul \0", "x" * 301], "stream": [True, False, None, "true", 1],
+    "stream_options": [{}, None, {"include_usage": True}, {"include_usage": 1}, {"x": 1}, 5],
+    "temperature": [1, 9, 0, 0.5, 2.0, -0.0, None, "1"], "top_p": [1, 0, 0.5, 0.001, 1.0], "n": [1, 2, None, 1.0],
+    "max_tokens": [0, 5, None, 1e400, "7"], "max_completion_tokens": [7, 0, None, -1, 2**70],
+    "seed": [5, -(2**63), 2**63, 1.5, None], "top_k": [1, 2**64], "presence_penalty": [0, 0.5, None, "1"],
+    "logprobs": [True, None, 1], "reasoning_effort": ["low", "max", "none", None], "user": ["u", "nul \0", None, 5],
+    "prompt_cache_key": ["k", None, 5], "parallel_tool_calls": [True, False, None], "store": [True, None],
+    "tool_choice": ["auto", "required", "any", "", None, CHOSEN],
+    "stop": ["a", ["\0"], [], ["a", "b"], "", [""], [None]], "x": [None, [None], "half \ud83d", {"y": {}}],
+}  # fmt: skip
+WISHES = {name: st.sampled_from(values) for name, values in OPTIONS.items()}
+WISHES["tools"] = st.lists(TOOL | ODD_TOOL, max_size=3)
+MORE = st.lists(st.sampled_from(sorted(WISHES)), max_size=5, unique=True).flatmap(
+    lambda names: st.fixed_dictionaries({name: WISHES[name] for name in names})
+)
 
 
 @settings(max_examples=500)
