@@ -240,13 +240,13 @@ async def a_provider_that_sends_a_byte_at_a_time(day: Day) -> str:
     day.fake.script("a", chunked(*steps))
     started = time.monotonic()
     status, text = await day.ask(stream=True)
+    seconds = time.monotonic() - started
     whole = raw(b"HTTP/1.1 200 OK\r\ncontent-length: 9999\r\n\r\n", Every(0.01, b" "))
     day.fake.script("a", whole)
     other, _ = await day.ask()
-    assert b"but sure" in text
-    return (
-        f"the stream: {status} after {time.monotonic() - started:.1f} s, whole; a whole answer: {other} from the next"
-    )
+    assert text.endswith(b"data: [DONE]\n\n") and b'"finish_reason":"error"' not in text
+    whose = "its own" if b"but sure" in text else "the next's, which joined when it was late"
+    return f"the stream: {status} after {seconds:.1f} s, whole, {whose}; a whole answer: {other} from the next"
 
 
 @case
