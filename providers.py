@@ -164,7 +164,7 @@ class Attempt:
                     if not self._whole and not self._refused:
                         break
                     self._keep(data)
-                    if self._refused and self._size > ERROR_BYTES_MAX:
+                    if self._response.complete or (self._refused and self._size > ERROR_BYTES_MAX):
                         break
         except TimeoutError:
             if late_at < limit:

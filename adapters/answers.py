@@ -83,8 +83,8 @@ def note_completion(body: JSON, tally: Tally) -> None:
 
 def note_plain(answer: PlainAnswer, tally: Tally) -> None:
     """Count a whole answer that is nothing but text."""
-    if answer.usage is not None:
-        tally.usage, tally.usage_object = Usage.read(answer.usage), answer.usage
+    if (read := Usage.read(answer.usage)) is not None:
+        tally.usage, tally.usage_object = read, answer.usage
     tally.finish, tally.has_text = "stop", True
     tally.text_chars = len(answer.choices[0].message.content)
 

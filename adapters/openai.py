@@ -260,7 +260,8 @@ class ChunkMender:
         if not chunk.usage or not is_exact(chunk.usage):
             return None
         self._tally.note_usage(chunk.usage)
-        self._tally.usage_raw = raw if chunk.usage is self._tally.usage_object else None
+        if chunk.usage is self._tally.usage_object:  # it could be read
+            self._tally.usage_raw = raw
         return ()
 
     @property

@@ -58,17 +58,18 @@ async def read_body(
 
 async def received(receive: Receive, bytes_max: int) -> bytes:
     pieces: list[bytes] = []
-    size, more = 0, True
-    while more:
+    size = 0
+    while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             raise ClientGone
-        pieces.append(message.get("body", b""))
-        size += len(pieces[-1])
+        piece = message.get("body", b"")
+        size += len(piece)
         if size > bytes_max:
             raise too_large(bytes_max)
-        more = message.get("more_body", False)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if not message.get("more_body"):
+            return b"".join((*pieces, piece)) if pieces else piece
+        pieces.append(piece)
 
 
 class Client:
