@@ -26,7 +26,8 @@ USAGES = st.sampled_from(
     [
         None, {}, USAGE, {**USAGE, "prompt_tokens_details": {"cached_tokens": 1}}, {**USAGE, "cost": 0.5},
         {"input_tokens": 3, "output_tokens": 2}, {**USAGE, "completion_tokens": -1}, {**USAGE, "prompt_tokens": 10**12},
-        {**USAGE, "prompt_tokens": -1, "completion_tokens": -1}, {**USAGE, "total_tokens": "5"}, {**USAGE, "deep": [[1]]}, {**USAGE, "prompt_tokens": None}, 5,
+        {**USAGE, "prompt_tokens": -1, "completion_tokens": -1},
+        {**USAGE, "total_tokens": "5"}, {**USAGE, "deep": [[1]]}, {**USAGE, "prompt_tokens": None}, 5,
     ]
 )  # fmt: skip
 TEXTS = st.sampled_from(
