@@ -83,6 +83,7 @@ def note_completion(body: JSON, tally: Tally) -> None:
 
 def note_plain(answer: PlainAnswer, tally: Tally) -> None:
     """Count a whole answer that is nothing but text."""
+    tally.head = answer.head()
     if (read := Usage.read(answer.usage)) is not None:
         tally.usage, tally.usage_object = read, answer.usage
     tally.finish, tally.has_text = "stop", True

@@ -136,7 +136,7 @@ def whole(adapter: OpenAIAdapter, raw: bytes) -> object:
     except UpstreamError as error:
         return wrong(error)
     assert reply.completion is not None
-    return reply.completion.raw, reply.completion.body, counted(reply.tally)[:4], counted(reply.tally)[5:]
+    return reply.completion.raw, reply.completion.body, counted(reply.tally)
 
 
 @settings(max_examples=1000)

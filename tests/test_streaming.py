@@ -222,6 +222,16 @@ async def test_the_usage_event_comes_once_and_last(start_gateway, fake):
     assert got.chunks[-1]["choices"] == []
 
 
+async def test_every_chunk_has_one_identity_where_a_whole_answer_is_streamed(start_gateway, fake):
+    gateway = await start_gateway({"a": {"quirks": {"no_stream": True}}})
+
+    got = await gateway.stream(**USAGE_WANTED)
+
+    got.assert_whole("hello from a")
+    assert got.chunks[-1]["usage"]["completion_tokens"] == 7
+    assert len({(part["id"], part["created"], part["model"]) for part in got.chunks}) == 1
+
+
 async def test_usage_is_asked_of_the_provider_so_that_it_can_be_logged(start_gateway, fake):
     gateway = await start_gateway(["a"])
 

@@ -86,6 +86,10 @@ class PlainAnswer(Struct, forbid_unknown_fields=True, gc=False):
     provider: str | None = None
     usage: Counts | None = None
 
+    def head(self) -> dict[str, Any]:
+        """What chunks of it would have in common."""
+        return {"id": self.id, "created": self.created, "model": self.model}
+
 
 def is_exact(usage: Mapping[str, Any]) -> bool:
     """Whether a `usage` object has the three counts that clients read, as whole numbers."""
