@@ -319,7 +319,7 @@ class Router:
         if plan.more is not None and not plan.need.strict:
             models = [*models, *permitted(plan.need, world.others)]
         for model in models:
-            if model is not route.model and plan.failed.get(model.id) != inf and world.has_key(model):
+            if model.id != route.model.id and plan.failed.get(model.id) != inf and world.has_key(model):
                 return True
         return False
 
