@@ -254,6 +254,9 @@ def mend_response_format(body: JSON) -> None:
     wanted = body.get("response_format")
     if wanted is None:
         return
+    if not wanted.get("type"):  # clients with a form to fill in leave it empty, or name a schema only
+        has_schema = "json_schema" in wanted or "schema" in wanted
+        wanted = body["response_format"] = {**wanted, "type": "json_schema" if has_schema else "text"}
     if wanted.get("type") == "json":
         wanted = body["response_format"] = {**wanted, "type": "json_object"}
     if wanted.get("type") == "text":

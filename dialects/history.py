@@ -131,8 +131,8 @@ class History:
         if message["role"] == "assistant":
             parts = [part for part in parts if kind_of(part) not in THOUGHT_PART_TYPES]
         mended = [mended for index, part in enumerate(parts) for mended in self._parts(part, f"{param}[{index}]")]
-        if not mended and message["role"] != "assistant":
-            return {**message, "content": ""}
+        if not mended:  # a list of nothing, which servers refuse
+            return {**message, "content": None if message["role"] == "assistant" else ""}
         same = len(message["content"]) == len(mended) and all(map(is_, message["content"], mended))
         return message if same else {**message, "content": mended}
 

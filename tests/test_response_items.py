@@ -181,6 +181,7 @@ FIELDS = {
         {"tools": [G], "tool_choice": "required"},
     ),
     "text": ({"text": {"format": {"type": "text"}, "verbosity": "low"}}, {}),
+    "a form left empty": ({"text": {"format": {}, "verbosity": "medium"}}, {}),
     "any object": ({"text": {"format": {"type": "json_object"}}}, {"response_format": {"type": "json_object"}}),
     "a schema": (
         {"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}, "strict": None}}},

@@ -49,6 +49,11 @@ MESSAGES = {
         [HI, {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm"}]}, HI],
         [HI, HI],
     ),
+    "calls beside no parts": ([HI, ASKED | {"content": []}, TOLD], [HI, ASKED | {"content": None}, TOLD]),
+    "calls beside thoughts only": (
+        [HI, ASKED | {"content": [{"type": "thinking", "thinking": "hm"}]}, TOLD],
+        [HI, ASKED | {"content": None}, TOLD],
+    ),
     "tool content null": ([HI, ASKED, TOLD | {"content": None}], [HI, ASKED, TOLD | {"content": ""}]),
     "tool content in parts": ([HI, ASKED, TOLD | {"content": [text("done")]}], [HI, ASKED, TOLD]),
     "tool content an object": ([HI, ASKED, TOLD | {"content": {"a": 1}}], [HI, ASKED, TOLD | {"content": '{"a":1}'}]),
@@ -190,6 +195,12 @@ FIELDS = {
     "choice {tool}": ({"tools": [TOOL], "tool_choice": {"type": "tool", "name": "f"}}, {"tool_choice": NAMED}),
     "choice {function}": ({"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}}, {"tool_choice": NAMED}),
     "response_format text": ({"response_format": {"type": "text"}}, {"response_format": GONE}),
+    "response_format of nothing": ({"response_format": {}}, {"response_format": GONE}),
+    "response_format left empty": ({"response_format": {"type": "", "json_schema": None}}, {"response_format": GONE}),
+    "a schema without type": (
+        {"response_format": {"json_schema": {"name": "x", "schema": SCHEMA}}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}},
+    ),
     "a schema without name": (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}},
         {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}},
