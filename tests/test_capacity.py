@@ -151,6 +151,7 @@ async def test_the_only_platform_serves_even_a_session_that_has_banned_it(start_
     fake.script("a", error(500), answer("after all"))
     assert (await gateway.chat(model="auto-smart")).status == 502
     assert (await gateway.protection())["bans"]
+    await gateway.uncooled()
 
     assert (await gateway.chat(model="auto-smart")).text == "after all"
 
