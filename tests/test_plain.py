@@ -46,7 +46,7 @@ DELTAS = st.fixed_dictionaries(
     {},
     optional={
         "content": TEXTS, "role": st.sampled_from(["assistant", None, ""]), "refusal": st.sampled_from([None, "no"]),
-        "reasoning_content": st.sampled_from(["because", None]),
+        "reasoning_content": st.sampled_from(["because", None, ""]), "function_call": st.sampled_from([None, {}]),
         "tool_calls": st.sampled_from(
             [None, [{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}], []]
         ),
@@ -58,7 +58,9 @@ CHOICES = st.fixed_dictionaries(
 )
 PLAIN_CHOICES = st.builds(
     lambda delta, finish: {"index": 0, "delta": delta, "finish_reason": finish},
-    st.fixed_dictionaries({}, optional={"content": TEXTS, "role": st.just("assistant")}),
+    st.fixed_dictionaries(
+        {}, optional={"content": TEXTS, "role": st.just("assistant"), "tool_calls": st.none(), "refusal": st.none()}
+    ),
     st.sampled_from([None, None, None, "stop", "length"]),
 )
 CHUNKS = st.builds(
@@ -124,7 +126,11 @@ ANSWERS = st.builds(
     st.just({**HEAD, "object": "chat.completion"}) | HEADS, st.just({}) | BESIDE,
     st.fixed_dictionaries(
         {"role": st.sampled_from(["assistant", None]), "content": TEXTS},
-        optional={"annotations": st.sampled_from([[], None, [{}]]), "refusal": st.sampled_from([None, "no"])},
+        optional={
+            "annotations": st.sampled_from([[], None, [{}]]), "refusal": st.sampled_from([None, "no"]),
+            "reasoning_content": st.sampled_from([None, "because"]), "function_call": st.none(),
+            "tool_calls": st.sampled_from([None, []]),
+        },
     ),
     st.just("stop") | FINISHES, st.sampled_from([0, None]), st.just(USAGE) | USAGES,
 )  # fmt: skip
@@ -157,6 +163,8 @@ PLAIN_ANSWER = {
 def test_what_most_platforms_send_is_recognised():
     assert plain_chunk(orjson.dumps(PLAIN_CHUNK)) is not None
     assert plain_chunk(orjson.dumps({**PLAIN_CHUNK, "choices": [], "usage": USAGE})) is not None
+    told_all = {"role": "assistant", "content": "a", "reasoning_content": None, "tool_calls": None}
+    assert plain_chunk(orjson.dumps({**PLAIN_CHUNK, "choices": [{"index": 0, "delta": told_all}]})) is not None
     assert plain_answer(orjson.dumps(PLAIN_ANSWER)) is not None
 
 

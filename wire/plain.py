@@ -21,7 +21,10 @@ Counts = dict[str, Scalar | dict[str, Scalar]]  # a `usage` object with its deta
 class PlainDelta(Struct, forbid_unknown_fields=True, gc=False):
     content: str | None = None
     role: str | None = None
-    refusal: None = None
+    refusal: None = None  # this and the rest are told as null by servers that tell everything
+    reasoning_content: None = None
+    tool_calls: None = None
+    function_call: None = None
 
 
 class PlainPiece(Struct, forbid_unknown_fields=True, gc=False):
@@ -62,6 +65,9 @@ class PlainMessage(Struct, forbid_unknown_fields=True, gc=False):
     content: Name
     role: str
     refusal: None = None
+    reasoning_content: None = None
+    tool_calls: None = None
+    function_call: None = None
     annotations: Annotated[list[None], Meta(max_length=0)] | None = None
 
 
