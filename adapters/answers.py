@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from adapters.plain import PlainAnswer
 from wire.chat import Event, Tally, Usage
 from wire.jsontext import JSON
-from wire.plain import PlainAnswer
 
 
 def has_head(body: JSON) -> bool:
@@ -58,19 +58,14 @@ def note(event: Event, tally: Tally) -> bool:
     """Count one event; True when it is the kind that may open an answer (SPEC 8.1): text, reasoning, a call, a refusal
     or a filter's stop. `length` alone is not: with nothing said it may be a truncation, which its usage decides.
     """
-    if (plain := event.plain) is not None:
-        if not tally.head:
-            tally.head = plain.head()
-        said = plain.choices[0]
-        if said.finish_reason is not None:
-            tally.finish = said.finish_reason
-        return note_text(said.delta.content or "", tally)
-    choices = event.chunk.get("choices")
-    if not choices:
+    if event.text is not None:
+        tally.head = tally.head or event.chunk
+        return note_text(event.text, tally)
+    choice = event.choice
+    if not choice:
         return False
-    if not tally.head:
-        tally.head = event.chunk
-    return note_part(choices[0].get("delta"), choices[0].get("finish_reason"), tally)
+    tally.head = tally.head or event.chunk
+    return note_part(choice.get("delta"), choice.get("finish_reason"), tally)
 
 
 def note_completion(body: JSON, tally: Tally) -> None:

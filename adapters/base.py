@@ -8,12 +8,12 @@ from typing import Any, Protocol
 
 from msgspec import Struct
 
+from adapters.plain import PlainAnswer
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model, Platform, how_written, is_templated
 from wire.chat import Chat, Completion, Event, Tally, chunk_of, frame
 from wire.http import Endpoint
 from wire.jsontext import JSON
-from wire.plain import PlainAnswer
 
 USER_AGENT = "freeway/0.1"  # some edges refuse a client without a name of its own
 

@@ -14,6 +14,7 @@ from adapters.answers import find_usage, odd_head, right_head
 from adapters.base import Request, base_url, bearer_headers, piece_of
 from adapters.embeddings import embedding_request
 from adapters.legacy import legacy_request, takes_prompts
+from adapters.plain import PlainAnswer, PlainChunk, plain_answer, plain_chunk
 from adapters.quirks import given_back, holds_any, outgoing
 from adapters.shapes import is_summary, joined_text, put_right, well_formed, well_formed_answer
 from adapters.text_gate import TextGate
@@ -23,10 +24,9 @@ from adapters.tool_calls import StreamedCalls, called, lost_turn, mend_whole_cal
 from adapters.whole_calls import WholeCalls
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, ModelKind, Tally, chunk_of, frame
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, chunk_of, frame, is_exact
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump
-from wire.plain import PlainAnswer, PlainChunk, is_exact, plain_answer, plain_chunk
 
 FINISH_REASONS = {
     "content_filter": "content_filter", "tool_calls": "tool_calls",
@@ -243,7 +243,7 @@ class ChunkMender:
             if text or not self._tally.head:
                 return None
             self._note_finish(choice.finish_reason)
-            self._ending = Event(raw, payload, chunk)
+            self._ending = Event(raw, payload)
             return ()
         if text is None:
             return None
@@ -254,7 +254,7 @@ class ChunkMender:
             self._gate = None
         if not self._head:
             self._head = self._tally.head = self._tally.head or chunk.head()
-        return (Event(raw, payload, chunk),)
+        return (Event(raw, payload, text),)
 
     def _recognised_usage(self, raw: bytes, chunk: PlainChunk) -> Sequence[Event] | None:
         if not chunk.usage or not is_exact(chunk.usage):

@@ -125,7 +125,7 @@ class CompletionsEncoder:
             delta, finish = event.delta, event.finish
             text = delta.get("content") or delta.get("refusal")
             if text or finish:
-                frames.append(frame(self._chunk(event.head, text, finish)))
+                frames.append(frame(self._chunk(event.chunk, text, finish)))
         return b"".join(frames)
 
     def end(self, tally: Tally) -> bytes:

@@ -75,10 +75,7 @@ class CustomCalls:
 
     def feed(self, event: Event) -> bytes:
         """The bytes of one chunk. The text of a custom call comes in one piece, when all of it is known."""
-        choices = event.chunk.get("choices")
-        if not choices:
-            return event.raw
-        choice = choices[0]
+        choice = event.choice
         delta, finish = choice.get("delta") or {}, choice.get("finish_reason")
         calls = delta.get("tool_calls") or ()
         if not calls and not (finish and self._pieces):

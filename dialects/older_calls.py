@@ -24,10 +24,7 @@ class OlderCalls:
         return dump({**completion.body, "choices": choices})
 
     def feed(self, event: Event) -> bytes:
-        choices = event.chunk.get("choices")
-        if not choices:
-            return event.raw
-        choice = choices[0]
+        choice = event.choice
         delta, finish = choice.get("delta") or {}, choice.get("finish_reason")
         pieces = delta.get("tool_calls")
         if not pieces and older_finish(finish) == finish:

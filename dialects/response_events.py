@@ -343,7 +343,7 @@ class ResponsesEncoder:
 
     def feed(self, events: list[Event]) -> bytes:
         if events:
-            self._begin(events[0].head)
+            self._begin(events[0].chunk)
         for event in events:
             if delta := event.delta:
                 self._output.delta(delta)

@@ -76,9 +76,7 @@ class Story:
         if self._first is None and events:
             self._first = events[0]
         for event in events:
-            if (plain := event.plain) is not None:
-                text, self.finish = plain.choices[0].delta.content, plain.choices[0].finish_reason or self.finish
-            else:
+            if (text := event.text) is None:
                 text = event.delta.get("content")
                 self._note(event)
             if text:
@@ -104,7 +102,7 @@ class Story:
     @property
     def head(self) -> JSON:
         """Id, created and model of its first chunk."""
-        return {} if self._first is None else {name: v for name, v in self._first.head.items() if name in HEAD}
+        return {} if self._first is None else {name: v for name, v in self._first.chunk.items() if name in HEAD}
 
     @property
     def open(self) -> bool:

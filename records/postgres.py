@@ -68,7 +68,7 @@ class Postgres:
                 if time.monotonic() > deadline:
                     self._writer.close()
                     raise StoreError(f"GATEWAY_LOG: {error}. The keys are there: no start without it") from None
-                time.sleep(CONNECT_S / 4)
+                time.sleep(CONNECT_S / 4)  # on the writer's thread, before anything is served
             except BaseException:
                 self._writer.close()
                 raise

@@ -17,6 +17,7 @@ from router import Router
 from routing.explain import Candidate
 from routing.plan import Plan
 from routing.route import FIRST_TRIAL
+from wire.chat import Need
 from wire.errors import GatewayError
 
 PARTS = {"success", "speed", "ttfb", "intelligence", "penalty"}
@@ -120,13 +121,18 @@ def wishes(seed: int) -> dict:
     return {"no_train": seed % 5 == 0, "min_rank": 8 if seed % 7 == 0 else None, "allowed": allowed}
 
 
-@settings(max_examples=1000)
-@given(SEEDS)
-def test_a_rehearsal_agrees_with_the_route_then_taken_and_changes_nothing(seed):
+def a_busy_world(seed: int) -> tuple[World, str, Need]:
+    """One with a past and with others at work, a session in it, and what a request of it needs."""
     world, session = a_world(seed), "s"
     with_a_past(world, session)
     with_others(world)
-    need = world.need(**wishes(seed))
+    return world, session, world.need(**wishes(seed))
+
+
+@settings(max_examples=1000)
+@given(SEEDS)
+def test_a_rehearsal_agrees_with_the_route_then_taken_and_changes_nothing(seed):
+    world, session, need = a_busy_world(seed)
     before = state_of(world)
 
     rehearsed_plan, candidates = rehearsal(world, need, session, seed)
@@ -149,10 +155,7 @@ def test_a_rehearsal_agrees_with_the_route_then_taken_and_changes_nothing(seed):
 @given(SEEDS)
 def test_a_rehearsals_order_is_the_order_in_which_routes_are_taken_when_each_fails(seed):
     """Without trials, whose turns come with time, and before breadth over platforms changes the order (SPEC 5.1)."""
-    world, session = a_world(seed), "s"
-    with_a_past(world, session)
-    with_others(world)
-    need = world.need(**wishes(seed))
+    world, session, need = a_busy_world(seed)
 
     _, candidates = rehearsal(world, need, session, seed)
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from worlds import World
 
 from adapters.openai import ChunkMender, OpenAIAdapter
+from adapters.plain import plain_answer, plain_chunk
 from adapters.stream import Incoming, whole_reply
 from dialects.chat import chat_from
 from protection import UpstreamError
 from wire.chat import Tally, chunk_head
-from wire.plain import plain_answer, plain_chunk
 
 ROUTE = World({}).route(1)
 ASKED = {"messages": [{"role": "user", "content": "hi"}]}

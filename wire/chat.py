@@ -19,7 +19,6 @@ from msgspec.structs import replace
 
 from wire.errors import GatewayError
 from wire.jsontext import dump
-from wire.plain import PlainChunk, is_exact
 
 CHARS_PER_TOKEN = 4  # SPEC 3.7's estimate
 ANSWER_TOKENS_ASSUMED = 1000  # what a request needs room for beside its prompt, however much it wishes for (SPEC 3.7)
@@ -143,6 +142,15 @@ class Usage(Struct, frozen=True):
         return None if prompt is None and answer is None else cls(prompt or 0, answer or 0)
 
 
+def is_exact(usage: Mapping[str, Any]) -> bool:
+    """Whether a `usage` object has the three counts that clients read, as whole numbers."""
+    return (
+        type(usage.get("prompt_tokens")) is int
+        and type(usage.get("completion_tokens")) is int
+        and type(usage.get("total_tokens")) is int
+    )
+
+
 def told_usage(usage: dict[str, Any], read: Usage) -> dict[str, Any]:
     """A `usage` object as clients are told it: the very one where that is exact."""
     if is_exact(usage):
@@ -165,7 +173,7 @@ class Event(Struct, gc=False):
 
     raw: bytes
     json: dict[str, Any] | bytes  # as text until somebody looks into it
-    plain: PlainChunk | None = None  # where it holds only text, or how the answer ended
+    text: str | None = None  # where it says nothing else
 
     @property
     def chunk(self) -> dict[str, Any]:
@@ -175,25 +183,20 @@ class Event(Struct, gc=False):
         return json
 
     @property
-    def head(self) -> dict[str, Any]:
-        """A chunk to take id, created and model from."""
-        return self.chunk if self.plain is None else self.plain.head()
+    def choice(self) -> dict[str, Any]:
+        """The first one; empty where there is none."""
+        choices = self.chunk.get("choices")
+        return choices[0] if choices else {}
 
     @property
     def delta(self) -> dict[str, Any]:
         """What it says; empty where that is nothing."""
-        if self.plain is not None:
-            return {"content": self.plain.choices[0].delta.content}
-        choices = self.chunk.get("choices")
-        return (choices[0].get("delta") or {}) if choices else {}
+        return (self.choice.get("delta") or {}) if self.text is None else {"content": self.text}
 
     @property
     def finish(self) -> str | None:
         """Why the answer ended with it."""
-        if self.plain is not None:
-            return self.plain.choices[0].finish_reason
-        choices = self.chunk.get("choices")
-        return choices[0].get("finish_reason") if choices else None
+        return self.choice.get("finish_reason") if self.text is None else None
 
 
 class Completion(Struct, gc=False):

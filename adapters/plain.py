@@ -1,17 +1,18 @@
 """Answers that are nothing but text, recognised in one pass: most chunks of every stream, and most whole answers.
 
 msgspec reads the JSON against the shapes below and makes no other objects. What fits has no error, no tool call and
-nothing to mend in it, so it goes out as it came; whatever does not fit is not judged here, but looked at closely by the
-adapters. No I/O.
+nothing to mend in it, so it goes out as it came; whatever does not fit is not judged here, but looked at closely. No
+I/O.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
+
+from wire.chat import is_exact
 
 Name = Annotated[str, Meta(min_length=1)]
 Scalar = int | float | str | bool | None
@@ -95,15 +96,6 @@ class PlainAnswer(Struct, forbid_unknown_fields=True, gc=False):
     def head(self) -> dict[str, Any]:
         """What chunks of it would have in common."""
         return {"id": self.id, "created": self.created, "model": self.model}
-
-
-def is_exact(usage: Mapping[str, Any]) -> bool:
-    """Whether a `usage` object has the three counts that clients read, as whole numbers."""
-    return (
-        type(usage.get("prompt_tokens")) is int
-        and type(usage.get("completion_tokens")) is int
-        and type(usage.get("total_tokens")) is int
-    )
 
 
 CHUNKS = msgspec.json.Decoder(PlainChunk)
