@@ -12,22 +12,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
 import random
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-for folder in (HERE.parent, HERE.parent / "tests", HERE.parent / "tests" / "scale"):
+for folder in (HERE, HERE.parent, HERE.parent / "tests", HERE.parent / "tests" / "scale"):
     sys.path.insert(0, str(folder))
 
 from fake_provider import FakeProvider, Request, error, until  # noqa: E402
+from harness import compare  # noqa: E402
+from run import CATALOG, KEY, MODEL  # noqa: E402
 from servers import Member, gateways, redis_server, sharing  # noqa: E402
 
 ONLY = {"X-Fallback": "none"}
@@ -205,7 +210,146 @@ async def paced(members: Sequence[Member], seconds: float) -> tuple[list[float],
     return sorted(spans), failed
 
 
-PARTS: dict[str, Callable[[Path], Awaitable[Lines]]] = {"news": news, "moved": moved, "hang": hang, "limits": limits}
+ROUNDS, ROUND_S, CONNECTIONS = 9, 2.5, 64
+SHARE = 0.5  # of a core, for each server process where the load is to have cores of its own
+CPU_GROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))  # the first and the second kind
+
+
+def children(pid: int) -> list[int]:
+    """Of a server that starts its workers as processes; the one that only tracks shared memory is none."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"resource_tracker" not in (stat.parent / "cmdline").read_bytes():
+                found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+@contextlib.contextmanager
+def held_to(share: float, places: Mapping[int, int]) -> Iterator[None]:
+    """Processes, each on its core and to this share of it, through control groups: the machine's own way to give a
+    process less than a core. `places`: pid to core. Raises OSError where they are not ours to use."""
+    root = next(place for place in CPU_GROUPS if place.is_dir())
+    period_us = 100_000
+    made = []
+    try:
+        for pid, core in places.items():
+            group = root / f"bench-{pid}"
+            group.mkdir()
+            made.append(group)
+            if root == CPU_GROUPS[0]:
+                (group / "cpu.cfs_period_us").write_text(str(period_us))
+                (group / "cpu.cfs_quota_us").write_text(str(int(share * period_us)))
+            else:
+                (group / "cpu.max").write_text(f"{int(share * period_us)} {period_us}")
+            (group / "cgroup.procs").write_text(str(pid))
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                os.sched_setaffinity(int(thread.name), {core})
+        yield
+    finally:
+        for group in made:
+            for pid in (group / "cgroup.procs").read_text().split():
+                (root / "cgroup.procs").write_text(pid)
+            group.rmdir()
+
+
+async def workers(folder: Path) -> Lines:
+    """Requests a second of one process and of two, gateway and floor: with whole cores, which the load uses too, and
+    with half a core for each server process, so that the load has cores that nobody else needs."""
+    build, mock_port = compare.build(), free_port()
+    catalog = {
+        **CATALOG,
+        "platforms": [{**p, "base_url": f"http://127.0.0.1:{mock_port}/v1"} for p in CATALOG["platforms"]],
+    }
+    (folder / "catalog.json").write_text(json.dumps(catalog))
+    with contextlib.ExitStack() as stack:
+        redis = stack.enter_context(redis_server(folder))
+
+        def start(*command: str, **settings: str) -> subprocess.Popen[bytes]:
+            process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.DEVNULL)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            return process
+
+        start(str(build / "mock_upstream"), str(mock_port))
+        servers = {}
+        for count in (1, 2):
+            port = free_port()
+            upstream = f"http://127.0.0.1:{mock_port}"
+            asgi = f"uvicorn --app-dir {HERE}/harness floor:app --loop uvloop --http httptools --no-access-log"
+            more = f"--log-level warning --port {port}" + (f" --workers {count}" if count > 1 else "")
+            servers["floor", count] = port, start(sys.executable, "-m", *f"{asgi} {more}".split(), UPSTREAM=upstream)
+            port = free_port()
+            files = f"--db {folder}/{count}.db --catalog {folder}/catalog.json --port {port}"
+            settings = {"GATEWAY_API_KEY": KEY, "GATEWAY_STATE": redis.url, "GATEWAY_WORKERS": str(count)}
+            gateway = start(sys.executable, str(HERE.parent / "gateway.py"), *files.split(), **settings)
+            servers["gateway", count] = port, gateway
+        for port, _ in servers.values():
+            await until_open(port)
+        lines = []
+        for words, share in (("whole cores", 1.0), ("half a core each", SHARE)):
+            with contextlib.ExitStack() as held:
+                if share < 1:
+                    for (_, count), (_, process) in servers.items():
+                        pids = children(process.pid) if count > 1 else [process.pid]
+                        held.enter_context(held_to(share, {pid: core for core, pid in enumerate(pids)}))
+                speeds = {key: [] for key in servers}
+                for _ in range(ROUNDS):
+                    for key, (port, _) in servers.items():
+                        speeds[key].append(await asyncio.to_thread(requests_a_second, build, folder, port))
+            for name in ("floor", "gateway"):
+                one, two = speeds[name, 1], speeds[name, 2]
+                times = sorted(b / a for a, b in zip(one, two, strict=True))
+                lines.append(
+                    f"| {words} | {name} | {median(one):.0f} | {median(two):.0f} | {median(two) / median(one):.2f} "
+                    f"({times[len(times) // 4]:.2f} to {times[-1 - len(times) // 4]:.2f}) |"
+                )
+    return [
+        "## Two workers",
+        "",
+        f"Plain requests over {CONNECTIONS} connections, {ROUNDS} interleaved rounds of {ROUND_S} s: medians, and "
+        "where the middle half of the rounds lies. On whole cores load generator and provider take their part of the "
+        "same two; held to half a core each (control groups, one worker on each core), the server processes leave "
+        "them room.",
+        "",
+        "| each process has | | requests/s, one | two | times (≥ 1.8) |",
+        "|---|---|---|---|---|",
+        *lines,
+    ]
+
+
+def requests_a_second(build: Path, folder: Path, port: int) -> float:
+    peer = compare.Peer(
+        {"name": f"at-{port}", "cmd": "", "port": port, "key": KEY, "model": MODEL},
+        {"build": build, "mock_port": 0, "peers_dir": folder, "tmp": folder},
+    )
+    command = [str(build / "loadgen"), str(port), str(peer.raw()), "-c", str(CONNECTIONS), "-d", str(ROUND_S)]
+    done = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return float(done["ok"]) / ROUND_S
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def until_open(port: int) -> None:
+    async with asyncio.timeout(20):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.1)
+            else:
+                writer.close()
+                return
+
+
+PARTS: dict[str, Callable[[Path], Awaitable[Lines]]] = {
+    "news": news, "moved": moved, "hang": hang, "limits": limits, "workers": workers,
+}  # fmt: skip
 
 
 async def measured(only: Sequence[str]) -> Lines:
