@@ -460,7 +460,7 @@ class Router:
         rest = transient.get(model.id, now) if transient.rests else None
         if rest is not None and model.id not in plan.forgiven:
             rung, until, wait_s = Rung.RESTING, rest.until, rest.trial_at() - now
-        if (again_s := self._again_s(model, plan, now)) > wait_s:
+        if (plan.failed or plan.platform_failures) and (again_s := self._again_s(model, plan, now)) > wait_s:
             wait_s, reason = again_s, "failed" if rest is None else reason
         if transient.recovering and wait_s <= 0 and plan.patient and (room_s := transient.room_s(model.id, now)):
             wait_s, reason = room_s, "trial"

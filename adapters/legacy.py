@@ -20,11 +20,9 @@ def endpoint(model: Model, key: Key) -> Endpoint:
     return Endpoint(f"{url}/completions", bearer_headers(secret, model.quirks))
 
 
-def takes_prompts(model: Model, chat: Chat) -> bool:
-    """Whether this request is a prompt and goes to an endpoint for prompts."""
-    if chat.legacy is None or not model.completions:
-        return False
-    return "suffix" not in chat.legacy or not model.quirks.get("no_suffix")
+def takes_prompts(model: Model, prompt: JSON) -> bool:
+    """Whether this legacy request goes to an endpoint for prompts."""
+    return model.completions and ("suffix" not in prompt or not model.quirks.get("no_suffix"))
 
 
 def legacy_request(model: Model, key: Key, chat: Chat) -> Request:

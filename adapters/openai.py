@@ -59,11 +59,11 @@ class OpenAIAdapter:
     def request(self, model: Model, key: Key, chat: Chat, *, bare: bool = False) -> Request:
         if chat.need.kind is ModelKind.EMBEDDING:
             return embedding_request(model, key, chat)
-        if takes_prompts(model, chat):
+        if chat.legacy is not None and takes_prompts(model, chat.legacy):
             return legacy_request(model, key, chat)
         body = outgoing(model, chat, bare=bare)
-        fields = frozenset() if bare else given_back(model)
-        return Request(endpoint(model, key), dump(body), gives_back=holds_any(body["messages"], fields))
+        returns = "replay_fields" in model.quirks and not bare and holds_any(body["messages"], given_back(model))
+        return Request(endpoint(model, key), dump(body), gives_back=returns)
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         return bearer_headers(secret, quirks)

@@ -116,14 +116,20 @@ def apply_quirks(body: JSON, quirks: Mapping[str, Any], answer_max: int) -> None
         apply_own_rules(body, quirks)
     if body.get("max_tokens", 0) > answer_max:
         body["max_tokens"] = answer_max  # asking for more is a 400 nearly everywhere
+    stop = body.get("stop")
+    if isinstance(stop, list) and len(stop) > quirks.get("stop_max", STOPS_MAX):
+        body["stop"] = stop[: quirks.get("stop_max", STOPS_MAX)]
+    if quirks:
+        apply_last_rules(body, quirks)
+
+
+def apply_last_rules(body: JSON, quirks: Mapping[str, Any]) -> None:
+    """What the catalogue says of fields that are within everybody's limits by now."""
     for name, limit in quirks.get("min", {}).items():
         if name in body and body[name] < limit:
             body[name] = limit
-    stop = body.get("stop")
-    if isinstance(stop, str) and quirks.get("stop_as_array"):
-        body["stop"] = [stop]
-    elif isinstance(stop, list) and len(stop) > quirks.get("stop_max", STOPS_MAX):
-        body["stop"] = stop[: quirks.get("stop_max", STOPS_MAX)]
+    if isinstance(body.get("stop"), str) and quirks.get("stop_as_array"):
+        body["stop"] = [body["stop"]]
     if "reasoning_effort" in body and "reasoning_efforts" in quirks:
         effort = clamp_effort(body.pop("reasoning_effort"), quirks["reasoning_efforts"])
         if effort is not None:

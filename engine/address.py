@@ -36,7 +36,7 @@ def tidy_path(path: str) -> tuple[str, str | None]:
 
 def credentials(headers: Given) -> list[bytes]:
     """What may be the client's key: a bearer token, a bare Authorization, and the headers of other APIs."""
-    keys = [headers[name] for name in KEY_HEADERS if headers.get(name)]
+    keys = list(filter(None, map(headers.get, KEY_HEADERS)))
     if given := headers.get(b"authorization", b"").strip():
         keys.insert(0, given[7:].strip() if given[:7].lower() == b"bearer " else given)
     return keys

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from functools import partial
 from math import inf
 from random import Random
 from typing import Any
@@ -102,7 +103,7 @@ class Engine:
         exchange.delivery = delivery = Delivery(
             send,
             dialect.encoder(chat, exchange.utc),
-            lambda: route_headers(exchange),
+            partial(route_headers, exchange),
             interval_s=self.settings.keepalive_interval_ms / 1000,
             silence_s=self.settings.first_heartbeat_ms / 1000,
             loop=self.providers.loop,

@@ -31,10 +31,6 @@ class Bounds:
         low_ms, high_ms = low_high
         return cls(low_ms / 1000, high_ms / 1000)
 
-    def clamp(self, seconds: float | None) -> float:
-        """The higher one where nothing is known."""
-        return self.high_s if seconds is None else min(max(seconds, self.low_s), self.high_s)
-
 
 class Latencies:
     """How long each model took lately, of its successes: to a first token, or to a whole answer."""
@@ -56,12 +52,14 @@ class Latencies:
         self._recent.move_to_end(model)
 
     def late_after_s(self, model: int) -> float:
-        """When an attempt on this model has waited long enough for a second to join it."""
-        held = self._recent.get(model)
+        """When an attempt on this model has waited long enough for a second to join it; as long as may be where little
+        is known of it."""
+        held, bounds = self._recent.get(model), self._bounds
         if held is None or len(held[1]) < SAMPLES_MIN:
-            return self._bounds.clamp(None)
+            return bounds.high_s
         by_size = held[1]
-        return self._bounds.clamp(by_size[min(int(len(by_size) * LATE_SHARE), len(by_size) - 1)])
+        late_s = by_size[min(int(len(by_size) * LATE_SHARE), len(by_size) - 1)]
+        return min(max(late_s, bounds.low_s), bounds.high_s)
 
 
 class HedgeBudget:

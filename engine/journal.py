@@ -32,6 +32,7 @@ class Journal:
         self._store = store
         self._log = log
         self._metrics = metrics
+        self._tells_requests, self._tells_reasons = log.wants("info"), log.wants("debug")
 
     def exhausted(self, exchange: Exchange, plan: Plan, chat: Chat) -> GatewayError:
         """The client's error when nothing is left; counted, and logged for the operator (SPEC 5.4)."""
@@ -70,7 +71,7 @@ class Journal:
 
     def skipped(self, plan: Plan) -> list[str]:
         """What a request leaves alone; at level debug with each one's reason."""
-        if not self._log.wants("debug"):
+        if not self._tells_reasons:
             return plan.skipped_labels()
         reasons = self._router.reasons(plan, time.monotonic())
         return [f"{label}: {reason}" for label, reason in reasons.items()]
@@ -84,7 +85,7 @@ class Journal:
                 self._metrics.rescued("whole")
         if exchange.waited_s:
             self._metrics.waited(exchange.status)
-        if not self._log.wants("info"):
+        if not self._tells_requests:
             return
         chat, route = exchange.chat, exchange.route
         self._log.write(

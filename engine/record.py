@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import repeat
 from typing import Any
 
 from msgspec import Struct
@@ -104,7 +105,7 @@ def trail(exchange: Exchange) -> str:
 
 def route_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     """The headers that tell how a request was routed (SPEC 3.8)."""
-    headers = [(name, exchange.id.encode()) for name in exchange.id_headers]
+    headers = list(zip(exchange.id_headers, repeat(exchange.id.encode())))
     if exchange.route is not None:
         headers.append((b"x-routed-via", header_value(exchange.route.model.label)))
     elif exchange.made_by:

@@ -106,7 +106,8 @@ class Store:
             self._rows.popleft()
             self.dropped += 1
         self._rows.append(row)
-        self._arm(FLUSH_S)
+        if self._timer is None:
+            self._arm(FLUSH_S)
 
     async def flush(self) -> None:
         """Wait until the rows queued so far have been tried."""

@@ -89,10 +89,13 @@ class Model:
     dimensions: int | None = None  # of an embedding
     prefill: Prefill = Prefill.NONE
     completions: bool = False
+    label: str = field(init=False)  # how it is called in headers, logs and the page
+    limited: bool = field(init=False)  # it has a limit that the ledger has to count
 
-    @property
-    def label(self) -> str:
-        return f"{self.platform.id}/{self.model_id}"
+    def __post_init__(self) -> None:
+        limited = any(limit is not None for limit in (self.rpm, self.rpd, self.tpm, self.tpd))
+        object.__setattr__(self, "label", f"{self.platform.id}/{self.model_id}")
+        object.__setattr__(self, "limited", limited)
 
     def answer_max(self, prompt_tokens: int) -> int:
         """The most tokens to ask for: what the model gives and what its window leaves, by an estimate that may be short
@@ -110,10 +113,6 @@ class Model:
     def tokens_max(self) -> int:
         """Of the longest request that it holds."""
         return min(limit for limit in (self.context_window, self.tpm, self.tpd) if limit is not None)
-
-    @property
-    def limited(self) -> bool:
-        return not (self.rpm is None and self.rpd is None and self.tpm is None and self.tpd is None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,10 @@ class Alarm:
         task = self._task = asyncio.current_task(self._loop)
         assert task is not None
         self._cancelling = task.cancelling()
-        if self._timer is None or self._when < self._due:
+        if self._timer is not None and self._when < self._due:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
             self._set()
 
     def __exit__(
@@ -53,7 +56,6 @@ class Alarm:
             self._timer = None
 
     def _set(self) -> None:
-        self.stop()
         self._due = self._when
         self._timer = self._loop.call_at(self._when, self._ring)
 

@@ -53,7 +53,8 @@ async def read_body(
             raise InvalidRequest("The body did not arrive in time.", code="request_timeout", status=408) from None
         except asyncio.CancelledError:
             raise Stopping from None
-    return unpacked(raw, headers.get(b"content-encoding", b""), bytes_max)
+    encodings = headers.get(b"content-encoding")
+    return unpacked(raw, encodings, bytes_max) if encodings else raw
 
 
 async def received(receive: Receive, bytes_max: int) -> bytes:

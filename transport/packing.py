@@ -18,8 +18,6 @@ Unpack = Callable[[bytes, int], bytes]  # at most so many bytes, though there ma
 
 def unpacked(raw: bytes, encodings: bytes, bytes_max: int) -> bytes:
     """The body itself. Raises InvalidRequest, as soon as it turns out too large."""
-    if not encodings:
-        return raw
     names = [name.strip().lower() for name in encodings.split(b",")]
     layers = [name for name in names if name not in (b"", b"identity")]
     if unknown := [name for name in layers if name not in UNPACKERS] or layers[LAYERS_MAX:]:

@@ -99,12 +99,6 @@ class Handler(ResponseHandler):
             body.set_exception(aiohttp.ClientPayloadError(f"{type(exc).__name__}: {exc}"))
 
 
-def handler(connection: Connection) -> Handler:
-    protocol = connection.protocol
-    assert isinstance(protocol, Handler)
-    return protocol
-
-
 class Target(aiohttp.ClientRequest):
     """Tells the connector where to."""
 
@@ -125,7 +119,6 @@ class Response:
         self.headers = headers
         self._content = content
         self._connection = connection
-        content.on_eof(partial(let_go, connection))
 
     @property
     def content_type(self) -> str:
@@ -152,20 +145,20 @@ class Response:
         self._connection.close()
 
 
-def let_go(connection: Connection) -> None:
+def let_go(connection: Connection, protocol: Handler) -> None:
     """Back into the pool, unless it was answered before the whole question had been sent."""
-    transport = connection.transport
+    transport = protocol.transport
     if transport is None or transport.get_write_buffer_size():
         connection.close()
     else:
-        handler(connection).begin_idling()
+        protocol.begin_idling()
         connection.release()
 
 
 class Call:
     """A request that has been written, and whose answer's head is still to come. Whoever started it closes it."""
 
-    __slots__ = ("_body", "_connection", "_head", "_idle_s", "_target", "_upstream")
+    __slots__ = ("_body", "_connection", "_head", "_idle_s", "_protocol", "_target", "_upstream")
 
     def __init__(self, upstream: Upstream, target: Target, head: bytes, body: bytes) -> None:
         self._upstream = upstream
@@ -177,8 +170,8 @@ class Call:
 
     async def send(self) -> None:
         """Connect and write. Raises CallFailed."""
-        connection = self._connection = await self._upstream.connect(self._target)
-        protocol, transport = handler(connection), connection.transport
+        self._connection, protocol = await self._upstream.connect(self._target)
+        self._protocol, transport = protocol, protocol.transport
         self._idle_s = self._upstream.now() - protocol.idle_since
         protocol.expect_response()
         if transport is None:  # lost in this moment, which `head` will notice
@@ -200,7 +193,7 @@ class Call:
             connection = self._connection
             assert connection is not None
             try:
-                return await answered(connection)
+                return await answered(connection, self._protocol)
             except asyncio.CancelledError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
@@ -267,7 +260,7 @@ class Upstream:
             call.close()
             raise
 
-    async def connect(self, target: Target) -> Connection:
+    async def connect(self, target: Target) -> tuple[Connection, Handler]:
         """A connection to write a request to, from the pool or new. Raises CallFailed."""
         while True:
             try:
@@ -278,18 +271,19 @@ class Upstream:
                 raise Unsendable("not a host's name") from None
             except (aiohttp.ClientError, OSError) as error:
                 raise failed(error) from None
-            protocol = handler(connection)
+            protocol = connection.protocol
+            assert isinstance(protocol, Handler)
             if not protocol.should_close or protocol.idle_since == inf:
-                return connection
+                return connection, protocol
             connection.close()  # while it was idle its server said something that nobody had asked for
 
 
-async def answered(connection: Connection) -> Response:
+async def answered(connection: Connection, protocol: Handler) -> Response:
     """The answer that arrives over this connection, once its head is there."""
-    protocol = handler(connection)
     message, content = await protocol.read()
     while message.code in INTERIM:
         message, content = await protocol.read()
+    content.on_eof(partial(let_go, connection, protocol))
     return Response(message.code, message.headers, content, connection)
 
 
