@@ -210,6 +210,7 @@ async def paced(members: Sequence[Member], seconds: float) -> tuple[list[float],
     return sorted(spans), failed
 
 
+NAMES = "floor", "gateway"
 ROUNDS, ROUND_S, CONNECTIONS = 9, 2.5, 64
 SHARE = 0.5  # of a core, for each server process where the load is to have cores of its own
 CPU_GROUPS = (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup"))  # the first and the second kind
@@ -254,57 +255,58 @@ def held_to(share: float, places: Mapping[int, int]) -> Iterator[None]:
             group.rmdir()
 
 
+Server = tuple[int, "subprocess.Popen[bytes]"]  # its port, and its first process
+Servers = dict[tuple[str, int], Server]  # by name and number of workers
+
+
+def started(stack: contextlib.ExitStack, folder: Path, build: Path, redis: str) -> Servers:
+    """Floor and gateway, each as one process and as two; all of them end with the stack."""
+    mock_port = free_port()
+    platforms = [{**p, "base_url": f"http://127.0.0.1:{mock_port}/v1"} for p in CATALOG["platforms"]]
+    (folder / "catalog.json").write_text(json.dumps({**CATALOG, "platforms": platforms}))
+
+    def start(*command: str, **settings: str) -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.DEVNULL)
+        stack.callback(process.wait)
+        stack.callback(process.terminate)
+        return process
+
+    start(str(build / "mock_upstream"), str(mock_port))
+    servers: Servers = {}
+    for count in (1, 2):
+        port = free_port()
+        asgi = f"-m uvicorn --app-dir {HERE}/harness floor:app --loop uvloop --http httptools --no-access-log"
+        more = f"--log-level warning --port {port}" + (f" --workers {count}" if count > 1 else "")
+        upstream = f"http://127.0.0.1:{mock_port}"
+        servers["floor", count] = port, start(sys.executable, *f"{asgi} {more}".split(), UPSTREAM=upstream)
+        port = free_port()
+        flags = f"--db {folder}/{count}.db --catalog {folder}/catalog.json --port {port}"
+        settings = {"GATEWAY_API_KEY": KEY, "GATEWAY_STATE": redis, "GATEWAY_WORKERS": str(count)}
+        gateway = start(sys.executable, str(HERE.parent / "gateway.py"), *flags.split(), **settings)
+        servers["gateway", count] = port, gateway
+    return servers
+
+
 async def workers(folder: Path) -> Lines:
     """Requests a second of one process and of two, gateway and floor: with whole cores, which the load uses too, and
     with half a core for each server process, so that the load has cores that nobody else needs."""
-    build, mock_port = compare.build(), free_port()
-    catalog = {
-        **CATALOG,
-        "platforms": [{**p, "base_url": f"http://127.0.0.1:{mock_port}/v1"} for p in CATALOG["platforms"]],
-    }
-    (folder / "catalog.json").write_text(json.dumps(catalog))
+    build, lines = compare.build(), []
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(redis_server(folder))
-
-        def start(*command: str, **settings: str) -> subprocess.Popen[bytes]:
-            process = subprocess.Popen(command, env={**os.environ, **settings}, stdout=subprocess.DEVNULL)
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            return process
-
-        start(str(build / "mock_upstream"), str(mock_port))
-        servers = {}
-        for count in (1, 2):
-            port = free_port()
-            upstream = f"http://127.0.0.1:{mock_port}"
-            asgi = f"uvicorn --app-dir {HERE}/harness floor:app --loop uvloop --http httptools --no-access-log"
-            more = f"--log-level warning --port {port}" + (f" --workers {count}" if count > 1 else "")
-            servers["floor", count] = port, start(sys.executable, "-m", *f"{asgi} {more}".split(), UPSTREAM=upstream)
-            port = free_port()
-            files = f"--db {folder}/{count}.db --catalog {folder}/catalog.json --port {port}"
-            settings = {"GATEWAY_API_KEY": KEY, "GATEWAY_STATE": redis.url, "GATEWAY_WORKERS": str(count)}
-            gateway = start(sys.executable, str(HERE.parent / "gateway.py"), *files.split(), **settings)
-            servers["gateway", count] = port, gateway
+        servers = started(stack, folder, build, redis.url)
         for port, _ in servers.values():
             await until_open(port)
-        lines = []
         for words, share in (("whole cores", 1.0), ("half a core each", SHARE)):
             with contextlib.ExitStack() as held:
                 if share < 1:
                     for (_, count), (_, process) in servers.items():
                         pids = children(process.pid) if count > 1 else [process.pid]
                         held.enter_context(held_to(share, {pid: core for core, pid in enumerate(pids)}))
-                speeds = {key: [] for key in servers}
+                speeds: dict[tuple[str, int], list[float]] = {key: [] for key in servers}
                 for _ in range(ROUNDS):
                     for key, (port, _) in servers.items():
                         speeds[key].append(await asyncio.to_thread(requests_a_second, build, folder, port))
-            for name in ("floor", "gateway"):
-                one, two = speeds[name, 1], speeds[name, 2]
-                times = sorted(b / a for a, b in zip(one, two, strict=True))
-                lines.append(
-                    f"| {words} | {name} | {median(one):.0f} | {median(two):.0f} | {median(two) / median(one):.2f} "
-                    f"({times[len(times) // 4]:.2f} to {times[-1 - len(times) // 4]:.2f}) |"
-                )
+            lines += [f"| {words} | {name} | {compared(speeds[name, 1], speeds[name, 2])} |" for name in NAMES]
     return [
         "## Two workers",
         "",
@@ -317,6 +319,12 @@ async def workers(folder: Path) -> Lines:
         "|---|---|---|---|---|",
         *lines,
     ]
+
+
+def compared(one: Sequence[float], two: Sequence[float]) -> str:
+    times = sorted(b / a for a, b in zip(one, two, strict=True))
+    middle = f"({times[len(times) // 4]:.2f} to {times[-1 - len(times) // 4]:.2f})"
+    return f"{median(one):.0f} | {median(two):.0f} | {median(two) / median(one):.2f} {middle}"
 
 
 def requests_a_second(build: Path, folder: Path, port: int) -> float:

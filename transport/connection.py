@@ -8,6 +8,8 @@ of another protocol is declined, as every server may: uvicorn would lose the bod
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 from weakref import WeakMethod
 
@@ -15,6 +17,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from transport.client import Client
+from transport.response import ResponseWriter
 from wire.errors import GatewayError, InvalidRequest
 
 HEAD_BYTES_MAX = 64 * 1024  # of a request line and its headers; checked read by read, so a little more may slip in
@@ -23,12 +26,21 @@ LINGER_S = 2.0  # for a refused client to read why
 HEAD_S = 20.0  # for a head to arrive, and for what is left of a body whose request has been answered already
 
 
+def with_writer(
+    app: Callable[..., Awaitable[None]], writer: ResponseWriter, scope: Any, receive: Any, send: Any
+) -> Awaitable[None]:
+    """The app with a `send` of ours instead of the cycle's."""
+    return app(scope, receive, writer)
+
+
 class ClientConnection(HttpToolsProtocol):
     """uvicorn's, with limits. What they cost: one look per read, and one timer per connection."""
 
     def __init__(self, *args: Any, head_s: float = HEAD_S, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._head_s = head_s
+        self._done = self.loop.create_future()  # for whoever has nothing to wait for
+        self._done.set_result(None)
         self._head_bytes = 0
         self._refused = False
         self._last_seen: object = self  # the request at the last look; at first none, and not even a look
@@ -55,7 +67,7 @@ class ClientConnection(HttpToolsProtocol):
         self._served = cycle
         self._client = Client(self.flow.resume_reading, self._cut)
         cycle.scope["freeway.client"] = self._client  # type: ignore[typeddict-unknown-key]
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, partial(with_writer, app, ResponseWriter(cycle, self._done)))
 
     def _cut_served(self) -> None:
         if self._served is not None:

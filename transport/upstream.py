@@ -228,10 +228,10 @@ class Upstream:
         self.stale_s = stale_s
         self._proxies = proxies
         self._timeout = aiohttp.ClientTimeout(total=None, connect=connect_s)
-        self._prepared = lru_cache(maxsize=ENDPOINTS_MAX)(prepared)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        self._prepared = lru_cache(maxsize=ENDPOINTS_MAX)(partial(prepared, proxies=self._proxies, loop=self._loop))
         self._connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=DNS_TTL_S)
         self._connector._factory = partial(Handler, loop=self._loop)  # type: ignore[assignment]
         return self
@@ -245,7 +245,7 @@ class Upstream:
 
     async def start(self, method: str, endpoint: Endpoint, body: bytes = b"") -> Call:
         """Connect and write a request. Raises CallFailed."""
-        target, head = self._prepared(method, endpoint, self._proxies, self._loop)
+        target, head = self._prepared(method, endpoint)
         head = b"%bContent-Length: %d\r\n\r\n" % (head, len(body)) if body else head + b"\r\n"
         call = Call(self, target, head, body)
         await call.send()
