@@ -61,6 +61,9 @@ def note(event: Event, tally: Tally) -> bool:
     if event.text is not None:
         tally.head = tally.head or event.chunk
         return note_text(event.text, tally)
+    if event.ending is not None:
+        tally.finish = event.ending
+        return False
     choice = event.choice
     if not choice:
         return False
@@ -79,8 +82,8 @@ def note_completion(body: JSON, tally: Tally) -> None:
 def note_plain(answer: PlainAnswer, tally: Tally) -> None:
     """Count a whole answer that is nothing but text."""
     tally.head = answer.head()
-    if (read := Usage.read(answer.usage)) is not None:
-        tally.usage, tally.usage_object = read, answer.usage
+    if answer.usage is not None:
+        tally.usage, tally.usage_object = Usage.exact(answer.usage), answer.usage
     tally.finish, tally.has_text = "stop", True
     tally.text_chars = len(answer.choices[0].message.content)
 

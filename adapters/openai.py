@@ -24,7 +24,7 @@ from adapters.tool_calls import StreamedCalls, called, lost_turn, mend_whole_cal
 from adapters.whole_calls import WholeCalls
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, ModelKind, Tally, chunk_of, frame, is_exact
+from wire.chat import Chat, Completion, Event, ModelKind, Tally, Usage, chunk_of, frame
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump
 
@@ -243,7 +243,7 @@ class ChunkMender:
             if text or not self._tally.head:
                 return None
             self._note_finish(choice.finish_reason)
-            self._ending = Event(raw, payload)
+            self._ending = Event(raw, payload, ending=choice.finish_reason)
             return ()
         if text is None:
             return None
@@ -257,11 +257,10 @@ class ChunkMender:
         return (Event(raw, payload, text),)
 
     def _recognised_usage(self, raw: bytes, chunk: PlainChunk) -> Sequence[Event] | None:
-        if not chunk.usage or not is_exact(chunk.usage):
+        if not chunk.usage or (usage := Usage.exact(chunk.usage)) is None:
             return None
-        self._tally.note_usage(chunk.usage)
-        if chunk.usage is self._tally.usage_object:  # it could be read
-            self._tally.usage_raw = raw
+        tally = self._tally
+        tally.usage, tally.usage_object, tally.usage_raw = usage, chunk.usage, raw
         return ()
 
     @property

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from wire.chat import is_exact
+from wire.chat import Usage
 
 Name = Annotated[str, Meta(min_length=1)]
 Scalar = int | float | str | bool | None
@@ -116,7 +116,7 @@ def plain_answer(raw: bytes) -> PlainAnswer | None:
         answer = ANSWERS.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    if answer.usage is not None and not is_exact(answer.usage):
+    if answer.usage is not None and Usage.exact(answer.usage) is None:
         return None
     text = answer.choices[0].message.content
     return None if text[0] in "<[◁" or text[0].isspace() or "</" in text else answer

@@ -77,6 +77,9 @@ class Story:
             self._first = events[0]
         for event in events:
             if (text := event.text) is None:
+                if event.ending is not None:
+                    self.finish = event.ending
+                    continue
                 text = event.delta.get("content")
                 self._note(event)
             if text:

@@ -131,15 +131,21 @@ class Usage(Struct, frozen=True):
         """From OpenAI's `usage` object; None when it does not say."""
         if not isinstance(usage, dict):
             return None
-        if is_exact(usage):  # as nearly always
-            taken, made = usage["prompt_tokens"], usage["completion_tokens"]
-            if 0 <= taken <= TOKENS_MAX and 0 <= made <= TOKENS_MAX:
-                return cls(taken, made)
+        if (exact := cls.exact(usage)) is not None:  # as nearly always
+            return exact
         prompt, answer = (
             next((count for name in names if (count := token_count(usage.get(name))) is not None), None)
             for names in (PROMPT_NAMES, ANSWER_NAMES)
         )
         return None if prompt is None and answer is None else cls(prompt or 0, answer or 0)
+
+    @classmethod
+    def exact(cls, usage: Mapping[str, Any]) -> Usage | None:
+        """From one that has the three counts that clients read, as whole numbers; None for any other."""
+        if not is_exact(usage):
+            return None
+        taken, made = usage["prompt_tokens"], usage["completion_tokens"]
+        return cls(taken, made) if 0 <= taken <= TOKENS_MAX and 0 <= made <= TOKENS_MAX else None
 
 
 def is_exact(usage: Mapping[str, Any]) -> bool:
@@ -174,6 +180,7 @@ class Event(Struct, gc=False):
     raw: bytes
     json: dict[str, Any] | bytes  # as text until somebody looks into it
     text: str | None = None  # where it says nothing else
+    ending: str | None = None  # how the answer ended, where it says nothing else
 
     @property
     def chunk(self) -> dict[str, Any]:
@@ -191,12 +198,17 @@ class Event(Struct, gc=False):
     @property
     def delta(self) -> dict[str, Any]:
         """What it says; empty where that is nothing."""
-        return (self.choice.get("delta") or {}) if self.text is None else {"content": self.text}
+        if self.text is not None:
+            return {"content": self.text}
+        return {} if self.ending is not None else self.choice.get("delta") or {}
 
     @property
     def finish(self) -> str | None:
         """Why the answer ended with it."""
-        return self.choice.get("finish_reason") if self.text is None else None
+        if self.text is not None or self.ending is not None:
+            return self.ending
+        finish: str | None = self.choice.get("finish_reason")
+        return finish
 
 
 class Completion(Struct, gc=False):
