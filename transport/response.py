@@ -58,7 +58,6 @@ class ResponseWriter:
             if (head := self._head()) is None:
                 return self._send_usually(message)
             pieces.append(head)
-            cycle.response_started, cycle.waiting_for_100_continue = True, False
         if self._length is not None:
             self._length -= len(body)
             if self._length < 0 or (self._length and not more):
@@ -69,6 +68,7 @@ class ResponseWriter:
                 pieces += (b"%x\r\n" % len(body), body, b"\r\n")
             if not more:
                 pieces.append(b"0\r\n\r\n")
+        cycle.response_started, cycle.waiting_for_100_continue = True, False
         cycle.transport.write(b"".join(pieces))
         if not more:
             self._complete()
