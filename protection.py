@@ -337,8 +337,9 @@ class RestKey:
 
 
 @dataclass(frozen=True, slots=True)
-class EndRests:
-    """A success ends the rests of its model, and of its key for this model, that stood when it began."""
+class Recover:
+    """A success ends what failures have left behind: the rests of its model, and of its key for this model, that stood
+    when it began; a bad status of the key; a point of the model's penalty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,11 +394,6 @@ class Penalise:
 
 
 @dataclass(frozen=True, slots=True)
-class Reward:
-    """The model's penalty falls."""
-
-
-@dataclass(frozen=True, slots=True)
 class FeedGate:
     """The model's health gate hears of one outcome (SPEC 10.4)."""
 
@@ -407,7 +403,7 @@ class FeedGate:
 Effect = (
     RestModel
     | RestKey
-    | EndRests
+    | Recover
     | SpaceTrials
     | MarkKey
     | Skip
@@ -417,7 +413,6 @@ Effect = (
     | AvoidNext
     | Pin
     | Penalise
-    | Reward
     | FeedGate
 )
 
@@ -440,7 +435,7 @@ class Facts(Struct, frozen=True):
     trial: bool = False  # the attempt was a trial of something that is better left alone
 
 
-SUCCESS = (EndRests(), MarkKey(KeyStatus.HEALTHY), Reward(), Pin(), FeedGate(ok=True))
+SUCCESS = (Recover(), Pin(), FeedGate(ok=True))
 # Failures that say nothing of a model's health: the key's affair, or the request's own fault (SPEC 10.4).
 NOT_HEALTH = frozenset(
     {

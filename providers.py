@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
@@ -21,7 +22,7 @@ from adapters.stream import Incoming, checked_answer, cut_short, loaded, refusal
 from protection import Failure, Outcome, UpstreamError
 from routing.catalog import Key, Model, Platform, is_demo
 from routing.route import Route
-from transport.alarm import Alarm
+from transport.alarm import Alarm, Alarms
 from transport.upstream import Call, CallFailed, ConnectTimeout, NoFileLeft, Response, Upstream
 from wire.chat import Chat, Completion, Event, Tally
 from wire.http import Endpoint
@@ -61,6 +62,7 @@ class Attempt:
     __slots__ = (
         "_adapter",
         "_alarm",
+        "_alarms",
         "_at_end",
         "_bare",
         "_call",
@@ -111,7 +113,8 @@ class Attempt:
         self._upstream = providers.upstream
         self._timeouts = providers.timeouts
         self._clock = providers.loop.time
-        self._alarm = Alarm(providers.loop)
+        self._alarms = providers.alarms
+        self._alarm: Alarm | None = None  # from the first wait to the end
         self.began = self._heard_at = self._progressed_at = self._clock()
         self._whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
         self._call: Call | None = None
@@ -155,7 +158,7 @@ class Attempt:
             return True
         data = b""
         try:
-            with self._alarm.until(min(limit, late_at)):
+            with self._until(min(limit, late_at)):
                 if self._response is None:
                     self._response = await self._ask()
                     if not self._whole or self._refused:  # the next wait has another limit
@@ -177,6 +180,13 @@ class Attempt:
         self._heard_at = self._clock()
         self._judge(data)
         return True
+
+    def _until(self, when: float) -> Alarm:
+        """A limit for the next wait, by the loop's clock; whoever passes it raises TimeoutError."""
+        alarm = self._alarm
+        if alarm is None:
+            alarm = self._alarm = self._alarms.take()
+        return alarm.until(when)
 
     def _limit(self) -> float:
         """Until when the next wait may last."""
@@ -292,9 +302,9 @@ class Attempt:
 
     # Once it is committed.
 
-    async def next_batch(self, quiet_s: float) -> list[Event] | None:
-        """The next events, those that arrived together; None at the end. `quiet_s` is the longest time without a
-        meaningful event.
+    async def next_batch(self, quiet_s: Callable[[], float]) -> list[Event] | None:
+        """The next events, those that arrived together; None at the end. `quiet_s` gives the longest time without a
+        meaningful event, when there is something to wait for.
 
         Raises UpstreamError.
         """
@@ -321,7 +331,7 @@ class Attempt:
                 return events
         return await self._ending(incoming)
 
-    async def _read(self, quiet_s: float, incoming: Incoming, finishing: bool) -> bytes:
+    async def _read(self, quiet_s: Callable[[], float], incoming: Incoming, finishing: bool) -> bytes:
         """The next bytes; b"" at the end, and when nothing more comes behind a finish reason.
 
         Only waiting counts as silence, never the time that our client takes.
@@ -332,11 +342,11 @@ class Attempt:
             self._end_at = min(self._end_at, now + stall_s)  # whatever comes until then, if it says nothing
             until = min(self._end_at, now + min(stall_s, incoming.silence_s))
         else:
-            until = now + min(stall_s, quiet_s - self._quiet_s)
+            until = now + min(stall_s, quiet_s() - self._quiet_s)
         try:
             if until <= now:
                 raise TimeoutError
-            with self._alarm.until(until):
+            with self._until(until):
                 data = await self._response.read()
         except TimeoutError:
             if finishing:
@@ -361,7 +371,7 @@ class Attempt:
         response = self._response
         if incoming.done and response is not None and not response.complete:  # lets the connection go to the pool
             try:
-                with self._alarm.until(self._clock() + CONNECTION_END_S):
+                with self._until(self._clock() + CONNECTION_END_S):
                     await response.read()
             except (TimeoutError, CallFailed):
                 pass
@@ -370,7 +380,9 @@ class Attempt:
     def close(self) -> None:
         """Let go of the provider: its connection is free or closed. May be called again."""
         self.state = State.ENDED
-        self._alarm.stop()
+        if self._alarm is not None:
+            self._alarms.give_back(self._alarm)
+            self._alarm = None
         if self._response is not None:
             self._response.close()  # goes back to the pool where the body has been read to its end
         elif self._call is not None:
@@ -385,6 +397,7 @@ class Providers:
         self.whole_calls = whole_calls  # SPEC 14.7
         self.upstream = upstream
         self.loop = asyncio.get_running_loop()
+        self.alarms = Alarms(self.loop)
         self._adapters = {name: make(time.time) for name, make in ADAPTERS.items()}
 
     def adapter(self, platform: Platform) -> Adapter:

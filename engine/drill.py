@@ -7,6 +7,7 @@ do on a bad day: failover, rescue, waiting, the client's stream. What a drill co
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
@@ -88,10 +89,10 @@ class DrilledAttempt(Attempt):
             return False
         raise UpstreamError(Failure.TIMEOUT if self._whole else Failure.STALL, WORDS, status=504)
 
-    async def next_batch(self, quiet_s: float) -> list[Event] | None:
+    async def next_batch(self, quiet_s: Callable[[], float]) -> list[Event] | None:
         if self._over >= self._drill.events:
             if self._drill.how is Break.STALL:
-                await asyncio.sleep(min(self._timeouts.stall_s, quiet_s))
+                await asyncio.sleep(min(self._timeouts.stall_s, quiet_s()))
             raise failure(self._drill.how)
         events = await super().next_batch(quiet_s)
         if events is None:

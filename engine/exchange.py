@@ -206,9 +206,12 @@ class Engine:
             return body
         await delivery.begin_stream()
         body, longest_s = b"", self._first_token_s
+
+        def quiet_s() -> float:
+            return longest_s if resuming is None else resuming.quiet_s(running.resumption, longest_s)
+
         try:
             while True:
-                quiet_s = longest_s if resuming is None else resuming.quiet_s(running.resumption, longest_s)
                 if (events := await attempt.next_batch(quiet_s)) is None:
                     break
                 if resuming is None:
@@ -432,7 +435,7 @@ class Engine:
         exchange.route = attempt.route
         self.protection.used(exchange.session, model.platform.id, model.id, now)
         if exchange.resuming is not None:
-            exchange.resuming.elsewhere = self.router.has_others(plan, attempt.route)
+            exchange.resuming.begun(partial(self.router.has_others, plan, attempt.route))
         if exchange.broken is not None:
             exchange.reask = None  # it refused a prefill, and the other in the race did not
             return

@@ -8,6 +8,7 @@ and says whether the answer can go on. Which route is next, and what a break cos
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -42,7 +43,7 @@ class Resumption:
 class Resuming:
     """One answer, from its first event to its last, whoever they come from."""
 
-    __slots__ = ("_chat", "_continuations", "_never", "_rescue_after_s", "elsewhere", "story")
+    __slots__ = ("_chat", "_continuations", "_elsewhere", "_has_others", "_never", "_rescue_after_s", "story")
 
     def __init__(self, chat: Chat, rescue_after_s: float) -> None:
         self.story = Story()
@@ -50,7 +51,8 @@ class Resuming:
         self._rescue_after_s = rescue_after_s
         self._continuations = 0  # that have brought something
         self._never = not may_be_continued(chat)
-        self.elsewhere = False  # there may be another route than the one that is at work
+        self._has_others: Callable[[], bool] | None = None
+        self._elsewhere = False  # there may be another route than the one that is at work
 
     @property
     def need(self) -> Need:
@@ -63,11 +65,18 @@ class Resuming:
         asked = continuation(self._chat, self.story, model, prefill=prefill)
         return Resumption(asked, Seam(self.story, asked), self.story.chars)
 
+    def begun(self, has_others: Callable[[], bool]) -> None:
+        """A route has begun to answer, or to go on. `has_others`: whether there may be another one; asked at most once,
+        when its stream is waited for."""
+        self._has_others = has_others
+
     def quiet_s(self, resumption: Resumption | None, longest_s: float) -> float:
         """The longest time without a meaningful event that is waited for now: less where another route could go on."""
         if resumption is not None and resumption.seam.holding:
             return min(HELD_S, self._rescue_after_s)
-        if self._never or not self.elsewhere or not self.story.open or self._exhausted(resumption):
+        if self._has_others is not None:
+            self._elsewhere, self._has_others = self._has_others(), None
+        if self._never or not self._elsewhere or not self.story.open or self._exhausted(resumption):
             return longest_s
         return min(self._rescue_after_s, longest_s)
 

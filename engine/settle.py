@@ -24,7 +24,6 @@ from protection import (
     ClearKeyPin,
     ClearPin,
     Effect,
-    EndRests,
     Facts,
     Failed,
     FeedGate,
@@ -34,10 +33,10 @@ from protection import (
     Penalise,
     Phase,
     Pin,
+    Recover,
     RestKey,
     RestModel,
     Rests,
-    Reward,
     Skip,
     SpaceTrials,
     UpstreamError,
@@ -140,7 +139,7 @@ class Books:
         if route.trial:
             self._protection.end_rests(route.key.id, route.model.id, attempt.started, now)
             if self.shared is not None:
-                self.shared.applied(EndRests(), "", route, attempt.started, now)
+                self.shared.applied(Recover(), "", route, attempt.started, now)
             self._end_trial(route, failed=False)
 
     def _end_trial(self, route: Route, *, failed: bool) -> None:
@@ -158,17 +157,20 @@ class Books:
         protection, sessions = self._protection, self._protection.sessions
         for effect in effects:
             match effect:
-                case EndRests():
+                case Recover():
                     if protection.end_rests(key.id, model.id, attempt.started, now):
                         self._freed()
+                    if self._router.key_status.get(key.id) is not KeyStatus.HEALTHY:
+                        self._mark_key(key.id, KeyStatus.HEALTHY)
+                    self._router.penalties.success(model.id, now)
+                case Pin():
+                    if session:
+                        sessions.pin(session, model.id, key.id, now)
+                case FeedGate(ok):
+                    if not ok or self._router.gates.knows(model.id):  # of success there is nothing else to remember
+                        self._feed_gate(attempt, ok, now)
                 case MarkKey(status, error):
                     self._mark_key(key.id, status, error)
-                case Reward():
-                    self._router.penalties.success(model.id, now)
-                case FeedGate(ok):
-                    self._feed_gate(attempt, ok, now)
-                case Pin():
-                    sessions.pin(session, model.id, key.id, now)
                 case SpaceTrials():
                     protection.space_trials(key.id, model.id, now)
                 case RestModel(until):
@@ -204,8 +206,6 @@ class Books:
 
     def _feed_gate(self, attempt: Attempt, ok: bool, now: float) -> None:
         router, model = self._router, attempt.route.model
-        if ok and not router.gates.knows(model.id):  # the usual case: nothing to remember
-            return
         hold = not ok and router.gates_hold(model, now)
         change = router.gates.feed(
             model.id,
@@ -222,7 +222,7 @@ class Books:
             if change == "closed":
                 self._freed()
 
-    def _mark_key(self, key: int, status: KeyStatus, error: str | None) -> None:
+    def _mark_key(self, key: int, status: KeyStatus, error: str | None = None) -> None:
         """Remember it; tell the database when it is news. A success that began before does not lift invalid."""
         if not key or (status is KeyStatus.HEALTHY and self._router.key_status.get(key) is KeyStatus.INVALID):
             return

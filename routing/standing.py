@@ -128,8 +128,9 @@ class Protection:
             self.strikes[key, model] = min(self.strikes.get((key, model), 0) + 1, HINTLESS_STEPS)
 
     def end_rests(self, key: int, model: int, began: float, now: float) -> bool:
-        """Carry EndRests out; whether something had rested."""
-        self.strikes.pop((key, model), None)
+        """Carry Recover out; whether something had rested."""
+        if self.strikes:
+            self.strikes.pop((key, model), None)
         if not (self.transient.rests or self.keys.rests):
             return False
         lifted = self.transient.lift(model, began, now)

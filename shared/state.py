@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from protection import Ban, ClearKeyPin, ClearPin, Effect, EndRests, Pin, RestKey, RestModel
+from protection import Ban, ClearKeyPin, ClearPin, Effect, Pin, Recover, RestKey, RestModel
 from router import Router
 from routing.clients import Admission, Client
 from routing.route import Route
@@ -127,7 +127,7 @@ class SharedState:
                 self._rests.rested(None, route.model.id, now)
             case RestKey():
                 self._rests.rested(route.key.id, route.model.id, now)
-            case EndRests():
+            case Recover():
                 self._rests.lifted(route.key.id, route.model.id, began, now)
             case Pin() | Ban() | ClearPin() | ClearKeyPin():
                 if session:

@@ -14,7 +14,6 @@ from protection import (
     Cancelled,
     ClearKeyPin,
     ClearPin,
-    EndRests,
     Facts,
     Failed,
     Failure,
@@ -26,10 +25,10 @@ from protection import (
     Penalise,
     Phase,
     Pin,
+    Recover,
     RestKey,
     RestModel,
     Rests,
-    Reward,
     Scope,
     Skip,
     UpstreamError,
@@ -40,7 +39,7 @@ from protection import (
 NOW = 1000.0
 BEFORE, MID = Phase.BEFORE_STREAM, Phase.MID_STREAM
 BAN, SKIP, OFF = Level.PROVIDER_BAN, Level.MODEL_SKIP, Level.OFF
-SUCCESS = (EndRests(), MarkKey(KeyStatus.HEALTHY), Reward(), Pin(), FeedGate(ok=True))
+SUCCESS = (Recover(), Pin(), FeedGate(ok=True))
 
 
 def facts(level: Level = SKIP, *, keys_left: bool = False, strikes: int = 0) -> Facts:
