@@ -226,11 +226,12 @@ class ChunkMender:
         self._finish: str | None = None
         self._odd_head = False  # id, created or model are not of the types that clients insist on
         self._ending: Event | None = None  # the provider's own event of its ending, if it says nothing else
+        self._wants_all = self._has_tools  # every chunk has to be looked at, however plain: see `_looks_closely`
 
     def recognised(self, raw: bytes, payload: bytes) -> Sequence[Event] | None:
-        gate, calls = self._gate, self._whole
-        if self._odd_head or (calls is not None and calls.holding) or (gate is not None and self._has_tools):
+        if self._wants_all:
             return None
+        gate = self._gate
         if (chunk := plain_chunk(payload)) is None:
             return None
         if not chunk.choices:
@@ -282,6 +283,16 @@ class ChunkMender:
         return (self._whole.taken_chars if self._whole else 0) + (self._gate.taken_chars if self._gate else 0)
 
     def feed(self, raw: bytes, payload: bytes, chunk: JSON) -> list[Event]:
+        events = self._mended(raw, payload, chunk)
+        self._wants_all = self._looks_closely
+        return events
+
+    @property
+    def _looks_closely(self) -> bool:
+        """Whether a plain chunk, too, would be changed or held back."""
+        return self._odd_head or self.holding or (self._gate is not None and self._has_tools)
+
+    def _mended(self, raw: bytes, payload: bytes, chunk: JSON) -> list[Event]:
         changed = self._put_right(raw, payload, chunk)
         if not chunk.get("choices"):  # usage goes out once and last; anything else here would only break clients
             return []
