@@ -5,6 +5,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 
 import pytest
 import uvicorn
@@ -39,11 +40,12 @@ def sending(*messages) -> App:
 
 
 @contextlib.asynccontextmanager
-async def served(app: App) -> AsyncIterator[int]:
+async def served(app: App, head_s: float = 20, keep_alive_s: int = 65) -> AsyncIterator[int]:
     """The port of a server that runs this app as the gateway's is run."""
     config = uvicorn.Config(
-        app, http=ClientConnection, interface="asgi3", lifespan="off", log_config=None, server_header=False
-    )
+        app, http=partial(ClientConnection, head_s=head_s), interface="asgi3", lifespan="off", log_config=None,
+        server_header=False, timeout_keep_alive=keep_alive_s,
+    )  # fmt: skip
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(config)
         running = asyncio.create_task(server.serve(sockets=[listener]))
@@ -124,6 +126,19 @@ async def test_requests_of_one_connection_are_answered_in_their_order():
     got = await read_all(app, GET.replace(b"/ ", b"/slow "), GET.replace(b"/ ", b"/2 "), LAST.replace(b"/ ", b"/3 "))
 
     assert [answer.split(b"\r\n\r\n")[1] for answer in got.split(b"HTTP/1.1 200 OK")[1:]] == [b"/slow", b"/2", b"/3"]
+
+
+@pytest.mark.parametrize(("keep_alive_s", "kept"), [(0, False), (65, True)])
+async def test_a_connection_is_kept_for_so_long_between_two_requests(keep_alive_s, kept):
+    async with served(sending(start(length(2)), part(b"ok")), 0.02, keep_alive_s) as port, asyncio.timeout(5):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(GET)
+        await reader.readuntil(b"ok")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2 if kept else 5):
+                assert await reader.read() == b""
+        assert reader.at_eof() is not kept
+        writer.close()
 
 
 @pytest.mark.parametrize(

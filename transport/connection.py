@@ -1,7 +1,7 @@
 """One client's connection: how much it may send before it is a request, and how long it may take.
 
 uvicorn reads a request's head without a limit of size or time, and keeps a connection that never says anything for
-ever. Here both end; a connection that is served, or that waits between two requests, is uvicorn's affair. And an offer
+ever. Here both end, and so does a pause between two requests; a connection that is served is uvicorn's affair. An offer
 of another protocol is declined, as every server may: uvicorn would lose the body of a request that makes one.
 """
 
@@ -34,7 +34,8 @@ def with_writer(
 
 
 class ClientConnection(HttpToolsProtocol):
-    """uvicorn's, with limits. What they cost: one look per read, and one timer per connection."""
+    """uvicorn's, with limits. What they cost: one look per read, and one timer per connection, which does for uvicorn's
+    own between two requests, too: that one is set and taken back with each of them."""
 
     def __init__(self, *args: Any, head_s: float = HEAD_S, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -44,6 +45,7 @@ class ClientConnection(HttpToolsProtocol):
         self._head_bytes = 0
         self._refused = False
         self._last_seen: object = self  # the request at the last look; at first none, and not even a look
+        self._idle_since: float | None = None  # by the loop's clock, between two requests
         self._timer: asyncio.TimerHandle | None = None
         self._cut = WeakMethod(self._cut_served)  # the client is held by the request, and that by this connection
         self._client: Client | None = None  # whose request is being served
@@ -69,6 +71,16 @@ class ClientConnection(HttpToolsProtocol):
         cycle.scope["freeway.client"] = self._client  # type: ignore[typeddict-unknown-key]
         super()._start_asgi_task(cycle, partial(with_writer, app, ResponseWriter(cycle, self._done)))
 
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self._idle_since = self.loop.time()
+
     def _cut_served(self) -> None:
         if self._served is not None:
             self._served.disconnected = True  # by us: nothing that uvicorn would have to complain of
@@ -80,7 +92,7 @@ class ClientConnection(HttpToolsProtocol):
             if self._head_bytes > REFUSED_BYTES_MAX:
                 self.transport.close()
             return
-        self._unset_keepalive_if_required()
+        self._idle_since = None
         self._feed(data)
         if self.scope is None or (self.cycle is not None and self.cycle.scope is self.scope):  # not within a head
             self._head_bytes = 0
@@ -145,10 +157,14 @@ class ClientConnection(HttpToolsProtocol):
         self.loop.call_later(LINGER_S, self.transport.close)
 
     def _look(self) -> None:
-        """Hang up when no request has begun since the last look, nor is one running, nor is it uvicorn's wait between
-        two: then a head, or the rest of a body that nobody reads, has been arriving all the time."""
-        served = self.cycle is not None and not self.cycle.response_complete
-        if served or self.timeout_keep_alive_task is not None:
+        """Hang up when no request has begun since the last look, nor is one running, nor is it the pause between two:
+        then a head, or the rest of a body that nobody reads, has been arriving all the time. And when that pause has
+        been too long."""
+        served, idle_since = self.cycle is not None and not self.cycle.response_complete, self._idle_since
+        if idle_since is not None and self.loop.time() - idle_since >= self.timeout_keep_alive:
+            self.transport.close()
+            return
+        if served or idle_since is not None:
             self._last_seen = self
         elif self._last_seen is self.cycle:
             self.transport.close()
