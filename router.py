@@ -208,7 +208,8 @@ class Router:
         step = self._next_step(plan, now, blocked)
         plan.blocked = blocked or NOTHING
         if blocked:
-            plan.passed = {**blocked, **plan.passed}
+            asked = {model for _, model in plan.times_failed}  # nothing stood in the way of these
+            plan.passed = {**{id: why for id, why in blocked.items() if id not in asked}, **plan.passed}
         if step is not None:
             return self._taken(step, plan, now)
         plan.wait_s = min((b.left_s for b in blocked.values() if b.left_s is not None), default=None)

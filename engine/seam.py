@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from adapters.text_rescue import found_json
 from engine.place import Found, Joint, Misfit, Place, Restart
 from engine.rescue import Continuation
 from engine.story import Story
 from engine.wording import is_first_half, is_unfinished, whole_letters
 from wire.chat import Event, chunk_of, frame
-from wire.jsontext import JSON
+from wire.jsontext import JSON, load_inner
 
 HELD_CHARS_MAX = 240  # SPEC 14.5, as is the next
 HELD_S = 3.0  # from the first word
@@ -69,8 +68,7 @@ class Seam:
     def end(self) -> Step:
         """The stream has ended without saying how."""
         out: list[Event] = []
-        misfit = self._ended(out)
-        return Step(out, misfit or (Misfit.ENDED if self._lacks_more and self._story.open else None))
+        return Step(out, self._ended(out) or (self._unfinished() if self._story.open else None))
 
     def _event(self, event: Event, now: float, out: list[Event]) -> Misfit | None:
         """Reasoning and role are left out: the client has them, or is past them."""
@@ -86,12 +84,18 @@ class Seam:
             return None
         if misfit := self._ended(out):
             return misfit
-        if finish == "stop" and self._lacks_more:
+        if finish == "stop" and (misfit := self._unfinished()):
+            return misfit
+        self._give(more, out, finish)
+        return None
+
+    def _unfinished(self) -> Misfit | None:
+        """Why no answer ends here, if none does."""
+        if self._lacks_more:
             return Misfit.ENDED
-        if finish == "stop" and self._json is not None and found_json("".join(self._json)) is None:
+        if self._json is not None and load_inner("".join(self._json)) is None:
             self._story.spoilt = True
             return Misfit.NOT_JSON
-        self._give(more, out, finish)
         return None
 
     def _give(self, delta: JSON, out: list[Event], finish: str | None = None) -> None:

@@ -262,6 +262,21 @@ async def test_what_rested_when_it_was_routed_is_told_though_it_no_longer_does(s
     assert mine(told)[0] == "c"
 
 
+async def test_what_was_asked_and_failed_is_not_called_excluded(start_gateway, fake):
+    """Nothing stood in its way when its turn came; how it failed is told by the attempts."""
+    gateway = await start_gateway({"a": {"keys": ["k1", "k2"]}, "b": {}, "c": {}, "d": {}})
+    fake.script("a", error(429), error(500))
+    fake.script("b", error(429))
+    fake.script("c", error(400))
+
+    told = await explained(gateway, await gateway.chat())
+
+    assert [attempt["platform"] for attempt in told["attempts"]] == ["a", "a", "b", "c", "d"]
+    assert [(c["platform"], c["rung"]) for c in told["candidates"] if c["excluded"] is None] == [
+        ("a", 1), ("b", 1), ("c", 1), ("d", 1),
+    ]  # fmt: skip
+
+
 async def test_a_refused_request_tells_what_stood_in_each_models_way(start_gateway, fake):
     gateway = await start_gateway({"a": {"trains_on_prompts": True}, "b": {"model": {"context_window": 20}}})
     got = await gateway.chat("x" * 400, headers={"X-Privacy": "no-train"})

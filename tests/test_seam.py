@@ -409,6 +409,7 @@ def test_a_restart_of_a_long_answer_is_followed_for_as_long_as_it_takes():
     assert joined(story, asked, in_pieces(words.replace("word7000", "word"), 5_000)) is Misfit.DIVERGED
 
 
+@pytest.mark.parametrize("finish", ["stop", None])
 @pytest.mark.parametrize(
     ("to", "said", "whole"),
     [
@@ -417,10 +418,12 @@ def test_a_restart_of_a_long_answer_is_followed_for_as_long_as_it_takes():
         (NONE, '{"b": 1}', False),
         (PLAIN, ' 1, "b": 2}', True),
         (PLAIN, ' 1, "b": 2', False),  # is no JSON as a whole
+        (NONE, '{"a": 1, "b": 2} and that is all', False),
+        (NONE, '{"a": 1, "b": 2}\n', True),
         (PLAIN, '{"a": 1, "b": 2}', True),
     ],
 )
-def test_a_json_answer_goes_on_by_prefill_or_by_an_equal_restart_and_must_parse(to, said, whole):
+def test_a_json_answer_goes_on_by_prefill_or_by_an_equal_restart_and_must_parse(to, said, whole, finish):
     body = {"messages": [{"role": "user", "content": "hi"}], "response_format": {"type": "json_object"}}
     story = told('{"a": 1')
     asked = continuation(chat_from(body), story, to)
@@ -428,7 +431,7 @@ def test_a_json_answer_goes_on_by_prefill_or_by_an_equal_restart_and_must_parse(
 
     seam = Seam(story, asked)
     steps = [seam.feed([event(piece)], 0.0) for piece in said]
-    last = seam.feed([event(finish="stop")], 0.0)
+    last = seam.feed([event(finish=finish)], 0.0) if finish else seam.end()
 
     assert (last.misfit is None and not any(step.misfit for step in steps)) is whole
     assert story.spoilt is (last.misfit is Misfit.NOT_JSON)
