@@ -72,6 +72,7 @@ class Attempt:
         "_gives_back",
         "_heard_at",
         "_incoming",
+        "_patience_s",
         "_pieces",
         "_progressed_at",
         "_quiet_s",
@@ -112,6 +113,7 @@ class Attempt:
         self._bare = False  # that has been refused
         self._upstream = providers.upstream
         self._timeouts = providers.timeouts
+        self._patience_s = providers.timeouts.first_token_s
         self._clock = providers.loop.time
         self._alarms = providers.alarms
         self._alarm: Alarm | None = None  # from the first wait to the end
@@ -129,6 +131,10 @@ class Attempt:
         self._at_end = False
 
     # Until it is committed.
+
+    def hurry(self, first_token_s: float) -> None:
+        """Wait no longer than this for the first token of a stream: there are others to ask."""
+        self._patience_s = min(self._patience_s, first_token_s)
 
     async def open(self, late_at: float = inf) -> bool:
         """Wait until the answer is committed. False when `late_at` came first; then it may be called again.
@@ -199,7 +205,7 @@ class Attempt:
             first_from = self._progressed_at
         if incoming is not None and incoming.finishing:
             silence_s = min(silence_s, incoming.silence_s)
-        return min(self._heard_at + silence_s, first_from + self._timeouts.first_token_s)
+        return min(self._heard_at + silence_s, first_from + self._patience_s)
 
     @property
     def _may_end(self) -> bool:

@@ -418,8 +418,19 @@ class Engine:
             attempt = DrilledAttempt(self.providers, route, chat, exchange.attempts, exchange.drill)
         else:
             attempt = self.providers.attempt(route, chat, exchange.attempts)
+        if resumption is not None and self._is_replaceable(exchange, plan, route):
+            attempt.hurry(self._rescue_after_s)
         active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, attempt.started)
         return Running(attempt, active, self._journal.skipped(plan), resumption, hedge)
+
+    def _is_replaceable(self, exchange: Exchange, plan: Plan, route: Route) -> bool:
+        """Whether another model could go on with the answer, should this one not begin: its client has been waiting in
+        the middle of it (SPEC 14.2). One that has failed in this request, or rests, is no better than a slow one."""
+        now, router, resting = time.monotonic(), self.router, self.protection.transient
+        if plan.attempts_left <= 0 or not exchange.may_ask(1) or now + self._rescue_after_s >= exchange.deadline:
+            return False
+        others = (m for m in plan.complete() if m is not route.model and m.id not in plan.failed and router.has_key(m))
+        return any(resting.get(m.id, now) is None and router.usable_key(m, plan, now) for m in others)
 
     def _second_route(self, exchange: Exchange, plan: Plan, first: Running) -> Route | None:
         """The route that joins one that is late, within the limits of attempts and time."""

@@ -36,6 +36,7 @@ from continuing import (
 )
 from fake_provider import (
     CUT,
+    PAUSE,
     ROLE,
     STOP,
     Every,
@@ -44,6 +45,7 @@ from fake_provider import (
     answer,
     chunk,
     error,
+    in_time,
     raw,
     sse,
     usage_chunk,
@@ -316,6 +318,33 @@ async def test_comments_do_not_hide_that_an_answer_has_stopped(start_gateway, fa
     fake.script("b", served(repeats_anchor(PROSE)))
 
     assert_one_answer(await gateway.stream(), PROSE)
+
+
+async def test_who_is_to_go_on_and_does_not_begin_is_given_up_for_another(start_gateway, fake):
+    gateway = await start_gateway(["a", "b", "c"], ON | STALLS)
+    fake.script("a", sse(ROLE, chunk(PROSE[:HALF]), CUT))
+    fake.script("c", served(repeats_anchor(PROSE)))
+    for name, reply in {"silent": raw(PAUSE), "comments": sse(ROLE, Every(0.02, b": working\n\n"))}.items():
+        with case(name):
+            fake.clear()
+            fake.script("b", reply)
+            async with in_time(2.0):
+                got = await gateway.stream()
+            assert_one_answer(got, PROSE)
+            assert fake.called == ["a", "b", "c"]
+            assert [row["error_kind"] for row in await gateway.rows_of(got, 3)] == ["connection", "stall", None]
+            await gateway.recovered()
+
+
+async def test_the_last_who_can_go_on_may_take_its_time_to_begin(start_gateway, fake):
+    gateway = await start_gateway(["a", "b"], ON | STALLS)
+    go_on = asyncio.Event()
+    fake.script("a", sse(ROLE, chunk(PROSE[:HALF]), CUT))
+    fake.script("b", lambda request: raw(Wait(go_on), *served(repeats_anchor(PROSE))(request).steps))
+    asyncio.get_running_loop().call_later(PAUSED_S, go_on.set)
+
+    assert_one_answer(await gateway.stream(), PROSE)
+    assert fake.called == ["a", "b"]
 
 
 # --- Ten texts --------------------------------------------------------------------------------------------------------
