@@ -57,7 +57,7 @@ def mend_whole_calls(calls: list[JSON], answer: JSON, chat: Chat, *, cut: bool) 
         if not call.get("id") or call["id"] in ids:  # clients match results to calls by id
             call["id"], changed = made_id(answer, place), True
         ids.add(call["id"])
-        changed |= mend_call(call)
+        changed |= mend_call(call, cut=cut)
         function = call.get("function")
         if not isinstance(function, dict):
             continue
@@ -75,8 +75,8 @@ def mend_whole_calls(calls: list[JSON], answer: JSON, chat: Chat, *, cut: bool) 
     return changed
 
 
-def mend_call(call: JSON) -> bool:
-    """A tool call with a type, and arguments as text."""
+def mend_call(call: JSON, *, cut: bool) -> bool:
+    """A tool call with a type, and arguments as text: none at all is none, unless the call was cut off."""
     changed = False
     if not call.get("type"):
         call["type"], changed = "function", True
@@ -85,8 +85,8 @@ def mend_call(call: JSON) -> bool:
         arguments = function.get("arguments")
         if isinstance(arguments, dict):
             function["arguments"], changed = dump(arguments).decode(), True
-        elif arguments is None or arguments == "":
-            function["arguments"], changed = "{}", True
+        elif arguments is None or (arguments == "" and not cut):
+            function["arguments"], changed = "" if cut else "{}", True
     return changed
 
 

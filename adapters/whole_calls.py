@@ -71,9 +71,10 @@ class WholeCalls:
         return self._released(before=inf)
 
     def finish(self, *, cut: bool) -> list[JSON]:
-        """The rest, at the end of the answer. A call that `length` cut off is left out. Raises UpstreamError for one
-        that is no call."""
-        pieces = self._released(before=None)
+        """The rest, at the end of the answer. What is not complete where `length` cut it off is left out, also one of
+        which only the name has come: nobody knows what would have followed. Raises UpstreamError for one that is no
+        call."""
+        pieces = self._released(before=inf if cut else None)
         if not cut and any(call.arguments or "name" in call.first["function"] for call in self._held.values()):
             raise lost_turn()
         self._held.clear()

@@ -70,13 +70,14 @@ def parse_drill(text: str) -> Drill:
 class DrilledAttempt(Attempt):
     """An attempt that fails as the drill says. It asks its provider only where something is to be said before that."""
 
-    __slots__ = ("_drill", "_over", "_said")
+    __slots__ = ("_counted", "_drill", "_over", "_said")
 
     def __init__(self, providers: Providers, route: Route, chat: Chat, number: int, drill: Drill) -> None:
         super().__init__(providers, route, chat, number)
         self._drill = drill
         self._said = Tally()  # what was passed on
-        self._over = 0  # meaningful events passed on
+        self._counted = Tally()  # what came up to the break
+        self._over = 0  # meaningful events that came
 
     async def open(self, late_at: float = inf) -> bool:
         if self._drill.events and not self._whole:
@@ -103,11 +104,25 @@ class DrilledAttempt(Attempt):
         return passed
 
     def _up_to_the_break(self, events: list[Event]) -> list[Event]:
+        passed = events
         for index, event in enumerate(events):
-            self._over += note(event, self._said)
+            self._over += note(event, self._counted)
             if self._over >= self._drill.events:
-                return events[: index + 1]
-        return events
+                passed = events[: self._before_half_a_call(events, index)]
+                break
+        for event in passed:
+            note(event, self._said)
+        return passed
+
+    def _before_half_a_call(self, events: list[Event], last: int) -> int:
+        """How many of these the client gets where this is the last that came. A call that the break goes through would
+        not have come to its end, so nothing of it goes out where calls go out whole (SPEC 14.7)."""
+        places = {piece.get("index") for piece in events[last].delta.get("tool_calls") or ()}
+        if not (places and self._whole_calls):
+            return last + 1
+        while last and places & {piece.get("index") for piece in events[last - 1].delta.get("tool_calls") or ()}:
+            last -= 1
+        return last
 
     def _forget_the_rest(self) -> None:
         """What was read beyond the break has never come."""

@@ -6,6 +6,7 @@ import json
 import pytest
 from conftest import assert_error, both_ways, case
 from fake_provider import CUT, STOP, answer, chunk, error, sse, usage_chunk
+from turns import piece
 
 from engine.drill import CASES, Break, Drill, parse_drill
 from wire.errors import InvalidRequest
@@ -106,6 +107,21 @@ async def test_the_break_is_where_it_was_asked_for(start_gateway, fake):
 
     assert got.text == "one, two, three, "
     assert got.error["type"] == "stream_error"
+
+
+@pytest.mark.parametrize("drilled", ["cut=1", "cut=2", "error=2", "stall=2", "cut=3"])
+async def test_a_break_within_a_tool_call_leaves_nothing_of_it(start_gateway, fake, drilled):
+    gateway = await start_gateway(["a", "b"], QUICK)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    call = [piece(0, "", id="one", name="f"), piece(0, '{"a": '), piece(0, "1}"), chunk(finish="tool_calls")]
+    for before in ((), (chunk("I will look that up for you. "),)):
+        fake.script("a", sse(*before, *call))
+        fake.script("b", sse(*before, *call))
+
+        got = await gateway.stream(tools=tools, headers=drill(drilled))
+
+        assert [made["function"]["arguments"] for made in got.calls] == ['{"a": 1}']
+        assert got.finishes == ["tool_calls"]
 
 
 @both_ways

@@ -211,6 +211,27 @@ async def test_half_a_call_is_never_seen_and_the_next_route_makes_it_whole(start
     assert got.finishes == ["tool_calls"]
 
 
+@pytest.mark.parametrize("finish", ["length", "content_filter"])
+@pytest.mark.parametrize("begun", [piece(0, "", "f"), piece(0, "", "unknown"), piece(0, '{"a": ', "unknown")])
+async def test_a_call_cut_off_at_its_name_is_not_made_up_into_one_without_arguments(start_gateway, fake, begun, finish):
+    gateway = await start_gateway()
+    fake.script("a", sse(chunk("I look. "), said(begun), chunk(finish=finish)))
+
+    got = await gateway.stream(tools=TOOLS)
+
+    assert (got.text, got.calls, got.finishes) == ("I look. ", [], [finish])
+
+
+async def test_a_whole_answers_call_that_length_cut_off_before_its_arguments_has_none(start_gateway, fake):
+    gateway = await start_gateway()
+    for finish, arguments in (("length", ""), ("tool_calls", "{}")):
+        for given in ("", None):
+            call = {"id": "one", "type": "function", "function": {"name": "f", "arguments": given}}
+            fake.script("a", completion("I look.", finish=finish, message={"tool_calls": [call]}))
+            message = (await gateway.chat(tools=TOOLS)).json["choices"][0]["message"]
+            assert [call["function"]["arguments"] for call in message["tool_calls"]] == [arguments]
+
+
 async def test_a_call_that_length_cut_off_is_left_out_of_the_stream(start_gateway, fake):
     gateway = await start_gateway(["a"])
     fake.script("a", sse(chunk("I look. "), *ONE[:2], chunk(finish="length")))
