@@ -9,18 +9,27 @@ from typing import Any
 
 from adapters.answers import find_usage, has_head, whole_number
 from wire.chat import Completion, Usage, chunk_of, told_usage
-from wire.jsontext import JSON, dump
+from wire.jsontext import JSON, dump, load_inner
 
 
 def as_chunks(body: JSON) -> list[JSON]:
-    """A whole answer as chunks; a call as two pieces, as clients know it from streams."""
+    """A whole answer as chunks; a call as two pieces, as clients know it from streams. A call that was cut off is left
+    out, as in a stream (SPEC 14.7)."""
     choice = body["choices"][0]
+    cut = choice.get("finish_reason") in ("length", "content_filter")
     delta = {name: value for name, value in (choice.get("message") or {}).items() if value is not None}
     calls = delta.pop("tool_calls", None) or ()
     chunks = [chunk_of(body, delta)] if delta else []
-    for index, call in enumerate(calls):
+    for index, call in enumerate(call for call in calls if not cut or has_arguments(call)):
         chunks += [chunk_of(body, {"tool_calls": [piece]}) for piece in call_pieces(index, call)]
     return [*chunks, chunk_of(body, {}, choice.get("finish_reason") or "stop")]
+
+
+def has_arguments(call: JSON) -> bool:
+    """Whether a call says all of what it is made with."""
+    function = call.get("function")
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    return isinstance(arguments, str) and isinstance(load_inner(arguments), dict)
 
 
 def call_pieces(index: int, call: JSON) -> list[JSON]:

@@ -222,6 +222,21 @@ async def test_a_call_cut_off_at_its_name_is_not_made_up_into_one_without_argume
     assert (got.text, got.calls, got.finishes) == ("I look. ", [], [finish])
 
 
+@pytest.mark.parametrize("finish", ["length", "tool_calls"])
+async def test_a_whole_answer_that_is_streamed_leaves_out_the_call_that_length_cut_off(start_gateway, fake, finish):
+    gateway = await start_gateway()
+    whole, half = ({"id": id, "type": "function", "function": {"name": "f", "arguments": told}} for id, told in (
+        ("one", '{"text": "x"}'), ("two", '{"te' if finish == "length" else "{}"),
+    ))  # fmt: skip
+    fake.script("a", completion("I look.", finish=finish, message={"tool_calls": [whole, half]}))
+
+    got = await gateway.stream(tools=TOOLS)
+
+    told = ['{"text": "x"}'] if finish == "length" else ['{"text": "x"}', "{}"]
+    assert [call["function"]["arguments"] for call in got.calls] == told
+    assert (got.text, got.finishes) == ("I look.", [finish])
+
+
 async def test_a_whole_answers_call_that_length_cut_off_before_its_arguments_has_none(start_gateway, fake):
     gateway = await start_gateway()
     for finish, arguments in (("length", ""), ("tool_calls", "{}")):
