@@ -296,7 +296,7 @@ class Engine:
             now = time.monotonic()
             failed_at = inf if exchange.pause_s(now) is None else now
             plan.continue_like(attempt.route, failed_at, self.router.has_other_keys(plan, attempt.route))
-        plan.need = resuming.need
+        plan.grow(resuming.need, resuming.tokens_min)
         return True
 
     def _lost(self, exchange: Exchange, delivery: Delivery) -> bytes | None:

@@ -60,6 +60,13 @@ class Resuming:
         need = self._chat.need
         return replace(need, tokens=need.tokens + self.story.tokens)
 
+    @property
+    def tokens_min(self) -> int:
+        """What any model must hold to be asked at all: where the request may be made again as it was, no more than
+        that."""
+        as_it_was = not self.story.chars or "response_format" in self._chat.body
+        return self._chat.need.tokens if as_it_was else self.need.tokens
+
     def resumption(self, model: Model, *, prefill: bool) -> Resumption:
         """How to ask this model for the rest."""
         asked = continuation(self._chat, self.story, model, prefill=prefill)

@@ -146,6 +146,11 @@ class Plan(Struct):
 
         self.order = sorted(self.complete(), key=distance)
 
+    def grow(self, need: Need, tokens: int) -> None:
+        """The request needs more room from now on. Models that do not hold so many tokens are left out (SPEC 3.7)."""
+        self.need = need
+        self.order = [model for model in self.order if model.holds(tokens)]
+
     def ban(self, platform: str) -> None:
         self.banned |= {platform}
 

@@ -117,6 +117,21 @@ async def test_at_most_two_continuations_that_brought_something(start_gateway, f
     assert 100 < at[3] < len(got.text)
 
 
+async def test_a_model_whose_window_the_answer_so_far_fills_does_not_go_on_with_it(start_gateway, fake):
+    windows = {"a": 100_000, "b": 1_200, "c": 100_000}  # 1000 of these are left for the answer
+    gateway = await start_gateway({name: {"model": {"context_window": size}} for name, size in windows.items()}, ON)
+    for fields, called in (({}, ["a", "c"]), ({"response_format": {"type": "json_object"}}, ["a", "b"])):
+        text = LONG if not fields else f'{{"told": "{LONG}"}}'
+        fake.clear()
+        fake.script("a", broken(text, at=1_000))
+        for name in "bc":
+            fake.script(name, served(repeats_anchor(text)))
+
+        assert_one_answer(await gateway.stream(**fields), text)
+        assert fake.called == called
+        await gateway.recovered()
+
+
 async def test_two_continuations_make_one_answer(start_gateway, fake):
     gateway = await start_gateway(["a", "b", "c"], ON)
     fake.script("a", broken(LONG, at=100))
