@@ -240,8 +240,8 @@ async def test_a_whole_answer_that_is_streamed_leaves_out_the_call_that_length_c
 async def test_a_whole_answers_call_that_length_cut_off_before_its_arguments_has_none(start_gateway, fake):
     gateway = await start_gateway()
     for finish, arguments in (("length", ""), ("tool_calls", "{}")):
-        for given in ("", None):
-            call = {"id": "one", "type": "function", "function": {"name": "f", "arguments": given}}
+        for told in ("", None):
+            call = {"id": "one", "type": "function", "function": {"name": "f", "arguments": told}}
             fake.script("a", completion("I look.", finish=finish, message={"tool_calls": [call]}))
             message = (await gateway.chat(tools=TOOLS)).json["choices"][0]["message"]
             assert [call["function"]["arguments"] for call in message["tool_calls"]] == [arguments]
