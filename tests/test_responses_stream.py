@@ -242,7 +242,7 @@ async def test_an_answer_that_was_cut_ends_as_incomplete(start_gateway, fake, fi
 
 
 async def test_a_call_that_was_cut_is_incomplete_and_what_came_before_it_is_not(start_gateway, fake):
-    gateway = await start_gateway()
+    gateway = await start_gateway(["a"], {"TOOL_CALLS": "stream"})  # else nothing of it goes out (SPEC 14.7)
     fake.script("a", sse(chunk("one"), piece(0, '{"ci', id="call_x", name="f"), chunk(finish="length")))
 
     response = (await streamed(gateway, tools=[TOOL]))[0][-1]["response"]
