@@ -268,7 +268,7 @@ def wants_no_memory(headers: Given) -> bool:
 def wait_seconds(text: bytes) -> float:
     """How long a request may wait for a route, as its X-Max-Wait says. Raises InvalidRequest."""
     try:
-        seconds = float(text)
+        seconds = float(text) if b"_" not in text else -1.0  # which Python reads as 10 in 1_0
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds <= WAIT_S_MAX:
