@@ -22,25 +22,26 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
 import pytest
 import uvicorn
 import uvloop
 from _pytest.runner import runtestprotocol
-from anthropic import AsyncAnthropic
-from anthropic import DefaultAsyncHttpxClient as AnthropicHttp
 from fake_provider import FakeProvider, TooLate, until
 from hypothesis import HealthCheck
 from hypothesis import settings as property_settings
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
 import gateway
 from config.settings import BUILT_IN_CATALOG, load_settings
 from records.connection import Connection
 from records.database import Store, backend_of
 from transport.process import spare_the_collector
+
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
+    from openai import AsyncOpenAI
 
 pytest.register_assert_rewrite("browsing")  # the browser's tests and their fixtures stand in one folder
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
@@ -65,6 +66,12 @@ property_settings.load_profile("any machine")
 # Two thousand databases come and go: on a disk each waits three times for it, in memory never.
 if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 1 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist, for `-n auto`
+def pytest_xdist_auto_num_workers() -> int:
+    """Tests spend half of their time waiting for limits of milliseconds: two processes keep a core busy."""
+    return 2 * len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2 * (os.cpu_count() or 1)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -343,13 +350,20 @@ class Gateway(Client):
     _serving: asyncio.Task | None = None
 
     @cached_property
-    def openai(self) -> AsyncOpenAI:
+    def openai(self) -> "AsyncOpenAI":
+        from openai import (
+            AsyncOpenAI,
+            DefaultAsyncHttpxClient,
+        )  # here: the process that hands out tests needs no client
+
         http = DefaultAsyncHttpxClient(verify=False)  # no TLS here, and its list of authorities takes 20 ms
         return AsyncOpenAI(base_url=f"{self.base_url}/v1", api_key=self.api_key, max_retries=0, http_client=http)
 
     @cached_property
-    def anthropic(self) -> AsyncAnthropic:
-        http = AnthropicHttp(verify=False)
+    def anthropic(self) -> "AsyncAnthropic":
+        from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient
+
+        http = DefaultAsyncHttpxClient(verify=False)
         return AsyncAnthropic(base_url=self.base_url, api_key=self.api_key, max_retries=0, http_client=http)
 
     async def stop(self) -> None:
