@@ -22,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
 import aiohttp
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from anthropic import AsyncAnthropic
     from openai import AsyncOpenAI
 
+gc.disable()  # until the tests begin: the collector would walk through what imports and collection make, which stays
 pytest.register_assert_rewrite("browsing")  # the browser's tests and their fixtures stand in one folder
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,8 +78,16 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Five thousand tests lie in memory; the collector need not walk through them again and again."""
-    gc.collect()
     spare_the_collector()
+
+
+def interrupted(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+# Python's own handler by another name. In place of its own asyncio sets one for each fixture and each test, and undoes
+# it, for a millisecond in all: the `signal` module makes an error message of every handler that is no enum's member.
+signal.signal(signal.SIGINT, interrupted)
 
 
 # --- Tests with limits of milliseconds --------------------------------------------------------------------------------
@@ -380,6 +390,11 @@ class Gateway(Client):
 
 class PromptServer(uvicorn.Server):
     """uvicorn looks ten times a second whether it may stop and end; a suite of some hundred servers cannot wait."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """None is sent to a gateway in the test's own process."""
+        yield
 
     async def main_loop(self) -> None:
         await self.on_tick(0)
