@@ -21,9 +21,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from types import FrameType, ModuleType
+from typing import Any, TypeVar
 
 import aiohttp
 import pytest
@@ -39,10 +40,6 @@ from config.settings import BUILT_IN_CATALOG, load_settings
 from records.connection import Connection
 from records.database import Store, backend_of
 from transport.process import spare_the_collector
-
-if TYPE_CHECKING:
-    from anthropic import AsyncAnthropic
-    from openai import AsyncOpenAI
 
 gc.disable()  # until the tests begin: the collector would walk through what imports and collection make, which stays
 pytest.register_assert_rewrite("browsing")  # the browser's tests and their fixtures stand in one folder
@@ -360,21 +357,17 @@ class Gateway(Client):
     _serving: asyncio.Task | None = None
 
     @cached_property
-    def openai(self) -> "AsyncOpenAI":
-        from openai import (
-            AsyncOpenAI,
-            DefaultAsyncHttpxClient,
-        )  # here: the process that hands out tests needs no client
-
-        http = DefaultAsyncHttpxClient(verify=False)  # no TLS here, and its list of authorities takes 20 ms
-        return AsyncOpenAI(base_url=f"{self.base_url}/v1", api_key=self.api_key, max_retries=0, http_client=http)
+    def openai(self) -> Any:
+        return self._client("openai", "AsyncOpenAI", f"{self.base_url}/v1")
 
     @cached_property
-    def anthropic(self) -> "AsyncAnthropic":
-        from anthropic import AsyncAnthropic, DefaultAsyncHttpxClient
+    def anthropic(self) -> Any:
+        return self._client("anthropic", "AsyncAnthropic", self.base_url)
 
-        http = DefaultAsyncHttpxClient(verify=False)
-        return AsyncAnthropic(base_url=self.base_url, api_key=self.api_key, max_retries=0, http_client=http)
+    def _client(self, library: str, name: str, base_url: str) -> Any:
+        made = import_module(library)
+        http = made.DefaultAsyncHttpxClient(verify=False)  # no TLS here, and its list of authorities takes 20 ms
+        return getattr(made, name)(base_url=base_url, api_key=self.api_key, max_retries=0, http_client=http)
 
     async def stop(self) -> None:
         """As SIGTERM does; a second call does nothing."""
@@ -429,6 +422,18 @@ async def run_gateway(settings: dict[str, str], cwd: Path, *, http: type | None 
     http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20), connector=aiohttp.TCPConnector(limit=0))
     api_key = settings.get("GATEWAY_API_KEY", API_KEY)
     return Gateway(base_url, http, api_key, cwd / "gateway.db", server, serving)
+
+
+@pytest.fixture
+def openai() -> ModuleType:
+    """The client's library. Read when it is wanted: it takes a second, and all of the suite's processes read all tests,
+    as does the one that hands them out with this file."""
+    return import_module("openai")
+
+
+@pytest.fixture
+def anthropic() -> ModuleType:
+    return import_module("anthropic")
 
 
 def open_store(path: Path) -> Store:

@@ -5,20 +5,16 @@ The client itself is lenient: it builds its objects unchecked, and a wrong field
 
 import json
 import typing
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import aiohttp
-from anthropic.types import Message, MessageTokensCount, RawMessageStreamEvent
-from anthropic.types.shared.error_response import ErrorResponse
 from conftest import IN_ORDER, Answer, Stream
 from multidict import CIMultiDict
 from pydantic import BaseModel
 from strict_models import unknown_fields
 
-EVENT_MODELS: dict[str, type[BaseModel]] = {
-    typing.get_args(member.model_fields["type"].annotation)[0]: member
-    for member in typing.get_args(typing.get_args(RawMessageStreamEvent)[0])
-}
-EVENT_MODELS["error"] = ErrorResponse
 FIRST, LAST = "message_start", "message_stop"
 DELTA_OF = {"text": "text_delta", "thinking": "thinking_delta", "tool_use": "input_json_delta"}
 TEXT_IN = {"text": "text", "thinking": "thinking", "tool_use": "partial_json"}
@@ -34,13 +30,25 @@ ERROR_STATUS = {
 }
 
 
+def models() -> ModuleType:
+    """Read when they are wanted: it takes a second, and each of the suite's processes reads every file of tests."""
+    return import_module("anthropic.types")
+
+
+@cache
+def event_models() -> dict[str, type[BaseModel]]:
+    members = typing.get_args(typing.get_args(models().RawMessageStreamEvent)[0])
+    by_type = {typing.get_args(member.model_fields["type"].annotation)[0]: member for member in members}
+    return {**by_type, "error": models().shared.ErrorResponse}
+
+
 def assert_right(model: type[BaseModel], value: dict) -> None:
     read = model.model_validate_json(json.dumps(value), strict=True)
     assert unknown_fields(read) == set()
 
 
 def assert_message(value: dict, model: str) -> None:
-    assert_right(Message, value)
+    assert_right(models().Message, value)
     assert value["id"].startswith("msg_")
     assert value["model"] == model
     assert value["stop_reason"] is not None
@@ -63,7 +71,7 @@ def assert_usage(usage: dict) -> None:
 
 
 def assert_count(value: dict) -> int:
-    assert_right(MessageTokensCount, value)
+    assert_right(models().MessageTokensCount, value)
     return value["input_tokens"]
 
 
@@ -73,7 +81,7 @@ def assert_error(got: Answer, status: int, kind: str) -> str:
     assert got.headers["content-type"].startswith("application/json")
     told = got.json
     if kind != "request_too_large":  # which the client's models do not have
-        assert_right(ErrorResponse, told)
+        assert_right(models().shared.ErrorResponse, told)
     assert told.keys() == {"type", "error", "request_id"}
     assert told["error"].keys() == {"type", "message"}
     assert told["error"]["type"] == kind
@@ -92,7 +100,7 @@ def events_of(got: Stream) -> list[dict]:
     assert [block.split("\n")[0] for block in blocks] == [f"event: {event['type']}" for event in events]
     events = [event for event in events if event != {"type": "ping"}]
     for event in events:
-        assert_right(EVENT_MODELS[event["type"]], event)
+        assert_right(event_models()[event["type"]], event)
     return events
 
 

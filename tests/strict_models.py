@@ -5,21 +5,26 @@ The client itself is lenient: it builds its objects unchecked, and a wrong field
 
 import json
 import typing
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 from conftest import IN_ORDER, Stream
-from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel
 
 # What the API sends besides, as its documentation and earlier versions of the client say.
 UNMODELLED = {("Response", "output_text"), ("Response", "store"), ("ResponseFunctionCallArgumentsDoneEvent", "name")}
 
 
+def models() -> ModuleType:
+    """Read when they are wanted: it takes a second, and each of the suite's processes reads every file of tests."""
+    return import_module("openai.types")
+
+
+@cache
 def event_models() -> dict[str, type[BaseModel]]:
-    members = typing.get_args(typing.get_args(ResponseStreamEvent)[0])
+    members = typing.get_args(typing.get_args(models().responses.ResponseStreamEvent)[0])
     return {typing.get_args(member.model_fields["type"].annotation)[0]: member for member in members}
-
-
-EVENT_MODELS = event_models()
 
 
 def assert_right(model: type[BaseModel], value: dict) -> None:
@@ -28,11 +33,11 @@ def assert_right(model: type[BaseModel], value: dict) -> None:
 
 
 def assert_response(value: dict) -> None:
-    assert_right(Response, value)
+    assert_right(models().responses.Response, value)
 
 
 def assert_event(value: dict) -> None:
-    assert_right(EVENT_MODELS[value["type"]], value)
+    assert_right(event_models()[value["type"]], value)
 
 
 def unknown_fields(value: object) -> set[tuple[str, str]]:

@@ -19,7 +19,7 @@ from fake_provider import (
     usage_chunk,
     usage_of,
 )
-from openai.types import Completion
+from strict_models import models
 
 OWN = {"id": "cmpl-fake", "object": "text_completion", "created": 1_700_000_000, "model": "provider-own-name"}
 
@@ -61,7 +61,7 @@ def assert_completion(told: dict, *, streamed: bool = False) -> None:
     """By the openai client's own model, which wants an end in every chunk but gets none."""
     choice = told["choices"][0]
     finished = choice | {"finish_reason": choice["finish_reason"] or "stop"} if streamed else choice
-    Completion.model_validate_json(json.dumps(told | {"choices": [finished]}), strict=True)
+    models().Completion.model_validate_json(json.dumps(told | {"choices": [finished]}), strict=True)
     assert choice.keys() == {"index", "text", "logprobs", "finish_reason"}
 
 

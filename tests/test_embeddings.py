@@ -8,7 +8,7 @@ from base64 import b64decode, b64encode
 import pytest
 from conftest import Answer, assert_error, both_ways, case
 from fake_provider import CUT, PAUSE, Reply, Request, body, error, raw
-from openai.types import CreateEmbeddingResponse
+from strict_models import models
 
 LENGTH = 4
 
@@ -60,7 +60,7 @@ async def post(gateway, headers=None, **fields) -> Answer:
 def told(got: Answer) -> list[list[float]]:
     """The vectors, in an answer that is right by the openai client's own model."""
     assert got.status == 200, got.body
-    CreateEmbeddingResponse.model_validate_json(json.dumps(got.json), strict=True)
+    models().CreateEmbeddingResponse.model_validate_json(json.dumps(got.json), strict=True)
     assert [entry["index"] for entry in got.json["data"]] == list(range(len(got.json["data"])))
     return [entry["embedding"] for entry in got.json["data"]]
 

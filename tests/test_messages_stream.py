@@ -1,6 +1,5 @@
 """SPEC 16.3: the events of a streamed message, as they are on the wire and as the anthropic client joins them."""
 
-import anthropic
 import pytest
 from conftest import IN_ORDER
 from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Every, answer, chunk, error, event, sse, usage_chunk
@@ -261,7 +260,7 @@ async def test_an_answer_that_breaks_behind_a_complete_block_ends_with_an_error(
     assert "The answer is incomplete" in events[-1]["error"]["message"]
 
 
-async def test_the_anthropic_client_raises_for_an_answer_that_breaks(start_gateway, fake):
+async def test_the_anthropic_client_raises_for_an_answer_that_breaks(start_gateway, fake, anthropic):
     gateway = await start_gateway(["a"])
     fake.script("a", sse(ROLE, chunk("half an ans"), RESET))
     with pytest.raises(Exception, match=r"(?i)incomplete|closed|peer"):

@@ -2,7 +2,6 @@
 
 import json
 
-import openai
 import pytest
 from conftest import IN_ORDER, both_ways
 from fake_provider import CUT, answer, body, chunk, completion, error, raw, sse
@@ -343,7 +342,7 @@ def test_a_calls_name_may_come_after_its_first_piece():
 
 
 @both_ways
-async def test_a_refused_request_reaches_no_provider(start_gateway, fake, streaming):
+async def test_a_refused_request_reaches_no_provider(start_gateway, fake, streaming, openai):
     gateway = await start_gateway()
 
     with pytest.raises(openai.BadRequestError) as refused:
@@ -422,7 +421,7 @@ def test_a_stream_that_broke_is_not_kept():
     assert not known(dialect, id)
 
 
-async def test_a_kept_response_can_be_fetched_and_deleted(start_gateway, fake):
+async def test_a_kept_response_can_be_fetched_and_deleted(start_gateway, fake, openai):
     gateway = await start_gateway()
     made = await create(gateway)
 

@@ -6,8 +6,8 @@ import pytest
 from conftest import IN_ORDER
 from fake_provider import CUT, PAUSE, RESET, ROLE, STOP, Every, answer, chunk, event, sse, usage_chunk
 from faults import BREAKS
-from openai.types.responses import Response
 from pydantic import BaseModel
+from strict_models import models
 from strict_models import streamed_response as streamed
 from turns import CALLS, piece
 
@@ -148,7 +148,7 @@ async def test_a_chain_of_streams_carries_the_conversation(start_gateway, fake):
         id = final.id
 
     assert [m["content"] for m in fake.requests[-1].json["messages"]] == ["1", "one", "2", "two", "3"]
-    assert await gateway.openai.responses.retrieve(id) == Response.model_validate(
+    assert await gateway.openai.responses.retrieve(id) == models().responses.Response.model_validate(
         (await gateway.get(f"/v1/responses/{id}")).json
     )
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 
-import openai
 import pytest
 from conftest import Stream
 from fake_provider import (
@@ -403,7 +402,7 @@ async def test_the_openai_client_reads_streams(start_gateway, fake):
     assert "".join([part.choices[0].delta.content or "" async for part in stream if part.choices]) == "hello from b"
 
 
-async def test_the_openai_client_raises_when_a_stream_breaks(start_gateway, fake):
+async def test_the_openai_client_raises_when_a_stream_breaks(start_gateway, fake, openai):
     gateway = await start_gateway(["a", "b"])
     fake.script("a", sse(ROLE, chunk("half"), {"error": {"message": "broke", "code": 503}}))
     messages = [{"role": "user", "content": "hi"}]
