@@ -17,7 +17,7 @@ from functools import cache, partial
 import aiohttp
 import pytest
 from conftest import API_KEY, ROOT, Client, both_ways, catalog_of, client_of, logged, run_gateway
-from fake_provider import CUT, DONE, ROLE, Every, body, chunk, chunked, event, raw, sse
+from fake_provider import CUT, DONE, ROLE, Every, TooLate, body, chunk, chunked, event, raw, sse
 
 from records.database import Store
 from records.rows import Row
@@ -160,6 +160,8 @@ async def test_a_provider_that_never_ends_is_given_up(start_gateway, fake, strea
 
         got = await gateway.ask(streaming=streaming)
 
+        if got.status == 504 and fake.called == ["a", "b"]:
+            raise TooLate("the machine took so long that a provider which answers at once was given up")
         assert got.text == "hello from b", name
         assert fake.called == ["a", "b"], name
         await fake.closed(0)

@@ -62,10 +62,16 @@ def parsed(path: Path) -> ast.Module:
 
 
 @cache
+def nodes(path: Path) -> list[ast.AST]:
+    """All that a module is made of: walked through once, and looked at by many tests."""
+    return list(ast.walk(parsed(path)))
+
+
+@cache
 def imported(path: Path) -> set[str]:
     """The top-level names of everything a module imports, anywhere in it."""
     names: set[str] = set()
-    for node in ast.walk(parsed(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -77,7 +83,7 @@ def imported(path: Path) -> set[str]:
 
 def imported_modules(path: Path) -> set[str]:
     """The modules of ours that this one imports from, by their dotted names."""
-    froms = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.ImportFrom) and n.module]
+    froms = [n for n in nodes(path) if isinstance(n, ast.ImportFrom) and n.module]
     named = {node.module for node in froms} | {f"{n.module}.{alias.name}" for n in froms for alias in n.names}
     return named & set(MODULES)
 
@@ -127,7 +133,7 @@ def test_what_only_several_gateways_need_is_not_loaded_by_one():
 
 @every_module
 def test_sql_is_written_in_the_records_only(name):
-    texts = [node.value for node in ast.walk(parsed(MODULES[name])) if isinstance(node, ast.Constant)]
+    texts = [node.value for node in nodes(MODULES[name]) if isinstance(node, ast.Constant)]
 
     assert layer(name) == "records" or not [text for text in texts if isinstance(text, str) and SQL.search(text)]
 
@@ -140,10 +146,10 @@ def test_what_several_tests_use_stands_in_a_module_of_its_own():
 
 @every_module
 def test_no_import_hides_in_a_function(name):
-    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
-    inner = [node for node in ast.walk(parsed(MODULES[name])) if isinstance(node, functions)]
+    functions = [node for node in nodes(MODULES[name]) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    imports = [node for node in nodes(MODULES[name]) if isinstance(node, ast.Import | ast.ImportFrom)]
 
-    hidden = [n.lineno for function in inner for n in ast.walk(function) if isinstance(n, ast.Import | ast.ImportFrom)]
+    hidden = [n.lineno for n in imports if any(f.lineno <= n.lineno <= f.end_lineno for f in functions)]
 
     assert hidden == []
 
@@ -154,7 +160,7 @@ def test_no_file_and_no_function_is_too_long():
     for path in SOURCES:
         if (lines := len(path.read_text().splitlines())) > FILE_LINES_MAX:
             long[path.name] = lines
-        functions = [n for n in ast.walk(parsed(path)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+        functions = [n for n in nodes(path) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
         for function in functions:
             if function.end_lineno - function.lineno >= FUNCTION_LINES_MAX:
                 long[f"{path.name}:{function.name}"] = function.end_lineno - function.lineno + 1
