@@ -160,7 +160,7 @@ async def test_a_provider_that_never_ends_is_given_up(start_gateway, fake, strea
 
         got = await gateway.ask(streaming=streaming)
 
-        if got.status == 504 and fake.called == ["a", "b"]:
+        if got.status == 504:
             raise TooLate("the machine took so long that a provider which answers at once was given up")
         assert got.text == "hello from b", name
         assert fake.called == ["a", "b"], name
