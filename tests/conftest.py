@@ -11,7 +11,6 @@ import dataclasses
 import gc
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -19,7 +18,7 @@ import sqlite3
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +33,7 @@ from _pytest.runner import runtestprotocol
 from fake_provider import FakeProvider, TooLate, until
 from hypothesis import HealthCheck
 from hypothesis import settings as property_settings
+from processes import Process, end
 
 import gateway
 from config.settings import BUILT_IN_CATALOG, load_settings
@@ -41,7 +41,10 @@ from records.connection import Connection
 from records.database import Store, backend_of
 from transport.process import spare_the_collector
 
-gc.disable()  # until the tests begin: the collector would walk through what imports and collection make, which stays
+# The collector would walk again and again through what imports and collection make, which stays. The process that hands
+# out the tests does without it; those that run them have it from the first test on.
+gc.disable()
+gc.freeze()
 pytest.register_assert_rewrite("browsing")  # the browser's tests and their fixtures stand in one folder
 asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())  # the loop that the gateway runs on
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +79,13 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Five thousand tests lie in memory; the collector need not walk through them again and again."""
     spare_the_collector()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """pytest and Python each look for garbage at the end, and for errors in it: the first look finds them all."""
+    gc.collect()
+    gc.freeze()
 
 
 def interrupted(number: int, frame: FrameType | None) -> None:
@@ -480,55 +490,6 @@ async def start_gateway(fake: FakeProvider, tmp_path: Path):
 # --- The gateway as a process ---------------------------------------------------------------------------------------
 
 
-@dataclass
-class Process:
-    """`python gateway.py` in a directory of its own."""
-
-    process: asyncio.subprocess.Process
-    output: list[str] = field(default_factory=list)
-    _readers: list[asyncio.Task] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        for pipe in (self.process.stdout, self.process.stderr):
-            self._readers.append(asyncio.create_task(self._read(pipe)))
-
-    async def _read(self, pipe: asyncio.StreamReader) -> None:
-        async for line in pipe:
-            self.output.append(line.decode())
-
-    @property
-    def text(self) -> str:
-        return "".join(self.output)
-
-    @property
-    def running(self) -> bool:
-        return self.process.returncode is None
-
-    async def ready(self) -> str:
-        """The base URL, once the gateway answers there."""
-        pattern = re.compile(r"http://[\w.\[\]:]+:\d+")
-        await until(lambda: pattern.search(self.text) or not self.running, within_s=20)
-        found = pattern.search(self.text)
-        assert found, f"stopped with {self.process.returncode}: {self.text}"
-        async with aiohttp.ClientSession() as http, asyncio.timeout(10):
-            while True:
-                with contextlib.suppress(aiohttp.ClientConnectionError):
-                    async with http.get(f"{found[0]}/healthz") as response:
-                        if response.status == 200:
-                            return found[0]
-                await asyncio.sleep(0.01)
-
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
-
-    async def ended(self, within_s: float = 20) -> int:
-        """Its exit status, once it has ended and all its output has been read."""
-        async with asyncio.timeout(within_s):
-            status = await self.process.wait()
-            await asyncio.gather(*self._readers)
-        return status
-
-
 @pytest.fixture
 async def start_process(fake: FakeProvider, tmp_path: Path):
     """Start `python gateway.py` with these settings only; `platforms=None` leaves the built-in catalogue alone."""
@@ -537,8 +498,9 @@ async def start_process(fake: FakeProvider, tmp_path: Path):
         async def start(
             platforms: Platforms | None = None, settings: dict[str, str] | None = None, flags: tuple[str, ...] = ()
         ) -> Process:
-            environ = {"PATH": os.environ["PATH"], "GATEWAY_PORT": "0", "SSL_CERT_FILE": os.devnull}
-            environ |= {**PLAIN, **(settings or {})}  # without the system's authorities, which take 40 ms to read
+            environ = {"PATH": os.environ["PATH"], "GATEWAY_PORT": "0", **PLAIN}
+            environ["SSL_CERT_FILE"] = os.devnull  # the system's authorities take 40 ms to read, and nobody meets them
+            environ |= settings or {}
             if platforms is not None:
                 environ["GATEWAY_CATALOG"] = str(tmp_path / "test-catalog.json")
                 (tmp_path / "test-catalog.json").write_text(json.dumps(catalog_of(platforms, fake)))
@@ -551,12 +513,6 @@ async def start_process(fake: FakeProvider, tmp_path: Path):
             return running
 
         yield start
-
-
-async def end(running: Process) -> None:
-    if running.running:
-        running.signal(signal.SIGKILL)
-    await running.ended()
 
 
 @contextlib.asynccontextmanager
