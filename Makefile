@@ -8,6 +8,7 @@ SCALE := $(VENV)/.installed-requirements-scale
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := .
 SECONDS ?= 300
+# Processes for the tests; auto: two for each core (tests/conftest.py).
 WORKERS ?= auto
 # Compiled once and kept: in some shells Python is told to do without, and each of the tests' processes starts anew.
 unexport PYTHONDONTWRITEBYTECODE
