@@ -449,7 +449,7 @@ class Router:
             self.gates.trial_began(model.id, now)
             plan.trial = None if model.id == plan.trial else plan.trial
         self._protection.begun(key.id, model.id, now)
-        reservation = self.ledger.reserve(model, key.id, plan.need.tokens, now)
+        reservation = self.ledger.reserve(model, key.id, plan.need.tokens, now) if model.limited else None
         return Route(model, key, reservation, step.rung, trial, tried_at)
 
     def _step(self, model: Model, plan: Plan, now: float, *, gated: bool = True) -> Step:
@@ -506,6 +506,9 @@ class Router:
         if plan.preferred[0] == model.id:
             keys = sorted(keys[start:] + keys[:start], key=lambda key: key.id != plan.preferred[1])
             start = 0
+        resting = self._protection.keys
+        if keys and not (resting.rests or resting.recovering or plan.failed_keys or model.limited):
+            return keys[start], 0.0, None  # nothing stands in any key's way
         soonest: float | None = None
         trial: Key | None = None
         trial_until = inf

@@ -444,7 +444,8 @@ class Engine:
         self._books.committed(attempt)
         attempt.ttfb_ms = round((now - attempt.started) * 1000)
         exchange.route = attempt.route
-        self.protection.used(exchange.session, model.platform.id, model.id, now)
+        if exchange.session:
+            self.protection.used(exchange.session, model.platform.id, model.id, now)
         if exchange.resuming is not None:
             exchange.resuming.begun(partial(self.router.has_others, plan, attempt.route))
         if exchange.broken is not None:

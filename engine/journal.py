@@ -13,14 +13,28 @@ import orjson
 from engine.record import Exchange, trail
 from engine.refusals import exhausted
 from records.database import Store
-from records.eventlog import EventLog
+from records.eventlog import EventLog, Line
 from records.metrics import Metrics
-from records.rows import Row
+from records.rows import Row, iso
 from router import Router
 from routing.plan import Plan
 from routing.standing import Protection
 from wire.chat import Chat
 from wire.errors import GatewayError
+
+
+class RequestLine(Line):
+    """The line of a request that has ended. `route`: `platform/model`; `failures`: the trail of attempts."""
+
+    request_id: str
+    model: str | None
+    route: str | None
+    attempts: int
+    failures: str | None
+    status: str
+    first_event_ms: int | None
+    waited_ms: int | None
+    total_ms: int
 
 
 class Journal:
@@ -88,18 +102,21 @@ class Journal:
         if not self._tells_requests:
             return
         chat, route = exchange.chat, exchange.route
-        self._log.write(
-            "info",
-            "request",
-            request_id=exchange.id,
-            model=chat.model if chat else None,
-            route=route.model.label if route else None,
-            attempts=exchange.attempts,
-            failures=trail(exchange) if exchange.failures else None,
-            status=exchange.status,
-            first_event_ms=exchange.first_event_ms,
-            waited_ms=round(exchange.waited_s * 1000) or None,
-            total_ms=round((time.monotonic() - exchange.started) * 1000),
+        self._log.write_line(
+            RequestLine(
+                iso(time.time()),
+                "info",
+                "request",
+                request_id=exchange.id,
+                model=chat.model if chat else None,
+                route=route.model.label if route else None,
+                attempts=exchange.attempts,
+                failures=trail(exchange) if exchange.failures else None,
+                status=exchange.status,
+                first_event_ms=exchange.first_event_ms,
+                waited_ms=round(exchange.waited_s * 1000) or None,
+                total_ms=round((time.monotonic() - exchange.started) * 1000),
+            )
         )
 
 

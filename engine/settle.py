@@ -91,7 +91,9 @@ class Books:
         row.uncounted = self._router.gates.is_open(route.model.id)
         if isinstance(outcome, LostRace):  # its answer is assumed to be billed
             self._router.ledger.keep(route.reservation)
-        elif self._router.ledger.settle(route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0)):
+        elif route.reservation is not None and self._router.ledger.settle(
+            route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0)
+        ):
             self._freed()
         if isinstance(outcome, Failed):
             error = outcome.error
@@ -100,7 +102,8 @@ class Books:
             row.error_kind, row.http_status, row.error = str(error.failure), error.status, error.message
         elif isinstance(outcome, Answered):
             row.status, row.http_status = "success", 200
-            self._protection.used(exchange.session, route.model.platform.id, route.model.id, now)
+            if exchange.session:
+                self._protection.used(exchange.session, route.model.platform.id, route.model.id, now)
         elif isinstance(outcome, Cancelled) and outcome.defect is not None:  # `error_kind` names failures of providers
             row.http_status, row.uncounted = 500, True
             row.error = f"The gateway itself failed ({outcome.defect}), not the provider. Its log says where."

@@ -14,7 +14,9 @@ import time
 from collections import deque
 from typing import Any
 
+import msgspec
 import orjson
+from msgspec import Struct
 
 from records.rows import iso
 
@@ -22,6 +24,17 @@ LEVELS = ("debug", "info", "warning", "error", "critical")
 LINES_MAX = 10_000  # waiting for a slow reader; then the oldest are lost and counted
 PAUSE_S = 0.05  # lines of one such moment are written together
 STOP_S = 1.0  # for the last lines, when nobody reads them
+
+
+class Line(Struct):
+    """One event with fields of its own, in the order in which they are written."""
+
+    at: str
+    level: str
+    event: str
+
+
+LINES = msgspec.json.Encoder()
 
 
 class Handler(logging.Handler):
@@ -69,14 +82,19 @@ class EventLog:
         return level in self._wanted
 
     def write(self, level: str, event: str, **fields: Any) -> None:
-        if level not in self._wanted:
-            return
+        if level in self._wanted:
+            self._append(orjson.dumps({"at": iso(time.time()), "level": level, "event": event, **fields}, default=str))
+
+    def write_line(self, line: Line) -> None:
+        """The same for an event that comes with every request."""
+        if line.level in self._wanted:
+            self._append(LINES.encode(line))
+
+    def _append(self, line: bytes) -> None:
         if len(self._lines) >= LINES_MAX:
             self._lines.popleft()
             self.dropped += 1
-        self._lines.append(
-            orjson.dumps({"at": iso(time.time()), "level": level, "event": event, **fields}, default=str)
-        )
+        self._lines.append(line)
         if not self._wake.is_set():
             self._wake.set()
 

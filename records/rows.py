@@ -6,10 +6,10 @@ import sqlite3
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from operator import attrgetter
 from typing import Any
 
 from msgspec import Struct
+from msgspec.structs import astuple
 
 UNSTORABLE = (OverflowError, ValueError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError)
 
@@ -43,11 +43,12 @@ class Row(Struct):
     uncounted: bool = False  # its model's health gate was open, or the gateway itself failed
 
     def values(self) -> tuple[Any, ...]:
-        return (iso(self.created_at), *OTHER_COLUMNS_OF(self))
+        """In the order of ROW_COLUMNS."""
+        request_id, created_at, *others = astuple(self)
+        return (request_id, iso(created_at), *others)
 
 
-ROW_COLUMNS = ("created_at", *(name for name in Row.__struct_fields__ if name != "created_at"))
-OTHER_COLUMNS_OF = attrgetter(*ROW_COLUMNS[1:])
+ROW_COLUMNS = Row.__struct_fields__
 INSERT_ROWS = f"INSERT INTO requests ({', '.join(ROW_COLUMNS)}) VALUES "
 ONE_ROW = f"({', '.join('?' * len(ROW_COLUMNS))})"
 # Rows of one statement. sqlite3 gives the interpreter's lock away at every step, and while requests keep the event loop
