@@ -47,7 +47,7 @@ def test_a_batch_of_rows_is_a_few_statements_in_order_with_every_value_as_it_was
         written = db.execute(f"SELECT {', '.join(ROW_COLUMNS)} FROM requests ORDER BY id").fetchall()
     assert sum("INSERT" in statement for statement in statements) <= 500 / 64 + 16
     assert written == [tuple(row.values()) for row in rows]
-    assert written[0][0] == "2023-11-14T22:13:20.125Z"
+    assert written[0][ROW_COLUMNS.index("created_at")] == "2023-11-14T22:13:20.125Z"
 
 
 def test_a_days_use_is_added_up_but_for_the_last_minute_and_only_where_it_is_limited():
