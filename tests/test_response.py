@@ -168,7 +168,7 @@ async def test_a_body_shorter_than_it_says_ends_with_the_connection(caplog):
     with caplog.at_level(logging.CRITICAL, logger="uvicorn.error"):
         got = await read_all(sending(start(length(3)), part(b"a", more=True), part(b"b")), GET)
 
-    assert got.endswith(b"\r\n\r\na")
+    assert got.endswith(b"\r\n\r\nab")
 
 
 async def test_a_client_that_reads_slowly_gets_everything_and_holds_the_app_up():
