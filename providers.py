@@ -352,7 +352,8 @@ class Attempt:
         try:
             if until <= now:
                 raise TimeoutError
-            with self._until(until):
+            assert self._alarm is not None  # it has been waited for before
+            with self._alarm.until(until):
                 data = await self._response.read()
         except TimeoutError:
             if finishing:

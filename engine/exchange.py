@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from functools import partial
 from math import inf
 from random import Random
@@ -206,10 +206,9 @@ class Engine:
             return body
         await delivery.begin_stream()
         body, longest_s = b"", self._first_token_s
-
-        def quiet_s() -> float:
-            return longest_s if resuming is None else resuming.quiet_s(running.resumption, longest_s)
-
+        quiet_s: Callable[[], float] = partial(float, longest_s)
+        if resuming is not None:
+            quiet_s = partial(resuming.quiet_s, running.resumption, longest_s)
         try:
             while True:
                 if (events := await attempt.next_batch(quiet_s)) is None:
