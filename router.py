@@ -324,6 +324,12 @@ class Router:
                 return True
         return False
 
+    def has_fresh_other(self, plan: Plan, route: Route, now: float) -> bool:
+        """Whether another model can be asked now that neither has failed in this request nor rests."""
+        others = [m for m in plan.complete() if m is not route.model and m.id not in plan.failed and self.has_key(m)]
+        resting = self._protection.transient
+        return any(resting.get(m.id, now) is None and self.usable_key(m, plan, now) is not None for m in others)
+
     def has_other_keys(self, plan: Plan, route: Route) -> bool:
         return len(self._reach(plan.need).keys.get(route.model.platform.id, ())) > 1
 
@@ -449,7 +455,7 @@ class Router:
             self.gates.trial_began(model.id, now)
             plan.trial = None if model.id == plan.trial else plan.trial
         self._protection.begun(key.id, model.id, now)
-        reservation = self.ledger.reserve(model, key.id, plan.need.tokens, now) if model.limited else None
+        reservation = self.ledger.reserve(model, key.id, plan.need.tokens, now)
         return Route(model, key, reservation, step.rung, trial, tried_at)
 
     def _step(self, model: Model, plan: Plan, now: float, *, gated: bool = True) -> Step:
@@ -461,7 +467,7 @@ class Router:
         rest = transient.get(model.id, now) if transient.rests else None
         if rest is not None and model.id not in plan.forgiven:
             rung, until, wait_s = Rung.RESTING, rest.until, rest.trial_at() - now
-        if (plan.failed or plan.platform_failures) and (again_s := self._again_s(model, plan, now)) > wait_s:
+        if (again_s := self._again_s(model, plan, now)) > wait_s:
             wait_s, reason = again_s, "failed" if rest is None else reason
         if transient.recovering and wait_s <= 0 and plan.patient and (room_s := transient.room_s(model.id, now)):
             wait_s, reason = room_s, "trial"
@@ -506,9 +512,6 @@ class Router:
         if plan.preferred[0] == model.id:
             keys = sorted(keys[start:] + keys[:start], key=lambda key: key.id != plan.preferred[1])
             start = 0
-        resting = self._protection.keys
-        if keys and not (resting.rests or resting.recovering or plan.failed_keys or model.limited):
-            return keys[start], 0.0, None  # nothing stands in any key's way
         soonest: float | None = None
         trial: Key | None = None
         trial_until = inf

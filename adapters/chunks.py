@@ -8,7 +8,7 @@ from hashlib import blake2b
 from typing import Any
 
 from adapters.answers import find_usage, has_head, whole_number
-from wire.chat import Completion, Usage, chunk_of, told_usage
+from wire.chat import CUT_OFF, Completion, Usage, chunk_of, told_usage
 from wire.jsontext import JSON, dump, load_inner
 
 
@@ -16,7 +16,7 @@ def as_chunks(body: JSON) -> list[JSON]:
     """A whole answer as chunks; a call as two pieces, as clients know it from streams. A call that was cut off is left
     out, as in a stream (SPEC 14.7)."""
     choice = body["choices"][0]
-    cut = choice.get("finish_reason") in ("length", "content_filter")
+    cut = choice.get("finish_reason") in CUT_OFF
     delta = {name: value for name, value in (choice.get("message") or {}).items() if value is not None}
     calls = delta.pop("tool_calls", None) or ()
     chunks = [chunk_of(body, delta)] if delta else []

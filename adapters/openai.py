@@ -24,7 +24,7 @@ from adapters.tool_calls import StreamedCalls, called, lost_turn, mend_whole_cal
 from adapters.whole_calls import WholeCalls
 from protection import Failure, UpstreamError
 from routing.catalog import Key, Model
-from wire.chat import Chat, Completion, Event, ModelKind, Tally, Usage, chunk_of, frame
+from wire.chat import CUT_OFF, Chat, Completion, Event, ModelKind, Tally, Usage, chunk_of, frame
 from wire.http import ENDPOINTS_MAX, Endpoint
 from wire.jsontext import JSON, dump
 
@@ -62,8 +62,8 @@ class OpenAIAdapter:
         if chat.legacy is not None and takes_prompts(model, chat.legacy):
             return legacy_request(model, key, chat)
         body = outgoing(model, chat, bare=bare)
-        returns = "replay_fields" in model.quirks and not bare and holds_any(body["messages"], given_back(model))
-        return Request(endpoint(model, key), dump(body), gives_back=returns)
+        fields = frozenset() if bare else given_back(model)
+        return Request(endpoint(model, key), dump(body), gives_back=holds_any(body["messages"], fields))
 
     def headers(self, secret: str, quirks: Mapping[str, Any]) -> dict[str, str]:
         return bearer_headers(secret, quirks)
@@ -329,7 +329,7 @@ class ChunkMender:
     def end(self) -> list[Event]:
         """At the end of the answer: what is still held back goes out, and how it ended. Raises UpstreamError."""
         events = [] if self._gate is None else self._settle(self._head)
-        cut = self._finish in ("length", "content_filter")
+        cut = self._finish in CUT_OFF
         rest = self._calls.rest(cut=cut)
         if self._whole is not None:
             if rest or self._whole.holding:

@@ -16,7 +16,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ for folder in (HERE, HERE.parent, HERE.parent / "tests", HERE.parent / "tests" /
 from fake_provider import FakeProvider, Request, error, until  # noqa: E402
 from harness import compare  # noqa: E402
 from run import CATALOG, KEY, MODEL  # noqa: E402
-from servers import Member, gateways, redis_server, sharing  # noqa: E402
+from servers import Member, free_port, gateways, redis_server, sharing  # noqa: E402
 
 ONLY = {"X-Fallback": "none"}
 MINUTE_S, LIMIT = 60.0, 100
@@ -335,12 +334,6 @@ def requests_a_second(build: Path, folder: Path, port: int) -> float:
     command = [str(build / "loadgen"), str(port), str(peer.raw()), "-c", str(CONNECTIONS), "-d", str(ROUND_S)]
     done = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     return float(done["ok"]) / ROUND_S
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 async def until_open(port: int) -> None:

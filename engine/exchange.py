@@ -425,11 +425,10 @@ class Engine:
     def _is_replaceable(self, exchange: Exchange, plan: Plan, route: Route) -> bool:
         """Whether another model could go on with the answer, should this one not begin: its client has been waiting in
         the middle of it (SPEC 14.2). One that has failed in this request, or rests, is no better than a slow one."""
-        now, router, resting = time.monotonic(), self.router, self.protection.transient
+        now = time.monotonic()
         if plan.attempts_left <= 0 or not exchange.may_ask(1) or now + self._rescue_after_s >= exchange.deadline:
             return False
-        others = (m for m in plan.complete() if m is not route.model and m.id not in plan.failed and router.has_key(m))
-        return any(resting.get(m.id, now) is None and router.usable_key(m, plan, now) for m in others)
+        return self.router.has_fresh_other(plan, route, now)
 
     def _second_route(self, exchange: Exchange, plan: Plan, first: Running) -> Route | None:
         """The route that joins one that is late, within the limits of attempts and time."""
@@ -443,8 +442,7 @@ class Engine:
         self._books.committed(attempt)
         attempt.ttfb_ms = round((now - attempt.started) * 1000)
         exchange.route = attempt.route
-        if exchange.session:
-            self.protection.used(exchange.session, model.platform.id, model.id, now)
+        self.protection.used(exchange.session, model.platform.id, model.id, now)
         if exchange.resuming is not None:
             exchange.resuming.begun(partial(self.router.has_others, plan, attempt.route))
         if exchange.broken is not None:

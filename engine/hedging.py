@@ -22,9 +22,12 @@ class Hedging:
         self._router = router
         self._percent = settings.hedge_percent
         self._budget = HedgeBudget(settings.hedge_percent)
-        self.arrived = self._budget.earn  # a request has come
         self._first_tokens = Latencies(Bounds.of_ms(settings.late_first_token_ms))
         self._whole_answers = Latencies(Bounds.of_ms(settings.late_answer_ms))
+
+    def arrived(self) -> None:
+        """A request has come."""
+        self._budget.earn()
 
     def began(self, model: int, seconds: float, *, stream: bool) -> None:
         """An answer began after so long; a whole one is all there then."""

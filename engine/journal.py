@@ -15,7 +15,7 @@ from engine.refusals import exhausted
 from records.database import Store
 from records.eventlog import EventLog, Line
 from records.metrics import Metrics
-from records.rows import Row, iso
+from records.rows import Row
 from router import Router
 from routing.plan import Plan
 from routing.standing import Protection
@@ -23,7 +23,7 @@ from wire.chat import Chat
 from wire.errors import GatewayError
 
 
-class RequestLine(Line):
+class RequestLine(Line, kw_only=True):
     """The line of a request that has ended. `route`: `platform/model`; `failures`: the trail of attempts."""
 
     request_id: str
@@ -46,7 +46,7 @@ class Journal:
         self._store = store
         self._log = log
         self._metrics = metrics
-        self._tells_requests, self._tells_reasons = log.wants("info"), log.wants("debug")
+        self._tells_reasons = log.wants("debug")
 
     def exhausted(self, exchange: Exchange, plan: Plan, chat: Chat) -> GatewayError:
         """The client's error when nothing is left; counted, and logged for the operator (SPEC 5.4)."""
@@ -99,14 +99,11 @@ class Journal:
                 self._metrics.rescued("whole")
         if exchange.waited_s:
             self._metrics.waited(exchange.status)
-        if not self._tells_requests:
-            return
         chat, route = exchange.chat, exchange.route
         self._log.write_line(
             RequestLine(
-                iso(time.time()),
-                "info",
-                "request",
+                level="info",
+                event="request",
                 request_id=exchange.id,
                 model=chat.model if chat else None,
                 route=route.model.label if route else None,

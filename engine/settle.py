@@ -91,9 +91,7 @@ class Books:
         row.uncounted = self._router.gates.is_open(route.model.id)
         if isinstance(outcome, LostRace):  # its answer is assumed to be billed
             self._router.ledger.keep(route.reservation)
-        elif route.reservation is not None and self._router.ledger.settle(
-            route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0)
-        ):
+        elif self._router.ledger.settle(route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0)):
             self._freed()
         if isinstance(outcome, Failed):
             error = outcome.error
@@ -102,8 +100,7 @@ class Books:
             row.error_kind, row.http_status, row.error = str(error.failure), error.status, error.message
         elif isinstance(outcome, Answered):
             row.status, row.http_status = "success", 200
-            if exchange.session:
-                self._protection.used(exchange.session, route.model.platform.id, route.model.id, now)
+            self._protection.used(exchange.session, route.model.platform.id, route.model.id, now)
         elif isinstance(outcome, Cancelled) and outcome.defect is not None:  # `error_kind` names failures of providers
             row.http_status, row.uncounted = 500, True
             row.error = f"The gateway itself failed ({outcome.defect}), not the provider. Its log says where."
@@ -163,12 +160,10 @@ class Books:
                 case Recover():
                     if protection.end_rests(key.id, model.id, attempt.started, now):
                         self._freed()
-                    if self._router.key_status.get(key.id) is not KeyStatus.HEALTHY:
-                        self._mark_key(key.id, KeyStatus.HEALTHY)
+                    self._mark_key(key.id, KeyStatus.HEALTHY)
                     self._router.penalties.success(model.id, now)
                 case Pin():
-                    if session:
-                        sessions.pin(session, model.id, key.id, now)
+                    sessions.pin(session, model.id, key.id, now)
                 case FeedGate(ok):
                     if not ok or self._router.gates.knows(model.id):  # of success there is nothing else to remember
                         self._feed_gate(attempt, ok, now)

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import orjson
-from msgspec import Struct
+from msgspec import Struct, field
 
 from records.rows import iso
 
@@ -26,10 +26,14 @@ PAUSE_S = 0.05  # lines of one such moment are written together
 STOP_S = 1.0  # for the last lines, when nobody reads them
 
 
-class Line(Struct):
+def moment() -> str:
+    return iso(time.time())
+
+
+class Line(Struct, kw_only=True):
     """One event with fields of its own, in the order in which they are written."""
 
-    at: str
+    at: str = field(default_factory=moment)
     level: str
     event: str
 
@@ -83,7 +87,7 @@ class EventLog:
 
     def write(self, level: str, event: str, **fields: Any) -> None:
         if level in self._wanted:
-            self._append(orjson.dumps({"at": iso(time.time()), "level": level, "event": event, **fields}, default=str))
+            self._append(orjson.dumps({"at": moment(), "level": level, "event": event, **fields}, default=str))
 
     def write_line(self, line: Line) -> None:
         """The same for an event that comes with every request."""

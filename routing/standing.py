@@ -129,8 +129,7 @@ class Protection:
 
     def end_rests(self, key: int, model: int, began: float, now: float) -> bool:
         """Carry Recover out; whether something had rested."""
-        if self.strikes:
-            self.strikes.pop((key, model), None)
+        self.strikes.pop((key, model), None)
         if not (self.transient.rests or self.keys.rests):
             return False
         lifted = self.transient.lift(model, began, now)

@@ -25,6 +25,7 @@ ANSWER_TOKENS_ASSUMED = 1000  # what a request needs room for beside its prompt,
 PROMPT_NAMES = ("prompt_tokens", "input_tokens", "prompt_eval_count")  # as servers call them
 ANSWER_NAMES = ("completion_tokens", "output_tokens", "eval_count")
 OTHER_NAMES = frozenset((*PROMPT_NAMES[1:], *ANSWER_NAMES[1:]))
+CUT_OFF = ("length", "content_filter")  # finish reasons of an answer that did not end by itself
 TOKENS_MAX = 10**9  # of one answer; a provider that reports more has a broken counter
 
 
@@ -241,7 +242,7 @@ class Tally(Struct):
     @property
     def empty(self) -> bool:
         """Whether nothing was said, and nothing but itself kept the model from saying it (SPEC 5.2)."""
-        return not (self.has_text or self.has_tool_calls or self.finish in ("length", "content_filter"))
+        return not (self.has_text or self.has_tool_calls or self.finish in CUT_OFF)
 
     def note_usage(self, usage: object) -> None:
         if (read := Usage.read(usage)) is not None and isinstance(usage, dict):
