@@ -14,6 +14,12 @@ from msgspec.structs import astuple
 UNSTORABLE = (OverflowError, ValueError, sqlite3.InterfaceError, sqlite3.ProgrammingError, sqlite3.DataError)
 
 
+# sqlite3 looks for an adapter of all that is not plainly a number or text, and where it finds none makes an exception
+# that nobody sees: 0.2 us for each None and bool, of which a row has ten.
+sqlite3.register_adapter(bool, int)
+sqlite3.register_adapter(type(None), lambda none: none)
+
+
 class Row(Struct):
     """One row of `requests`, by column name; `created_at` in seconds since 1970 until it is written."""
 
