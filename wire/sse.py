@@ -47,8 +47,9 @@ class SSEDecoder:
             if data.find(b"\n") == len(data) - 2:
                 return [(data, data[6:-2].strip(), False)]
             blocks = data[:-2].split(END)
-            if data.count(b"\n") == 2 * len(blocks) and data.count(b"\n\ndata: ") == len(blocks) - 1:
-                return [(block + END, block[6:].strip(), False) for block in blocks]  # whole events of one line each
+            lines = [block for block in blocks if block[:6] == b"data: " and b"\n" not in block]
+            if len(lines) == len(blocks):  # whole events of one line each
+                return [(line + END, line[6:].strip(), False) for line in lines]
         frames: list[Frame] = []
         for block in self._blocks(data):
             frames += frames_of(block)
