@@ -7,7 +7,7 @@ answer may wait for whatever it needs: a provider, a route that comes back, a se
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
@@ -72,7 +72,7 @@ class Delivery:
 
     def keep_alive(self) -> None:
         """From now on the client hears something at least every so often. Whoever asks for it calls `rest`."""
-        self._timer = self._loop.call_later(self._silence_s, self._beat)
+        self._timer = self._loop.call_later(min(self._silence_s, self._interval_s), self._beat)
 
     def rest(self) -> None:
         """No more heartbeats."""
@@ -82,18 +82,15 @@ class Delivery:
             self._heartbeat.cancel()
             self._heartbeat = None
 
-    async def begin_whole(self, length: int) -> None:
+    def begin_whole(self, length: int) -> Awaitable[None]:
         """The head of a whole answer; its body is the last thing sent."""
-        await self._begin([*JSON_HEADERS, (b"content-length", str(length).encode())])
+        return self._begin([*JSON_HEADERS, (b"content-length", str(length).encode())])
 
     async def begin_stream(self) -> None:
         """The head of a stream, unless it is out already."""
         if not self.started:
             self.streams = True
             await self._begin(STREAM_HEADERS)
-            if self._timer is not None and self._interval_s < self._silence_s:
-                self._timer.cancel()
-                self._timer = self._loop.call_later(self._interval_s, self._beat)
 
     async def write(self, body: bytes) -> None:
         """The next bytes of a stream."""
@@ -114,13 +111,15 @@ class Delivery:
         self._written_at = self._loop.time()
 
     def _beat(self) -> None:
+        """Look whether the client has heard nothing for too long. A stream that begins sets no timer anew, so the next
+        look is never further away than its interval."""
         now = self._loop.time()
         due = self._written_at + (self._interval_s if self.started else self._silence_s)
         if now >= due - CLOCK_STEP_S:
             due = now + self._interval_s
             if self.blocked_since is None:
                 self._heartbeat = self._loop.create_task(self._say_something())
-        self._timer = self._loop.call_at(due, self._beat)
+        self._timer = self._loop.call_at(min(due, now + self._interval_s), self._beat)
 
     def fail(self, error: GatewayError) -> bytes | None:
         """The last bytes of a stream that broke; None where the connection has to break off."""
