@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
@@ -50,6 +50,9 @@ class State(StrEnum):
     OPENING = "opening"  # nothing has been committed: another route may still take over unnoticed
     COMMITTED = "committed"
     ENDED = "ended"
+
+
+OPENING, COMMITTED, ENDED = State  # by name: to look up an enum's member costs as much as a call
 
 
 class Attempt:
@@ -100,7 +103,7 @@ class Attempt:
         self.route = route
         self.chat = chat
         self.number = number  # among this request's attempts, from 1
-        self.state = State.OPENING
+        self.state = OPENING
         self.outcome: Outcome | None = None  # set once, by whoever judges it
         self.tally = Tally()
         self.completion: Completion | None = None  # a committed answer is this, or a stream
@@ -144,7 +147,7 @@ class Attempt:
         if (reply := self._adapter.reply_here(self.chat)) is not None:
             self._commit_reply(reply)
         try:
-            while self.state is State.OPENING:
+            while self.state is OPENING:
                 if not await self._advance(late_at):
                     return False
         except (CallFailed, TimeoutError) as error:
@@ -165,15 +168,18 @@ class Attempt:
         data = b""
         try:
             with self._until(min(limit, late_at)):
-                if self._response is None:
-                    self._response = await self._ask()
-                    if not self._whole or self._refused:  # the next wait has another limit
+                if (response := self._response) is None:
+                    if self._call is None:
+                        self._call = await self._asking()
+                    response = self._response = await self._call.head()
+                    self._begin_reading(response)
+                    if self._refused or not (self._whole or response.begun):  # the next wait has another limit
                         return True
-                while data := await self._response.read():
+                while data := await response.read():
                     if not self._whole and not self._refused:
                         break
                     self._keep(data)
-                    if self._response.complete or (self._refused and self._size > ERROR_BYTES_MAX):
+                    if response.complete or (self._refused and self._size > ERROR_BYTES_MAX):
                         break
         except TimeoutError:
             if late_at < limit:
@@ -212,19 +218,20 @@ class Attempt:
         """Whether what has come is enough to judge the answer by, should no more come."""
         return self._refused or (self._incoming is not None and self._incoming.finishing)
 
-    async def _ask(self) -> Response:
-        if self._call is None:
-            request = self._adapter.request(self.route.model, self.route.key, self.chat, bare=self._bare)
-            self._gives_back = request.gives_back
-            self._call = await self._upstream.start("POST", request.endpoint, request.body)
-        response = await self._call.head()
+    def _asking(self) -> Awaitable[Call]:
+        """Send the question."""
+        request = self._adapter.request(self.route.model, self.route.key, self.chat, bare=self._bare)
+        self._gives_back = request.gives_back
+        return self._upstream.start("POST", request.endpoint, request.body)
+
+    def _begin_reading(self, response: Response) -> None:
+        """The answer's head has come."""
         self._heard_at = self._clock()
         self._refused = not 200 <= response.status < 300
         if not self._whole and not self._refused:
             is_sse = response.content_type == "text/event-stream"
             translator = self._adapter.translator(self.tally, self.chat, whole_calls=self._whole_calls)
             self._incoming = Incoming(translator, self.tally, self.route, time.time(), is_sse=is_sse)
-        return response
 
     def _keep(self, data: bytes) -> None:
         """One more piece of a body that is read whole."""
@@ -261,7 +268,7 @@ class Attempt:
         """Ask once more, without what platforms give out for themselves: this one may have refused another's."""
         self._bare = True
         self.close()
-        self.state = State.OPENING
+        self.state = OPENING
         self._call = self._response = None
         self._refused = False
         self._pieces.clear()
@@ -272,7 +279,7 @@ class Attempt:
 
     def _commit_reply(self, reply: Reply) -> None:
         self.tally, self.completion, self._first = reply.tally, reply.completion, reply.first or []
-        self.state, self.ended, self._at_end = State.COMMITTED, True, True
+        self.state, self.ended, self._at_end = COMMITTED, True, True
         self._incoming = None  # it is not a stream, whatever was asked for
 
     def _judge_opening(self, incoming: Incoming, data: bytes) -> None:
@@ -297,7 +304,7 @@ class Attempt:
                 raise UpstreamError(Failure.EMPTY, "The provider sent 1 MiB without a word of an answer.", status=200)
 
     def _commit_stream(self, incoming: Incoming) -> None:
-        self.state = State.COMMITTED
+        self.state = COMMITTED
         self.ended = self._is_ended(incoming)
 
     def _cut(self) -> UpstreamError | None:
@@ -386,7 +393,7 @@ class Attempt:
 
     def close(self) -> None:
         """Let go of the provider: its connection is free or closed. May be called again."""
-        self.state = State.ENDED
+        self.state = ENDED
         if self._alarm is not None:
             self._alarms.give_back(self._alarm)
             self._alarm = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from math import inf
 from random import Random
@@ -327,10 +327,16 @@ class Engine:
         plan.patient = exchange.wait_max_s > 0
         return plan
 
-    async def _next_route(self, exchange: Exchange, plan: Plan) -> Route | None:
-        """The next attempt's route; with its capacity and its trial granted, where other gateways share them."""
+    def _next_route(self, exchange: Exchange, plan: Plan) -> Awaitable[Route | None]:
+        """The next attempt's route."""
+        if self.shared is None:
+            return self._free_route(exchange, plan)
+        return self._granted_route(exchange, plan, self.shared)
+
+    async def _granted_route(self, exchange: Exchange, plan: Plan, shared: Shared) -> Route | None:
+        """The same with its capacity and its trial granted, where other gateways share them."""
         while (route := await self._free_route(exchange, plan)) is not None:
-            if self.shared is None or await self._granted(route, self.shared):
+            if await self._granted(route, shared):
                 break
         return route
 

@@ -222,7 +222,8 @@ class Books:
 
     def _mark_key(self, key: int, status: KeyStatus, error: str | None = None) -> None:
         """Remember it; tell the database when it is news. A success that began before does not lift invalid."""
-        if not key or (status is KeyStatus.HEALTHY and self._router.key_status.get(key) is KeyStatus.INVALID):
+        known = self._router.key_status.get(key)
+        if not key or known is status or (known is KeyStatus.INVALID and status is KeyStatus.HEALTHY):
             return
         if self._router.set_key_status(key, status):
             self._store.write_later(key, partial(set_key_status, id=key, status=status, last_error=error))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from functools import cached_property, lru_cache, partial
 from math import inf
 from typing import Self
@@ -125,6 +125,11 @@ class Response:
         return self.headers.get("Content-Type", "").partition(";")[0].strip().lower()
 
     @property
+    def begun(self) -> bool:
+        """Whether the first bytes of the body have arrived, read or not."""
+        return self._content.total_bytes > 0
+
+    @property
     def complete(self) -> bool:
         """Whether the body's last byte has arrived, read or not."""
         return self._content.is_eof()
@@ -168,18 +173,19 @@ class Call:
         self._connection: Connection | None = None
         self._idle_s = 0.0  # how long its connection was idle before
 
-    async def send(self) -> None:
+    async def send(self) -> Self:
         """Connect and write. Raises CallFailed."""
         self._connection, protocol = await self._upstream.connect(self._target)
         self._protocol, transport = protocol, protocol.transport
         self._idle_s = self._upstream.now() - protocol.idle_since
         protocol.expect_response()
-        if transport is None:  # lost in this moment, which `head` will notice
-            return
-        if len(self._body) <= COPY_BYTES_MAX:
+        if transport is None:
+            pass  # lost in this moment, which `head` will notice
+        elif len(self._body) <= COPY_BYTES_MAX:
             transport.write(self._head + self._body)
         else:
             transport.writelines((self._head, self._body))
+        return self
 
     async def head(self) -> Response:
         """The answer, as soon as its head is there. Redirects are answers like others.
@@ -190,10 +196,14 @@ class Call:
         while True:
             if self._connection is None:
                 await self.send()
-            connection = self._connection
+            connection, protocol = self._connection, self._protocol
             assert connection is not None
             try:
-                return await answered(connection, self._protocol)
+                message, content = await protocol.read()
+                while message.code in INTERIM:
+                    message, content = await protocol.read()
+                content.on_eof(partial(let_go, connection, protocol))
+                return Response(message.code, message.headers, content, connection)
             except asyncio.CancelledError:
                 raise
             except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
@@ -243,13 +253,11 @@ class Upstream:
     async def __aexit__(self, *exc: object) -> None:
         await self._connector.close()
 
-    async def start(self, method: str, endpoint: Endpoint, body: bytes = b"") -> Call:
+    def start(self, method: str, endpoint: Endpoint, body: bytes = b"") -> Awaitable[Call]:
         """Connect and write a request. Raises CallFailed."""
         target, head = self._prepared(method, endpoint)
         head = b"%bContent-Length: %d\r\n\r\n" % (head, len(body)) if body else head + b"\r\n"
-        call = Call(self, target, head, body)
-        await call.send()
-        return call
+        return Call(self, target, head, body).send()
 
     async def call(self, method: str, endpoint: Endpoint, body: bytes = b"") -> Response:
         """Send a request and wait for the head of its answer. Raises CallFailed."""
@@ -276,15 +284,6 @@ class Upstream:
             if not protocol.should_close or protocol.idle_since == inf:
                 return connection, protocol
             connection.close()  # while it was idle its server said something that nobody had asked for
-
-
-async def answered(connection: Connection, protocol: Handler) -> Response:
-    """The answer that arrives over this connection, once its head is there."""
-    message, content = await protocol.read()
-    while message.code in INTERIM:
-        message, content = await protocol.read()
-    content.on_eof(partial(let_go, connection, protocol))
-    return Response(message.code, message.headers, content, connection)
 
 
 def prepared(
