@@ -158,9 +158,11 @@ class Engine:
                 await self.shared.recall(exchange.session)
             plan = self._plan(exchange, chat)
             while (route := await self._next_route(exchange, plan)) is not None:
-                exchange.current = self._start(exchange, plan, route, chat)
+                exchange.current = running = self._start(exchange, plan, route, chat)
                 try:
-                    running = await self._open(exchange, plan, chat)
+                    if not await running.attempt.open(self._hedging.late_at(running.attempt, chat.need)):
+                        running = await self._joined(exchange, plan, running, chat)
+                    self._committed(exchange, plan, running)
                     last = await self._relay(exchange, running, delivery)
                     attempt = running.attempt
                     attempt.outcome = Answered(cut_short(attempt.tally, attempt.chat, attempt.route.model))
@@ -183,19 +185,14 @@ class Engine:
                 raise
             return delivery.fail(error)
 
-    async def _open(self, exchange: Exchange, plan: Plan, chat: Chat) -> Running:
-        """Wait for the answer to begin; where that takes too long, a second route joins (SPEC 15). Raises
-        UpstreamError."""
-        running = exchange.current
-        assert running is not None
-        if not await running.attempt.open(self._hedging.late_at(running.attempt, chat.need)):
-            second = self._second_route(exchange, plan, running)
-            if second is None or (self.shared is not None and not await self._granted(second, self.shared)):
-                await running.attempt.open()
-            else:
-                running = await self._race(exchange, plan, self._start(exchange, plan, second, chat, hedge=True))
-        self._committed(exchange, plan, running)
-        return running
+    async def _joined(self, exchange: Exchange, plan: Plan, first: Running, chat: Chat) -> Running:
+        """An answer that is late: a second route joins, where one may (SPEC 15). Gives the attempt that has begun to
+        answer. Raises UpstreamError."""
+        second = self._second_route(exchange, plan, first)
+        if second is None or (self.shared is not None and not await self._granted(second, self.shared)):
+            await first.attempt.open()
+            return first
+        return await self._race(exchange, plan, self._start(exchange, plan, second, chat, hedge=True))
 
     async def _relay(self, exchange: Exchange, running: Running, delivery: Delivery) -> bytes:
         """Send the answer as it arrives; gives its last bytes, with which the events go out that came last."""
