@@ -12,6 +12,7 @@ from fake_provider import (
     PAUSE,
     RESET,
     Every,
+    FakeProvider,
     Wait,
     answer,
     body,
@@ -182,6 +183,41 @@ async def test_a_connection_in_steady_use_that_breaks_is_a_failure_at_once(fake)
         with pytest.raises(ConnectionBroken):
             await upstream.call("POST", endpoint, b"{}")
         assert fake.connections == 1
+
+
+async def test_a_connection_that_has_been_idle_for_too_long_is_closed_and_not_used_again(fake):
+    fake.script("a", completion("first"), completion("second"), completion("third"))
+    async with Upstream(connect_s=1.0, keepalive_s=0.05) as upstream:
+        endpoint = Endpoint(fake.url("a"), {})
+        await read(await upstream.call("POST", endpoint, b"{}"))
+        await fake.closed()
+        await read(await upstream.call("POST", endpoint, b"{}"))
+        assert fake.connections == 2
+        await fake.closed(1)  # whoever closes what is old comes again
+    async with Upstream(connect_s=1.0, keepalive_s=0.0) as upstream:  # too old before anybody has closed it
+        for _ in range(2):
+            await read(await upstream.call("POST", Endpoint(fake.url("a"), {}), b"{}"))
+    assert fake.connections == 4
+
+
+async def test_an_idle_connection_serves_every_key_of_its_place_and_no_other_place(fake):
+    async with FakeProvider().serving() as other, Upstream(connect_s=1.0) as upstream:
+        for name in ("one", "two", "three"):
+            for provider in (fake, other):
+                provider.script("a", completion(name))
+                endpoint = Endpoint(provider.url("a"), {"Authorization": f"Bearer {name}"})
+                assert name.encode() in await read(await upstream.call("POST", endpoint, b"{}"))
+        assert (fake.connections, other.connections) == (1, 1)
+
+
+async def test_idle_connections_end_with_their_owner(fake):
+    fake.script("a", completion("x"))
+    async with Upstream(connect_s=1.0) as upstream:
+        calls = [await upstream.start("POST", Endpoint(fake.url("a"), {}), b"{}") for _ in range(3)]
+        for call in calls:
+            await read(await call.head())
+        assert (fake.connections, fake.open_connections) == (3, 3)
+    await until(lambda: fake.open_connections == 0)
 
 
 async def test_a_connection_that_still_holds_a_part_of_the_question_is_not_used_again():
