@@ -152,46 +152,52 @@ class Books:
             self._freed()
 
     def _apply(self, effects: Sequence[Effect], exchange: Exchange, attempt: Attempt, now: float) -> None:
-        """Change state by what this attempt costs. A success's effects are looked for first: most are."""
+        """Change state by what this attempt costs, and by what a success brings."""
+        model, key = attempt.route.model, attempt.route.key
+        for effect in effects:
+            if isinstance(effect, Recover):
+                if self._protection.end_rests(key.id, model.id, attempt.started, now):
+                    self._freed()
+                self._mark_key(key.id, KeyStatus.HEALTHY)
+                self._router.penalties.success(model.id, now)
+            elif isinstance(effect, Pin):
+                self._protection.sessions.pin(exchange.session, model.id, key.id, now)
+            elif isinstance(effect, FeedGate):
+                if not effect.ok or self._router.gates.knows(model.id):  # of success nothing else need be remembered
+                    self._feed_gate(attempt, effect.ok, now)
+            else:
+                self._apply_cost(effect, exchange, attempt, now)
+
+    def _apply_cost(self, effect: Effect, exchange: Exchange, attempt: Attempt, now: float) -> None:
+        """One thing that a failure costs."""
         model, key, session = attempt.route.model, attempt.route.key, exchange.session
         protection, sessions = self._protection, self._protection.sessions
-        for effect in effects:
-            match effect:
-                case Recover():
-                    if protection.end_rests(key.id, model.id, attempt.started, now):
-                        self._freed()
-                    self._mark_key(key.id, KeyStatus.HEALTHY)
-                    self._router.penalties.success(model.id, now)
-                case Pin():
-                    sessions.pin(session, model.id, key.id, now)
-                case FeedGate(ok):
-                    if not ok or self._router.gates.knows(model.id):  # of success there is nothing else to remember
-                        self._feed_gate(attempt, ok, now)
-                case MarkKey(status, error):
-                    self._mark_key(key.id, status, error)
-                case SpaceTrials():
-                    protection.space_trials(key.id, model.id, now)
-                case RestModel(until):
-                    protection.transient.set(model.id, until, now)
-                    self._log.write("info", "cooldown", model=model.label)
-                case RestKey():
-                    protection.rest_key(key.id, model.id, effect, now)
-                case Skip():
-                    if exchange.plan is not None:
-                        exchange.plan.note_failure(attempt.route, effect, now, exchange.pause_s(now))
-                case Ban(reason):
-                    sessions.ban(session, model.platform.id, reason, now)
-                    if exchange.plan is not None:
-                        exchange.plan.ban(model.platform.id)
-                    self._log.write("info", "ban", platform=model.platform.id, reason=reason, request_id=exchange.id)
-                case ClearPin():
-                    sessions.clear_model(session, model.id, now)
-                case ClearKeyPin():
-                    sessions.clear_key(session, key.id, now)
-                case AvoidNext():
-                    sessions.avoid_next(session, model.id, now)
-                case Penalise():
-                    self._router.penalties.add(model.id, now)
+        match effect:
+            case MarkKey(status, error):
+                self._mark_key(key.id, status, error)
+            case SpaceTrials():
+                protection.space_trials(key.id, model.id, now)
+            case RestModel(until):
+                protection.transient.set(model.id, until, now)
+                self._log.write("info", "cooldown", model=model.label)
+            case RestKey():
+                protection.rest_key(key.id, model.id, effect, now)
+            case Skip():
+                if exchange.plan is not None:
+                    exchange.plan.note_failure(attempt.route, effect, now, exchange.pause_s(now))
+            case Ban(reason):
+                sessions.ban(session, model.platform.id, reason, now)
+                if exchange.plan is not None:
+                    exchange.plan.ban(model.platform.id)
+                self._log.write("info", "ban", platform=model.platform.id, reason=reason, request_id=exchange.id)
+            case ClearPin():
+                sessions.clear_model(session, model.id, now)
+            case ClearKeyPin():
+                sessions.clear_key(session, key.id, now)
+            case AvoidNext():
+                sessions.avoid_next(session, model.id, now)
+            case Penalise():
+                self._router.penalties.add(model.id, now)
 
     def _facts(self, exchange: Exchange, attempt: Attempt, now: float) -> Facts:
         route, plan = attempt.route, exchange.plan
