@@ -79,13 +79,16 @@ def note_completion(body: JSON, tally: Tally) -> None:
     note_part(choice.get("message"), choice.get("finish_reason"), tally)
 
 
-def note_plain(answer: PlainAnswer, tally: Tally) -> None:
-    """Count a whole answer that is nothing but text."""
-    tally.head = answer.head()
+def note_plain(answer: PlainAnswer, tally: Tally) -> bool:
+    """Count a whole answer that is nothing but text. False, and nothing is counted, where its usage needs a look."""
     if answer.usage is not None:
-        tally.usage, tally.usage_object = Usage.exact(answer.usage), answer.usage
+        if (usage := Usage.exact(answer.usage)) is None:
+            return False
+        tally.usage, tally.usage_object = usage, answer.usage
+    tally.head = answer.head()
     tally.finish, tally.has_text = "stop", True
     tally.text_chars = len(answer.choices[0].message.content)
+    return True
 
 
 def note_text(text: str, tally: Tally) -> bool:

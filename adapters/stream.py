@@ -270,8 +270,8 @@ def whole_reply(raw: bytes, adapter: Adapter, chat: Chat, route: Route, utc: flo
     """A committed answer from a whole body."""
     if chat.need.kind is ModelKind.EMBEDDING:
         return embedding_reply(checked_answer(loaded(raw), route, utc), chat, route.model)
-    if (plain := adapter.plain_answer(raw, chat)) is not None:
-        note_plain(plain, tally := Tally())
+    tally = Tally()
+    if (plain := adapter.plain_answer(raw, chat)) is not None and note_plain(plain, tally):
         completion = Completion(raw, raw)
     else:
         tally, completion = looked_at(raw, adapter, chat, route, utc)

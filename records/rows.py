@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from msgspec import Struct
@@ -82,7 +83,7 @@ def insert_rows(db: sqlite3.Connection, rows: Sequence[Row]) -> None:
     for size in ROWS_AT_ONCE:
         statement = INSERT_ROWS + ", ".join([ONE_ROW] * size)
         while len(rows) - done >= size:
-            db.execute(statement, [value for row in rows[done : done + size] for value in row.values()])
+            db.execute(statement, list(chain.from_iterable(map(Row.values, rows[done : done + size]))))
             done += size
 
 
