@@ -53,6 +53,7 @@ from engine.exchange import Engine
 from engine.listing import Listing
 from protection import parse_levels
 from providers import Providers, Timeouts
+from records.cipher import CipherProcess, MakeCipher, local_cipher
 from records.connection import Connection, DatabaseAway, DatabaseRefused
 from records.database import DatabaseError, Store, ping
 from records.eventlog import EventLog
@@ -84,7 +85,7 @@ RETENTION_S = 3600.0  # SPEC 12.3
 class Gateway:
     """The ASGI app. Constructing it opens the database; its lifespan owns everything that runs."""
 
-    def __init__(self, settings: Settings, place: Place | None = None) -> None:
+    def __init__(self, settings: Settings, place: Place | None = None, make_cipher: MakeCipher = local_cipher) -> None:
         """`place`: it is one of several workers."""
         self.settings = settings
         self.siblings = None if place is None else Siblings(place)
@@ -94,7 +95,7 @@ class Gateway:
         levels, warnings = parse_levels(settings.thread_protection_platforms, defaults)
         self.warnings = [*files.warnings, *warnings]
         self.log = EventLog(settings.log_level)
-        self.store = Store(settings.db, settings.encryption_key, settings.log)
+        self.store = Store(settings.db, settings.encryption_key, settings.log, make_cipher)
         self.api_key, self.made_key = settings.api_key or "", False
         if not self.api_key:
             self.api_key, self.made_key = self.store.write_now(lambda db: client_key(db, self.store.vault))
@@ -433,8 +434,9 @@ def main() -> int:
         place = place_of(os.environ)
         if settings.workers > 1 and place is None:
             return supervise(settings)
-        listener = listener_of(settings)
-        app = Gateway(settings, place)
+        with CipherProcess() as process:
+            listener = listener_of(settings)
+            app = Gateway(settings, place, process.cipher)
     except (SettingsError, StoreError, DatabaseAway, DatabaseRefused) as error:
         print(f"freeway: {error}", file=sys.stderr)
         return 2

@@ -17,6 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+from records.cipher import MakeCipher, local_cipher
 from records.connection import Backend, Connection, DatabaseAway, DatabaseRefused
 from records.rows import UNSTORABLE, Row
 from records.sqlite import ROWS_MAX, SQLite, SQLiteError
@@ -33,10 +34,16 @@ DatabaseError: tuple[type[Exception], ...] = (SQLiteError, DatabaseAway, Databas
 class Store:
     """The database of one gateway. Construct it to open; `close` writes what is pending."""
 
-    def __init__(self, path: Path, encryption_key: bytes | None, address: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        encryption_key: bytes | None,
+        address: str | None = None,
+        make_cipher: MakeCipher = local_cipher,
+    ) -> None:
         """`address` is that of a PostgreSQL to use instead of the file (SPEC 20.2)."""
         self.dropped = 0  # rows lost because the queue was full
-        self.backend = backend_of(path, encryption_key, address)
+        self.backend = backend_of(path, encryption_key, address, make_cipher)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="store-writer")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="store-reader")
         self._rows: deque[Row] = deque()
@@ -177,18 +184,20 @@ class Store:
         self._reader.shutdown(wait=False)
 
 
-def backend_of(path: Path, encryption_key: bytes | None, address: str | None) -> Backend:
+def backend_of(
+    path: Path, encryption_key: bytes | None, address: str | None, make_cipher: MakeCipher = local_cipher
+) -> Backend:
     """The file, or the PostgreSQL at this address."""
     if address is None:
-        return SQLite(path, encryption_key)
-    made: Backend = postgres_at(address, path, encryption_key)
+        return SQLite(path, encryption_key, make_cipher)
+    made: Backend = postgres_at(address, path, encryption_key, make_cipher)
     return made
 
 
-def postgres_at(address: str, path: Path, encryption_key: bytes | None) -> Any:
+def postgres_at(address: str, path: Path, encryption_key: bytes | None, make_cipher: MakeCipher = local_cipher) -> Any:
     """Loaded only where it is wanted: its library is an extra."""
     try:
-        return import_module("records.postgres").Postgres(address, path, encryption_key)
+        return import_module("records.postgres").Postgres(address, path, encryption_key, make_cipher)
     except ModuleNotFoundError as error:
         raise StoreError(f"GATEWAY_LOG needs the package {error.name}: pip install -r requirements-scale.txt") from None
 

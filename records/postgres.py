@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from records.breaker import Breaker
+from records.cipher import MakeCipher, local_cipher
 from records.connection import Connection, DatabaseAway, DatabaseRefused
 from records.postgres_link import COMMAND_S, CONNECT_S, READ_S, How, Link, Session
 from records.postgres_news import followed
@@ -37,11 +38,14 @@ class Postgres:
 
     rows_at_once = 2_000  # far within the limit of one command
 
-    def __init__(self, address: str, path: Path, encryption_key: bytes | None) -> None:
+    def __init__(
+        self, address: str, path: Path, encryption_key: bytes | None, make_cipher: MakeCipher = local_cipher
+    ) -> None:
         """`path` is where the key file stands, if there is no `encryption_key`."""
         self._address = address
         self._path = path
         self._encryption_key = encryption_key
+        self._make_cipher = make_cipher
         self._breaker = Breaker(2 * CONNECT_S)
         self._writer: Link
         self._reader: Link
@@ -88,7 +92,7 @@ class Postgres:
         kept = self._kept(session)
         version = int(kept.get("schema_version", 0))
         sealed = [kept["key_check"]] if kept else []
-        vault = unlocked(sealed, self._encryption_key, self._path)
+        vault = unlocked(sealed, self._encryption_key, self._path, self._make_cipher)
         if not kept:
             session.script(SCHEMA.read_text())
             for key, value in (("key_check", vault.seal("freeway")), ("changed", "0"), ("schema_version", "0")):

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from records.cipher import MakeCipher, local_cipher
 from records.connection import Connection
 from records.migrations import MIGRATIONS, SCHEMA_VERSION
 from records.rows import UNSTORABLE, Row, insert_each, insert_rows
@@ -28,9 +29,10 @@ class SQLite:
 
     rows_at_once = ROWS_MAX
 
-    def __init__(self, path: Path, encryption_key: bytes | None) -> None:
+    def __init__(self, path: Path, encryption_key: bytes | None, make_cipher: MakeCipher = local_cipher) -> None:
         self._path = path
         self._encryption_key = encryption_key
+        self._make_cipher = make_cipher
         self._db: sqlite3.Connection  # the writer's
         self._read_db: sqlite3.Connection
 
@@ -71,7 +73,7 @@ class SQLite:
         sealed = []
         if version:
             sealed = [row[0] for row in db.execute("SELECT value FROM settings WHERE key = 'key_check'")]
-        return unlocked(sealed, self._encryption_key, self._path)
+        return unlocked(sealed, self._encryption_key, self._path, self._make_cipher)
 
     def write(self, work: Callable[[Connection], T]) -> T:
         with transaction(self._db) as db:

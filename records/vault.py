@@ -1,4 +1,4 @@
-"""Encryption of credentials at rest: AES-256-GCM and the key file. The only module that uses cryptography."""
+"""Encryption of credentials at rest: what is encrypted with which key, and the key file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from records.cipher import MakeCipher, local_cipher
 
 TAG_BYTES, IV_BYTES = 16, 12
 
@@ -21,24 +20,24 @@ class StoreError(Exception):
 class Vault:
     """AES-256-GCM with one key; encrypts credentials, and recognises them without reading them."""
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, make_cipher: MakeCipher = local_cipher) -> None:
         self._key = key
-        self._cipher = AESGCM(key)
+        self._cipher = make_cipher(key)
 
     def encrypt(self, secret: str) -> tuple[bytes, bytes, bytes]:
         """Ciphertext, iv, tag."""
         iv = secrets.token_bytes(IV_BYTES)
-        sealed = self._cipher.encrypt(iv, secret.encode(), None)
+        sealed = self._cipher.encrypt(iv, secret.encode())
         return sealed[:-TAG_BYTES], iv, sealed[-TAG_BYTES:]
 
     def decrypt(self, ciphertext: bytes, iv: bytes, tag: bytes) -> str:
-        try:
-            return self._cipher.decrypt(iv, ciphertext + tag, None).decode()
-        except InvalidTag:
+        secret = self._cipher.decrypt(iv, ciphertext + tag)
+        if secret is None:
             raise StoreError(
                 "ENCRYPTION_KEY (or the key file) is not the one this database was encrypted with. "
                 "Nothing was changed; start with the right key, or with another database."
-            ) from None
+            )
+        return secret.decode()
 
     def fingerprint(self, platform: str, secret: str) -> bytes:
         return hmac.digest(self._key, f"{platform}\0{secret}".encode(), "sha256")
@@ -92,12 +91,14 @@ def read_key_file(path: Path, *, must_exist: bool) -> bytes:
     return key
 
 
-def unlocked(sealed: Sequence[str], encryption_key: bytes | None, database: Path) -> Vault:
+def unlocked(
+    sealed: Sequence[str], encryption_key: bytes | None, database: Path, make_cipher: MakeCipher = local_cipher
+) -> Vault:
     """The vault with this key, or with the one in the file beside the database; made where nothing is sealed yet. It
     is proved on what is sealed before anything is written."""
     if encryption_key is None:
         encryption_key = read_key_file(key_file_of(database), must_exist=bool(sealed))
-    vault = Vault(encryption_key)
+    vault = Vault(encryption_key, make_cipher)
     for value in sealed:
         vault.unseal(value)
     return vault

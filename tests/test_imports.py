@@ -40,7 +40,7 @@ OWNED = {
     "aiohttp": {"transport.upstream"},
     "sqlite3": {"records.sqlite", "records.rows", "records.checkup"},
     "asyncpg": {"records.postgres", "records.postgres_link", "records.postgres_news"},
-    "cryptography": {"records.vault"},
+    "cryptography": {"records.aes_gcm"},
     "prometheus_client": {"records.metrics"},
     "redis": {"shared.link"},
 }
