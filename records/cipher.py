@@ -59,11 +59,11 @@ class CipherProcess:
         self._lines: TextIO | None = None
 
     def __enter__(self) -> Self:
-        ours, theirs = socket.socketpair()
-        ours.settimeout(ANSWER_S)
-        with ours, theirs:
-            # A session of its own: ^C is for the gateway. -P: the files beside the program are no modules of libraries.
-            command = [self._python, "-P", str(PROGRAM)]
+        self._ours, theirs = socket.socketpair()
+        self._ours.settimeout(ANSWER_S)
+        # A session of its own: ^C is for the gateway. -P: the files beside the program are no modules of libraries.
+        command = [self._python, "-P", str(PROGRAM)]
+        with theirs:
             try:
                 self._child = subprocess.Popen(
                     command,
@@ -73,8 +73,9 @@ class CipherProcess:
                     start_new_session=True,
                 )
             except OSError:  # no process is to be had: then all is done here
+                self._ours.close()
                 return self
-            self._lines = ours.makefile("rw", encoding="ascii", newline="\n")
+        self._lines = self._ours.makefile("rw", encoding="ascii", newline="\n")
         return self
 
     def __exit__(
@@ -104,17 +105,19 @@ class CipherProcess:
         return bytes.fromhex(answer) if told == "done" else None
 
     def _end(self) -> None:
-        if self._lines is not None:
-            with contextlib.suppress(OSError):  # of a question that nobody has taken
-                self._lines.close()
-            self._lines = None
-        if self._child is not None:
-            try:
-                self._child.wait(ANSWER_S)
-            except subprocess.TimeoutExpired:
-                self._child.kill()
-                self._child.wait()
-            self._child = None
+        if self._child is None or self._lines is None:
+            return
+        try:
+            self._ours.shutdown(socket.SHUT_WR)
+            while self._lines.readline():  # to its end, which is the process's
+                pass
+        except OSError:
+            self._child.kill()
+        self._child.wait()
+        with contextlib.suppress(OSError):  # of a question that nobody has taken
+            self._lines.close()
+        self._ours.close()
+        self._child = self._lines = None
 
 
 class StartCipher:
