@@ -324,12 +324,23 @@ class Attempt:
         if self._first:
             events, self._first = self._first, []
             return events
-        incoming = self._incoming
+        incoming, response, alarm = self._incoming, self._response, self._alarm
         if incoming is None:
             return None
+        assert response is not None and alarm is not None  # it has been waited for before
         while not (self._at_end or incoming.done or incoming.error):
-            finishing = incoming.finishing
-            data = await self._read(quiet_s, incoming, finishing)
+            finishing, now = incoming.finishing, self._clock()
+            until = self._silent_until(now, incoming) if finishing else self._quiet_until(now, quiet_s)
+            try:
+                if until <= now:
+                    raise TimeoutError
+                with alarm.until(until):
+                    data = await response.read()
+                self._quiet_s += self._clock() - now  # only waiting counts, never the time that our client takes
+            except (CallFailed, TimeoutError) as error:
+                if not finishing:
+                    raise self._broken(error) from None
+                data = b""  # a broken connection, or silence, says nothing once the answer is complete
             if data:
                 events, _ = incoming.feed(data)
                 if incoming.progressed:
@@ -344,35 +355,22 @@ class Attempt:
                 return events
         return await self._ending(incoming)
 
-    async def _read(self, quiet_s: Callable[[], float], incoming: Incoming, finishing: bool) -> bytes:
-        """The next bytes; b"" at the end, and when nothing more comes behind a finish reason.
+    def _quiet_until(self, now: float, quiet_s: Callable[[], float]) -> float:
+        """Until when an answer that goes on may say nothing."""
+        return now + min(self._timeouts.stall_s, quiet_s() - self._quiet_s)
 
-        Only waiting counts as silence, never the time that our client takes.
-        """
-        assert self._response is not None
-        now, stall_s = self._clock(), self._timeouts.stall_s
-        if finishing:
-            self._end_at = min(self._end_at, now + stall_s)  # whatever comes until then, if it says nothing
-            until = min(self._end_at, now + min(stall_s, incoming.silence_s))
-        else:
-            until = now + min(stall_s, quiet_s() - self._quiet_s)
-        try:
-            if until <= now:
-                raise TimeoutError
-            assert self._alarm is not None  # it has been waited for before
-            with self._alarm.until(until):
-                data = await self._response.read()
-        except TimeoutError:
-            if finishing:
-                return b""
-            raise UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504) from None
-        except CallFailed as error:
-            if finishing:  # a broken connection says nothing once the answer is complete
-                return b""
-            words = redact(str(error), self.route.key.secret)
-            raise UpstreamError(Failure.CONNECTION, f"The connection broke: {words}") from None
-        self._quiet_s += self._clock() - now
-        return data
+    def _silent_until(self, now: float, incoming: Incoming) -> float:
+        """Until when something may come behind a finish reason, or says that it was none."""
+        stall_s = self._timeouts.stall_s
+        self._end_at = min(self._end_at, now + stall_s)  # whatever comes until then, if it says nothing
+        return min(self._end_at, now + min(stall_s, incoming.silence_s))
+
+    def _broken(self, error: Exception) -> UpstreamError:
+        """The failure that a stream ended with."""
+        if isinstance(error, TimeoutError):
+            return UpstreamError(Failure.STALL, "The provider sent nothing for too long.", status=504)
+        words = redact(str(error), self.route.key.secret)
+        return UpstreamError(Failure.CONNECTION, f"The connection broke: {words}")
 
     def _is_ended(self, incoming: Incoming) -> bool:
         if self._at_end or incoming.error is not None:
