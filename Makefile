@@ -13,7 +13,7 @@ WORKERS ?= auto
 # Compiled once and kept: in some shells Python is told to do without, and each of the tests' processes starts anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: all run test test-browser browser test-scale servers check fmt clean bench soak hostile chaos drill doctor
+.PHONY: all run test test-browser browser test-scale servers check fmt clean bench turns soak hostile chaos drill doctor
 
 all: check test
 
@@ -75,6 +75,9 @@ doctor: $(RUNTIME)
 
 bench: $(DEV)
 	$(BIN)/python bench/run.py
+
+turns: $(DEV)
+	$(BIN)/python bench/turns.py
 
 soak: $(DEV)
 	$(BIN)/python bench/soak.py --seconds $(SECONDS)
