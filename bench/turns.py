@@ -39,11 +39,9 @@ PHASES = [  # what, seconds of a turn, an answer's chunks and their distance, th
 ]  # fmt: skip
 
 
-ABOUT = (
-    "Both run at once on one core and take turns of half a second (3 s for chunks that arrive alone); CPU of each one's "
-    "process, the lowest of all turns, and the median of the rounds' own ratios. A busy neighbour meets both, and only "
-    "ever adds."
-)
+ABOUT = """Both run at once on one core and take turns of half a second (3 s for chunks that arrive alone); CPU of each
+one's process, the lowest of all turns, and the median of the rounds' own ratios. A busy neighbour meets both, and only
+ever adds."""
 
 
 def turn(peer: compare.Peer, phase: tuple[Any, ...]) -> float:
