@@ -32,7 +32,8 @@ KEY = "fw-bench-0123456789abcdef"
 FREEWAY_PORT, CROWD_PORT, FLOOR_PORT = 18095, 18096, 18092
 PEERS = ("floor", "freeway", "crowd")
 MODEL = "mock-model"
-PROVIDER = "http://127.0.0.1:18080/v1"
+MOCK_PORT = 18080
+PROVIDER = f"http://127.0.0.1:{MOCK_PORT}/v1"
 CATALOG = {
     "platforms": [{"id": "mock", "adapter": "openai", "base_url": PROVIDER, "protection": "off"}],
     "models": [{"platform": "mock", "model_id": MODEL, "context_window": 1_000_000}],

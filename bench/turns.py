@@ -24,20 +24,19 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "harness")]
 
 import compare  # noqa: E402
-from run import peers  # noqa: E402
+from run import MOCK_PORT, RATIOS, peers  # noqa: E402
 
-MOCK_PORT = 18080  # which run.py's catalogue names
 WARM_REQUESTS = 1500  # more than what is kept of the latest requests
-PHASES = [  # what, seconds of a turn, an answer's chunks and their distance, the load, its figure, the aim
-    ("request, 16 connections", 0.5, 200, 0, ({}, 16, {}), "cpu_us_per_req", 1.7),
-    ("request, 64 connections", 0.5, 200, 0, ({}, 64, {}), "cpu_us_per_req", 1.7),
-    ("agent's request", 0.5, 200, 0, ({"agent": True}, 16, {}), "cpu_us_per_req", 3.5),
-    ("stream of one chunk", 0.5, 1, 0, ({"stream": True}, 8, {"chunks": 1}), "cpu_us_per_req", 1.7),
-    ("chunk in a burst", 0.5, 200, 0, ({"stream": True}, 8, {"chunks": 200}), "cpu_us_per_chunk", 2.0),
-    ("chunk that arrives alone", 3.0, 100, 20, ({"stream": True}, 100, {"chunks": 100, "stagger": 20}),
-     "cpu_us_per_chunk", 1.35),
-]  # fmt: skip
-
+LOADS = {  # by run.py's phases: seconds of a turn, an answer's chunks and the milliseconds between them, the load
+    "plain_c16": (0.5, 200, 0, ({}, 16, {})),
+    "plain_c64": (0.5, 200, 0, ({}, 64, {})),
+    "agent": (0.5, 200, 0, ({"agent": True}, 16, {})),
+    "burst_1": (0.5, 1, 0, ({"stream": True}, 8, {"chunks": 1})),
+    "burst_200": (0.5, 200, 0, ({"stream": True}, 8, {"chunks": 200})),
+    "paced": (3.0, 100, 20, ({"stream": True}, 100, {"chunks": 100, "stagger": 20})),
+}
+# What, its phase and figure, and what is aimed at.
+PHASES = [(name, *path.split("."), aim) for name, path, _, aim in RATIOS if path.split(".")[0] in LOADS]
 
 ABOUT = """Both run at once on one core and take turns of half a second (3 s for chunks that arrive alone); CPU of each
 one's process, the lowest of all turns, and the median of the rounds' own ratios. A busy neighbour meets both, and only
@@ -45,7 +44,8 @@ ever adds."""
 
 
 def turn(peer: compare.Peer, phase: tuple[Any, ...]) -> float:
-    _, seconds, chunks, pause_ms, (request, connections, options), figure, _ = phase
+    _, load, figure, _ = phase
+    seconds, chunks, pause_ms, (request, connections, options) = LOADS[load]
     compare.mock_control(peer, chunks=chunks, delay_ms=pause_ms)
     return compare.load(peer, peer.raw(**request), connections, seconds, **options)[figure]
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -126,14 +127,14 @@ class StartCipher:
     def __init__(self, key: bytes, process: CipherProcess) -> None:
         self._key = key
         self._process = process
-        self._local: Cipher | None = None
 
     def encrypt(self, iv: bytes, data: bytes) -> bytes:
         try:
-            answer = self._process.ask("encrypt", self._key, iv, data)
+            sealed = self._process.ask("encrypt", self._key, iv, data)
         except NoProcess:
-            answer = None
-        return self._here.encrypt(iv, data) if answer is None else answer
+            return self._here.encrypt(iv, data)
+        assert sealed is not None  # no key is wrong for it
+        return sealed
 
     def decrypt(self, iv: bytes, sealed: bytes) -> bytes | None:
         try:
@@ -141,8 +142,6 @@ class StartCipher:
         except NoProcess:
             return self._here.decrypt(iv, sealed)
 
-    @property
+    @cached_property
     def _here(self) -> Cipher:
-        if self._local is None:
-            self._local = local_cipher(self._key)
-        return self._local
+        return local_cipher(self._key)

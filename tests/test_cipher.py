@@ -70,7 +70,6 @@ def test_the_process_ends_with_its_block_and_with_whoever_asks_it():
         os.kill(pid, 0)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads what a process has loaded")
 async def test_a_start_leaves_no_encryption_behind_and_keys_can_be_added_later(start_process, fake):
     for added in (True, False):  # the first start encrypts the catalogue's key, the second decrypts that and the other
         running = await start_process(["a", "b"], {"GATEWAY_API_KEY": API_KEY})
