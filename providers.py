@@ -12,6 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from math import inf
 
 from adapters.base import Adapter, Reply, base_url
@@ -34,6 +35,9 @@ HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
 CHECK_S = 10.0  # for a list of models
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
+
+
+Into = Callable[[list[Event]], Awaitable[None] | None]  # takes events; gives what is to be awaited before the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +82,12 @@ class Attempt:
         "_patience_s",
         "_pieces",
         "_progressed_at",
-        "_quiet_s",
         "_refused",
         "_response",
         "_size",
         "_timeouts",
         "_upstream",
+        "_waiting",
         "_whole",
         "_whole_calls",
         "began",
@@ -129,8 +133,8 @@ class Attempt:
         self._pieces: list[bytes] = []  # of a body that is read whole
         self._size = 0
         self._first: list[Event] = []  # decoded before the answer was committed
-        self._quiet_s = 0.0  # waited since the last meaningful event
         self._end_at = inf  # until when something may come behind the finish
+        self._waiting: Awaitable[None] | None = None  # that whoever takes the events has asked for
         self._at_end = False
 
     # Until it is committed.
@@ -315,55 +319,82 @@ class Attempt:
 
     # Once it is committed.
 
-    async def next_batch(self, quiet_s: Callable[[], float]) -> list[Event] | None:
-        """The next events, those that arrived together; None at the end. `quiet_s` gives the longest time without a
-        meaningful event, when there is something to wait for.
+    async def pour(self, into: Into, quiet_s: Callable[[], float]) -> None:
+        """Hand the events over as they come, those that arrived together at once, until the answer has ended.
 
-        Raises UpstreamError.
+        The connection itself calls `into`, which wakes no task. What `into` returns is awaited before anything more is
+        handed over. `quiet_s` gives the longest time without a meaningful event; it may grow while that is waited for.
+        Raises UpstreamError, and what `into` raises.
         """
-        if self._first:
-            events, self._first = self._first, []
-            return events
+        self._heard_at = self._progressed_at = self._clock()
+        first, self._first = self._first, []
+        self._waiting = into(first) if first else None
         incoming, response, alarm = self._incoming, self._response, self._alarm
-        if incoming is None:
-            return None
-        assert response is not None and alarm is not None  # it has been waited for before
-        while not (self._at_end or incoming.done or incoming.error):
-            finishing, now = incoming.finishing, self._clock()
-            until = self._silent_until(now, incoming) if finishing else self._quiet_until(now, quiet_s)
+        while True:
+            if self._waiting is not None:
+                await self._taken(self._waiting)
+            if incoming is None or self._at_end or incoming.done or incoming.error:
+                break
+            assert response is not None and alarm is not None  # it has been waited for before
             try:
-                if until <= now:
-                    raise TimeoutError
-                with alarm.until(until):
-                    data = await response.read()
-                self._quiet_s += self._clock() - now  # only waiting counts, never the time that our client takes
-            except (CallFailed, TimeoutError) as error:
-                if not finishing:
+                if not self._hand_over(into):
+                    with alarm.until(self._quiet_until(incoming, quiet_s)):
+                        await response.each(partial(self._hand_over, into))
+            except TimeoutError as error:
+                if self._clock() < self._quiet_until(incoming, quiet_s):
+                    continue  # it has moved on with what has come
+                if not incoming.finishing:
                     raise self._broken(error) from None
-                data = b""  # a broken connection, or silence, says nothing once the answer is complete
-            if data:
-                events, _ = incoming.feed(data)
-                if incoming.progressed:
-                    self._quiet_s = 0.0
-                if finishing and (events or incoming.progressed):  # it goes on after all
-                    self._end_at = inf
-            else:
-                self._at_end = True
-                events, _ = incoming.flush()
-            if events:
-                self.ended = self._is_ended(incoming)
-                return events
-        return await self._ending(incoming)
+                self._pass_on(b"", incoming, into)  # silence says nothing once the answer is complete
+            except CallFailed as error:
+                if not incoming.finishing:
+                    raise self._broken(error) from None
+                self._pass_on(b"", incoming, into)  # and neither does a broken connection
+        if incoming is not None:
+            await self._end(incoming)
 
-    def _quiet_until(self, now: float, quiet_s: Callable[[], float]) -> float:
-        """Until when an answer that goes on may say nothing."""
-        return now + min(self._timeouts.stall_s, quiet_s() - self._quiet_s)
+    async def _taken(self, waiting: Awaitable[None]) -> None:
+        """Wait for whoever takes the events; that time is not the provider's silence."""
+        began = self._clock()
+        await waiting
+        self._waiting = None
+        self._heard_at = now = self._clock()
+        self._progressed_at += now - began
 
-    def _silent_until(self, now: float, incoming: Incoming) -> float:
-        """Until when something may come behind a finish reason, or says that it was none."""
+    def _hand_over(self, into: Into) -> bool:
+        """Hand over what has come. True when there is something else to do than to wait for more of it."""
+        incoming, response = self._incoming, self._response
+        assert incoming is not None and response is not None
+        while (data := response.take()) is not None:
+            self._heard_at = self._clock()
+            self._pass_on(data, incoming, into)
+            if self._waiting is not None or not data or incoming.done or incoming.finishing or incoming.error:
+                return True
+        return False
+
+    def _pass_on(self, data: bytes, incoming: Incoming, into: Into) -> None:
+        """Hand over the events in these bytes; b"" is the end of the stream."""
+        finishing = incoming.finishing
+        if data:
+            events, _ = incoming.feed(data)
+        else:
+            self._at_end = True
+            events, _ = incoming.flush()
+        if incoming.progressed:
+            self._progressed_at = self._heard_at
+        if finishing and (events or incoming.progressed):  # it goes on after all
+            self._end_at = inf
+        if events:
+            self.ended = self._is_ended(incoming)
+            self._waiting = into(events)
+
+    def _quiet_until(self, incoming: Incoming, quiet_s: Callable[[], float]) -> float:
+        """Until when the provider may say nothing: less behind a finish reason, where something may still come."""
         stall_s = self._timeouts.stall_s
-        self._end_at = min(self._end_at, now + stall_s)  # whatever comes until then, if it says nothing
-        return min(self._end_at, now + min(stall_s, incoming.silence_s))
+        if not incoming.finishing:
+            return min(self._heard_at + stall_s, self._progressed_at + quiet_s())
+        self._end_at = min(self._end_at, self._heard_at + stall_s)  # whatever comes until then, if it says nothing
+        return min(self._end_at, self._heard_at + min(stall_s, incoming.silence_s))
 
     def _broken(self, error: Exception) -> UpstreamError:
         """The failure that a stream ended with."""
@@ -377,7 +408,7 @@ class Attempt:
             return True
         return incoming.done and self._response is not None and self._response.complete
 
-    async def _ending(self, incoming: Incoming) -> list[Event] | None:
+    async def _end(self, incoming: Incoming) -> None:
         if error := incoming.error or incoming.ending():
             raise error
         response = self._response
@@ -387,7 +418,6 @@ class Attempt:
                     await response.read()
             except (TimeoutError, CallFailed):
                 pass
-        return None
 
     def close(self) -> None:
         """Let go of the provider: its connection is free or closed. May be called again."""

@@ -92,10 +92,17 @@ class Delivery:
             self.streams = True
             await self._begin(STREAM_HEADERS)
 
-    async def write(self, body: bytes) -> None:
-        """The next bytes of a stream."""
+    def write(self, body: bytes) -> Awaitable[None] | None:
+        """The next bytes of a stream; gives what is to be awaited where the client does not take them at once."""
+        sent = self._send({"type": "http.response.body", "body": body, "more_body": True})
+        if isinstance(sent, asyncio.Future) and sent.done():
+            self._written_at = self._loop.time()
+            return None
+        return self._taken(sent)
+
+    async def _taken(self, sent: Awaitable[None]) -> None:
         self.blocked_since = self._loop.time()
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await sent
         self.blocked_since, self._written_at = None, self._loop.time()
 
     async def finish(self, last: bytes | None) -> None:
@@ -127,7 +134,8 @@ class Delivery:
 
     async def _say_something(self) -> None:
         await self.begin_stream()
-        await self.write(self.encoder.heartbeat())
+        if (waiting := self.write(self.encoder.heartbeat())) is not None:
+            await waiting
 
 
 def response_start(status: int, headers: Headers) -> dict[str, Any]:

@@ -7,7 +7,7 @@ do on a bad day: failover, rescue, waiting, the client's stream. What a drill co
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
@@ -15,7 +15,7 @@ from math import inf
 from adapters.answers import note
 from config.settings import spelled
 from protection import Failure, UpstreamError
-from providers import Attempt, Providers
+from providers import Attempt, Into, Providers
 from routing.route import Route
 from wire.chat import Chat, Event, Tally
 from wire.errors import InvalidRequest
@@ -90,18 +90,22 @@ class DrilledAttempt(Attempt):
             return False
         raise UpstreamError(Failure.TIMEOUT if self._whole else Failure.STALL, WORDS, status=504)
 
-    async def next_batch(self, quiet_s: Callable[[], float]) -> list[Event] | None:
-        if self._over >= self._drill.events:
-            if self._drill.how is Break.STALL:
-                await asyncio.sleep(min(self._timeouts.stall_s, quiet_s()))
-            raise failure(self._drill.how)
-        events = await super().next_batch(quiet_s)
-        if events is None:
-            return None
-        passed = self._up_to_the_break(events)
-        if self._over >= self._drill.events:
+    async def pour(self, into: Into, quiet_s: Callable[[], float]) -> None:
+        def up_to_the_break(events: list[Event]) -> Awaitable[None] | None:
+            passed = self._up_to_the_break(events)
+            if self._over < self._drill.events:
+                return into(passed)
             self._forget_the_rest()
-        return passed
+            return self._break(into(passed), quiet_s)
+
+        await super().pour(up_to_the_break, quiet_s)
+
+    async def _break(self, waiting: Awaitable[None] | None, quiet_s: Callable[[], float]) -> None:
+        if waiting is not None:
+            await waiting
+        if self._drill.how is Break.STALL:
+            await asyncio.sleep(min(self._timeouts.stall_s, quiet_s()))
+        raise failure(self._drill.how)
 
     def _up_to_the_break(self, events: list[Event]) -> list[Event]:
         passed = events

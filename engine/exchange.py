@@ -39,7 +39,7 @@ from routing.plan import LAST_ATTEMPTS, Plan
 from routing.route import Route
 from routing.standing import Protection
 from transport.client import Client, ClientGone, Send, unless_gone
-from wire.chat import Chat, Dialect
+from wire.chat import Chat, Dialect, Event
 from wire.errors import GatewayError, NoProviders
 
 
@@ -206,25 +206,27 @@ class Engine:
         quiet_s: Callable[[], float] = partial(float, longest_s)
         if resuming is not None:
             quiet_s = partial(resuming.quiet_s, running.resumption, longest_s)
+
+        def forward(events: list[Event]) -> Awaitable[None] | None:
+            nonlocal body
+            if resuming is None:
+                body += encoder.feed(events)
+            else:
+                body += resuming.feed(running.resumption, events, encoder, attempt.route.model)
+            if not body or attempt.ended:
+                return None
+            told, body = body, b""
+            return delivery.write(told)
+
         try:
-            while True:
-                if (events := await attempt.next_batch(quiet_s)) is None:
-                    break
-                if resuming is None:
-                    body += encoder.feed(events)
-                else:
-                    body += resuming.feed(running.resumption, events, encoder, attempt.route.model)
-                del events  # a slow client would keep them: parsed, they are several times the size
-                if body and not attempt.ended:
-                    await delivery.write(body)
-                    body = b""
+            await attempt.pour(forward, quiet_s)
             if resuming is None:
                 return body + encoder.end(attempt.tally)
             body += resuming.feed(running.resumption, None, encoder, attempt.route.model)
             return body + encoder.end(resuming.told(attempt.tally))
         except UpstreamError:
-            if body:  # whoever goes on takes it for delivered
-                await delivery.write(body)
+            if body and (waiting := delivery.write(body)) is not None:  # whoever goes on takes it for delivered
+                await waiting
             raise
 
     async def _race(self, exchange: Exchange, plan: Plan, second: Running) -> Running:

@@ -326,6 +326,109 @@ async def test_a_body_that_was_closed_raises_our_own_exception(fake):
             await read(response)
 
 
+# --- A body that is taken as it comes -------------------------------------------------------------------------------
+
+
+async def taken(response: Response, pieces: list[bytes], *, stops: bool = False) -> bytes:
+    """The whole body by `each`; `stops` where the task looks after every piece, and lets others run."""
+
+    def look() -> bool:
+        while (data := response.take()) is not None:
+            pieces.append(data)
+            if stops or not data:
+                return True
+        return False
+
+    try:
+        while not pieces or pieces[-1]:
+            if not look():
+                await response.each(look)
+            await asyncio.sleep(0)
+        return b"".join(pieces)
+    finally:
+        response.close()
+
+
+async def test_a_body_is_taken_piece_by_piece_within_one_wait(fake):
+    gates = [asyncio.Event() for _ in range(3)]
+    fake.script("a", chunked(b"one", Wait(gates[0]), b"two", Wait(gates[1]), b"three", Wait(gates[2])), completion("x"))
+    async with Upstream(connect_s=1.0) as upstream:
+        response = await upstream.call("GET", Endpoint(fake.url("a"), {}))
+        pieces: list[bytes] = []
+
+        def look() -> bool:
+            while (data := response.take()) is not None:
+                pieces.append(data)
+                if not data:
+                    return True
+            return False
+
+        assert not look()
+        waiting = asyncio.create_task(response.each(look))
+        for count, gate in enumerate(gates, 1):
+            await until(lambda count=count: len(pieces) == count)
+            gate.set()
+        await waiting
+        assert pieces == [b"one", b"two", b"three", b""]
+        await read(await upstream.call("POST", Endpoint(fake.url("a"), {}), b"{}"))
+    assert fake.connections == 1  # and the next call goes over the same one
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("stops", [False, True])
+async def test_a_large_body_is_taken_in_its_order_however_slowly(fake, packed, stops):
+    whole = b"".join(b"%d," % number for number in range(400_000))  # far above what aiohttp keeps for a slow reader
+    sent = gzip.compress(whole) if packed else whole
+    fake.script("a", body(sent, headers={"content-encoding": "gzip"} if packed else {}))
+    async with Upstream(connect_s=1.0) as upstream:
+        response = await upstream.call("GET", Endpoint(fake.url("a"), {}))
+        assert await taken(response, [], stops=stops) == whole
+
+
+@pytest.mark.parametrize("breaks", [CUT, RESET])
+async def test_a_body_that_breaks_while_it_is_waited_for_says_so(fake, breaks):
+    later = asyncio.Event()
+    fake.script("a", raw(head(200, {"Content-Length": "99"}), b"half", Wait(later), breaks))
+    async with Upstream(connect_s=1.0) as upstream:
+        response = await upstream.call("GET", Endpoint(fake.url("a"), {}))
+        pieces: list[bytes] = []
+        taking = asyncio.create_task(taken(response, pieces))
+        await until(lambda: pieces == [b"half"])
+        later.set()
+        with pytest.raises(ConnectionBroken):
+            await taking
+
+
+async def test_of_a_connection_that_was_closed_nothing_is_waited_for(fake):
+    fake.script("a", raw(head(200, {"Content-Length": "99"}), b"half", PAUSE))
+    async with Upstream(connect_s=1.0) as upstream:
+        response = await upstream.call("GET", Endpoint(fake.url("a"), {}))
+        response.close()
+        with pytest.raises(ConnectionBroken):
+            await response.each(lambda: False)
+
+
+@pytest.mark.parametrize("leaves", [False, True], ids=["alone", "with a cancellation behind it"])
+async def test_what_goes_wrong_in_taking_a_body_is_told_to_who_waits_for_it(fake, leaves):
+    later = asyncio.Event()
+    fake.script("a", chunked(b"one", Wait(later), b"two"))
+
+    def look() -> bool:
+        if leaves:
+            asyncio.get_running_loop().call_soon(waiting.cancel)  # before the task has heard of it
+        raise LookupError("a defect")
+
+    async with Upstream(connect_s=1.0) as upstream:
+        response = await upstream.call("GET", Endpoint(fake.url("a"), {}))
+        assert await response.read() == b"one"
+        waiting = asyncio.create_task(response.each(look))
+        await asyncio.sleep(0)
+        later.set()
+        with pytest.raises(LookupError):
+            await waiting
+        assert await read(response) == b"two"  # the connection has not suffered
+
+
 async def test_a_connection_that_cannot_be_made_in_time_has_its_own_name():
     with silent_url() as url:
         async with Upstream(connect_s=0.05) as upstream:

@@ -25,23 +25,33 @@ class ResponseWriter:
     the connection. `done` is a future that has its result, to be awaited where nothing has to be waited for.
     """
 
-    __slots__ = ("_begun", "_cycle", "_done", "_start")
+    __slots__ = ("_begun", "_cycle", "_done", "_in_chunks", "_start")
 
     def __init__(self, cycle: RequestResponseCycle, done: asyncio.Future[None]) -> None:
         self._cycle = cycle
         self._done = done
         self._start: Any = None  # the message, until the body begins
         self._begun = False  # the cycle sends the rest, and says what is wrong with it
+        self._in_chunks = False  # its head was sent from here and names no length
 
     def __call__(self, message: Any) -> Awaitable[None]:
         if self._begun:
-            return self._cycle.send(message)
+            return self._go_on(message)
         if message["type"] == "http.response.start":
             self._start = message
             return self._done
         if self._cycle.flow.write_paused:
             return self._begin_later(message)
         return self._begin(message)
+
+    def _go_on(self, message: Any) -> Awaitable[None]:
+        """One more chunk of a body is written as the cycle would write it, without a coroutine of its own."""
+        cycle = self._cycle
+        if not (self._in_chunks and message.get("more_body")) or cycle.flow.write_paused or cycle.disconnected:
+            return cycle.send(message)
+        if data := message.get("body", b""):
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return self._done
 
     async def _begin_later(self, message: Any) -> None:
         """As soon as the client takes bytes again, or is gone."""
@@ -64,6 +74,7 @@ class ResponseWriter:
             if length < 0 or (length and not more):
                 raise RuntimeError("The body is not as long as its Content-Length says.")
         self._begun = cycle.response_started = True
+        self._in_chunks = more and length is None
         cycle.waiting_for_100_continue = False
         cycle.chunked_encoding, cycle.expected_content_length = length is None, length or 0
         cycle.transport.write(head + data)
