@@ -179,7 +179,7 @@ class Attempt:
                     self._begin_reading(response)
                     if self._refused or not (self._whole or response.begun):  # the next wait has another limit
                         return True
-                while data := await response.read():
+                while data := response.take() or await response.read():
                     if not self._whole and not self._refused:
                         break
                     self._keep(data)
@@ -327,8 +327,8 @@ class Attempt:
         Raises UpstreamError, and what `into` raises.
         """
         self._heard_at = self._progressed_at = self._clock()
-        first, self._first = self._first, []
-        self._waiting = into(first) if first else None
+        self._waiting = into(self._first) if self._first else None
+        self._first = []  # a slow client would keep them: parsed, they are several times the size
         incoming, response, alarm = self._incoming, self._response, self._alarm
         while True:
             if self._waiting is not None:

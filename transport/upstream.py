@@ -4,13 +4,14 @@ Nearly all of a call is the same in the next one: where it goes, the credential,
 works that out each time, which costs more than the call itself (measured: half of a bare proxy's time). Here it is
 worked out once for each `Endpoint`, and a call is one write and one wait. What that needs of aiohttp (3.14) lies below
 its session: `BaseConnector.connect`, a `ClientRequest` that tells it where to, `ResponseHandler` and what it keeps of a
-body. Check these at an upgrade. Between two calls a connection waits here for the next one to the same place; to the connector it is in use
-until it is closed. Its own books of what waits and what is in use cost 5 % of a plain request (measured).
+body. Check these at an upgrade. Between two calls a connection waits here for the next one to the same place; to the
+connector it is in use until it is closed. Its own books of what waits and what is in use cost 5 % of a plain request
+(measured).
 
 A call has two steps, `start` (connect and write) and `Call.head` (wait for the answer's head). The second may be
 cancelled and awaited again, so that a caller can stop waiting for a while without losing the request. Only exceptions
-of our own leave this module, all of them `CallFailed`: aiohttp's errors, OSError and aiohttp's RuntimeError are mapped
-where they are raised, so that a defect of ours is never taken for a broken connection.
+of our own leave this module, all of them `CallFailed`: aiohttp's errors and OSError are mapped where they are raised, so
+that a defect of ours is never taken for a broken connection.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class Unsendable(CallFailed):
     """An address or a header that no request can carry."""
 
 
-def failed(error: Exception) -> CallFailed:
+def failed(error: BaseException) -> CallFailed:
     """The exception of ours for a foreign one."""
     error.__traceback__ = None  # a body keeps its exception, whose frames would keep the body: a cycle
     kind = NoFileLeft if isinstance(error, OSError) and error.errno in NO_FILE else ConnectionBroken
@@ -128,7 +129,7 @@ class Target(aiohttp.ClientRequest):
 class Response:
     """A status, headers, and a body that is still arriving."""
 
-    __slots__ = ("_connection", "_content", "headers", "status")
+    __slots__ = ("_connection", "_content", "_taken", "headers", "status")
 
     def __init__(
         self, status: int, headers: Mapping[str, str], content: aiohttp.StreamReader, connection: Connection
@@ -137,6 +138,7 @@ class Response:
         self.headers = headers
         self._content = content
         self._connection = connection
+        self._taken = 0  # bytes of the body
 
     @property
     def content_type(self) -> str:
@@ -154,24 +156,20 @@ class Response:
 
     async def read(self) -> bytes:
         """The next bytes of the body, as soon as there are any; b"" at its end. Raises CallFailed."""
-        try:
-            return await self._content.readany()
-        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
-            raise failed(error) from None
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # a RecursionError or the like is a defect of ours
-                raise
-            raise failed(error) from None  # aiohttp's way to say that the connection has been closed already
+        while (data := self.take()) is None:
+            await self.each(lambda: True)
+        return data
 
     def take(self) -> bytes | None:
         """What of the body has arrived; b"" at its end, None where there is nothing yet. Raises CallFailed."""
         content = self._content
-        if not content._buffer and content.exception() is None:
-            return b"" if content.is_eof() else None
-        try:
-            return content.read_nowait()
-        except (aiohttp.ClientError, HttpProcessingError, OSError) as error:
+        if (error := content.exception()) is not None:
             raise failed(error) from None
+        if content.total_bytes == self._taken:
+            return b"" if content.is_eof() else None
+        data = content.read_nowait()
+        self._taken += len(data)
+        return data
 
     async def each(self, look: Callable[[], bool]) -> None:
         """Call `look` whenever more of the body has arrived, or its end, or that it broke off, until it says True.
