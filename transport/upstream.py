@@ -10,8 +10,8 @@ connector it is in use until it is closed. Its own books of what waits and what 
 
 A call has two steps, `start` (connect and write) and `Call.head` (wait for the answer's head). The second may be
 cancelled and awaited again, so that a caller can stop waiting for a while without losing the request. Only exceptions
-of our own leave this module, all of them `CallFailed`: aiohttp's errors and OSError are mapped where they are raised, so
-that a defect of ours is never taken for a broken connection.
+of our own leave this module, all of them `CallFailed`: aiohttp's errors and OSError are mapped where they are raised,
+so that a defect of ours is never taken for a broken connection.
 """
 
 from __future__ import annotations
