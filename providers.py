@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from math import inf
+
+from msgspec import Struct, field
 
 from adapters.base import Adapter, Reply, base_url
 from adapters.errors import redact
@@ -59,83 +61,51 @@ class State(StrEnum):
 OPENING, COMMITTED, ENDED = State  # by name: to look up an enum's member costs as much as a call
 
 
-class Attempt:
-    """One call to a provider, from the question to the end of its answer. Whoever makes it closes it.
+class Attempt(Struct, eq=False):
+    """One call to a provider, from the question to the end of its answer. Nothing is sent before it is opened; whoever
+    makes it closes it.
 
     Each wait gets its limit with the call, so that any task can drive an attempt, one at a time. Times are the event
     loop's, which are monotonic seconds.
     """
 
-    __slots__ = (
-        "_adapter",
-        "_alarm",
-        "_alarms",
-        "_at_end",
-        "_bare",
-        "_call",
-        "_clock",
-        "_end_at",
-        "_first",
-        "_gives_back",
-        "_heard_at",
-        "_incoming",
-        "_patience_s",
-        "_pieces",
-        "_progressed_at",
-        "_refused",
-        "_response",
-        "_size",
-        "_timeouts",
-        "_upstream",
-        "_waiting",
-        "_whole",
-        "_whole_calls",
-        "began",
-        "chat",
-        "completion",
-        "ended",
-        "number",
-        "outcome",
-        "route",
-        "started",
-        "state",
-        "tally",
-        "ttfb_ms",
-    )
+    providers: Providers
+    route: Route
+    chat: Chat
+    number: int  # among this request's attempts, from 1
+    state: State = OPENING
+    outcome: Outcome | None = None  # set once, by whoever judges it
+    tally: Tally = field(default_factory=Tally)
+    completion: Completion | None = None  # a committed answer is this, or a stream
+    ended: bool = False  # with the last events: nothing more has to be waited for
+    started: float = field(default_factory=time.monotonic)
+    began: float = 0.0  # the same moment by the loop's clock
+    ttfb_ms: int | None = None
+    _gives_back: bool = False  # the request holds what a platform gave out for itself
+    _bare: bool = False  # that has been refused
+    _patience_s: float = inf  # for the first token, where others could be asked
+    _alarm: Alarm | None = None  # from the first wait to the end
+    _heard_at: float = 0.0
+    _progressed_at: float = 0.0
+    _whole: bool = False  # the body is read to its end and then judged
+    _call: Call | None = None
+    _response: Response | None = None
+    _refused: bool = False  # the status is not 2xx
+    _incoming: Incoming | None = None
+    _pieces: list[bytes] = []  # of a body that is read whole
+    _size: int = 0
+    _first: list[Event] = []  # decoded before the answer was committed
+    _waiting: Awaitable[None] | None = None  # that whoever takes the events has asked for
+    _end_at: float = inf  # until when something may come behind the finish
+    _at_end: bool = False
 
-    def __init__(self, providers: Providers, route: Route, chat: Chat, number: int) -> None:
-        self.route = route
-        self.chat = chat
-        self.number = number  # among this request's attempts, from 1
-        self.state = OPENING
-        self.outcome: Outcome | None = None  # set once, by whoever judges it
-        self.tally = Tally()
-        self.completion: Completion | None = None  # a committed answer is this, or a stream
-        self.ended = False  # with the last batch: nothing more has to be waited for
-        self.started = time.monotonic()
-        self.ttfb_ms: int | None = None
-        self._adapter = providers.adapter(route.model.platform)
-        self._whole_calls = providers.whole_calls
-        self._gives_back = False  # the request holds what a platform gave out for itself
-        self._bare = False  # that has been refused
-        self._upstream = providers.upstream
-        self._timeouts = providers.timeouts
-        self._patience_s = providers.timeouts.first_token_s
-        self._clock = providers.loop.time
-        self._alarms = providers.alarms
-        self._alarm: Alarm | None = None  # from the first wait to the end
-        self.began = self._heard_at = self._progressed_at = self._clock()
-        self._whole = not chat.stream or bool(route.model.quirks.get("no_stream"))
-        self._call: Call | None = None
-        self._response: Response | None = None
-        self._refused = False  # the status is not 2xx
-        self._incoming: Incoming | None = None
-        self._pieces: list[bytes] = []  # of a body that is read whole
-        self._size = 0
-        self._first: list[Event] = []  # decoded before the answer was committed
-        self._end_at = inf  # until when something may come behind the finish
-        self._waiting: Awaitable[None] | None = None  # that whoever takes the events has asked for
-        self._at_end = False
+    def __post_init__(self) -> None:
+        self._whole = not self.chat.stream or bool(self.route.model.quirks.get("no_stream"))
+        self.began = self._heard_at = self._progressed_at = self.providers.clock()
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.providers.adapters[self.route.model.platform.adapter]
 
     # Until it is committed.
 
@@ -148,14 +118,15 @@ class Attempt:
 
         Raises UpstreamError.
         """
-        if (reply := self._adapter.reply_here(self.chat)) is not None:
+        if (reply := self.adapter.reply_here(self.chat)) is not None:
             self._commit_reply(reply)
         try:
             while self.state is OPENING:
                 if not await self._advance(late_at):
                     return False
         except (CallFailed, TimeoutError) as error:
-            silent = not self._whole and self._clock() < self.began + self._timeouts.first_token_s - CLOCK_STEP_S
+            timeout_at = self.began + self.providers.timeouts.first_token_s - CLOCK_STEP_S
+            silent = not self._whole and self.providers.clock() < timeout_at
             raise no_answer(error, self.route, silent=silent) from None
         return True
 
@@ -164,7 +135,7 @@ class Attempt:
         limit = self._limit()
         if self._incoming is not None and self._incoming.holding:
             late_at = inf  # it makes a tool call, which goes out when it is whole (SPEC 14.7): that is no late start
-        if self._clock() >= limit:  # a provider that never pauses would never let the timer run
+        if self.providers.clock() >= limit:  # a provider that never pauses would never let the timer run
             if not self._may_end:
                 raise TimeoutError
             self._judge(b"")
@@ -193,7 +164,7 @@ class Attempt:
         except CallFailed:
             if not self._may_end:
                 raise
-        self._heard_at = self._clock()
+        self._heard_at = self.providers.clock()
         self._judge(data)
         return True
 
@@ -201,21 +172,22 @@ class Attempt:
         """A limit for the next wait, by the loop's clock; whoever passes it raises TimeoutError."""
         alarm = self._alarm
         if alarm is None:
-            alarm = self._alarm = self._alarms.take()
+            alarm = self._alarm = self.providers.alarms.take()
         return alarm.until(when)
 
     def _limit(self) -> float:
         """Until when the next wait may last."""
         if self._refused:
-            return self._heard_at + self._timeouts.error_body_s
+            return self._heard_at + self.providers.timeouts.error_body_s
         if self._whole:
-            return self.began + self._timeouts.request_s
-        silence_s, first_from, incoming = self._timeouts.stall_s, self.began, self._incoming
+            return self.began + self.providers.timeouts.request_s
+        silence_s, first_from, incoming = self.providers.timeouts.stall_s, self.began, self._incoming
         if incoming is not None and incoming.holding:  # a long tool call has no first token to send
             first_from = self._progressed_at
         if incoming is not None and incoming.finishing:
             silence_s = min(silence_s, incoming.silence_s)
-        return min(self._heard_at + silence_s, first_from + self._patience_s)
+        patience_s = min(self._patience_s, self.providers.timeouts.first_token_s)
+        return min(self._heard_at + silence_s, first_from + patience_s)
 
     @property
     def _may_end(self) -> bool:
@@ -224,17 +196,17 @@ class Attempt:
 
     def _asking(self) -> Awaitable[Call]:
         """Send the question."""
-        request = self._adapter.request(self.route.model, self.route.key, self.chat, bare=self._bare)
+        request = self.adapter.request(self.route.model, self.route.key, self.chat, bare=self._bare)
         self._gives_back = request.gives_back
-        return self._upstream.start("POST", request.endpoint, request.body)
+        return self.providers.upstream.start("POST", request.endpoint, request.body)
 
     def _begin_reading(self, response: Response) -> None:
         """The answer's head has come."""
-        self._heard_at = self._clock()
+        self._heard_at = self.providers.clock()
         self._refused = not 200 <= response.status < 300
         if not self._whole and not self._refused:
             is_sse = response.content_type == "text/event-stream"
-            translator = self._adapter.translator(self.tally, self.chat, whole_calls=self._whole_calls)
+            translator = self.adapter.translator(self.tally, self.chat, whole_calls=self.providers.whole_calls)
             self._incoming = Incoming(translator, self.tally, self.route, time.time(), is_sse=is_sse)
 
     def _keep(self, data: bytes) -> None:
@@ -279,7 +251,7 @@ class Attempt:
         self._size = 0
 
     def _answered_whole(self, raw: bytes) -> None:
-        self._commit_reply(whole_reply(raw, self._adapter, self.chat, self.route, time.time()))
+        self._commit_reply(whole_reply(raw, self.adapter, self.chat, self.route, time.time()))
 
     def _commit_reply(self, reply: Reply) -> None:
         self.tally, self.completion, self._first = reply.tally, reply.completion, reply.first or []
@@ -326,7 +298,7 @@ class Attempt:
         handed over. `quiet_s` gives the longest time without a meaningful event; it may grow while that is waited for.
         Raises UpstreamError, and what `into` raises.
         """
-        self._heard_at = self._progressed_at = self._clock()
+        self._heard_at = self._progressed_at = self.providers.clock()
         self._waiting = into(self._first) if self._first else None
         self._first = []  # a slow client would keep them: parsed, they are several times the size
         incoming, response, alarm = self._incoming, self._response, self._alarm
@@ -341,7 +313,7 @@ class Attempt:
                     with alarm.until(self._quiet_until(incoming, quiet_s)):
                         await response.each(partial(self._hand_over, into))
             except TimeoutError as error:
-                if self._clock() < self._quiet_until(incoming, quiet_s):
+                if self.providers.clock() < self._quiet_until(incoming, quiet_s):
                     continue  # it has moved on with what has come
                 if not incoming.finishing:
                     raise self._broken(error) from None
@@ -355,10 +327,10 @@ class Attempt:
 
     async def _taken(self, waiting: Awaitable[None]) -> None:
         """Wait for whoever takes the events; that time is not the provider's silence."""
-        began = self._clock()
+        began = self.providers.clock()
         await waiting
         self._waiting = None
-        self._heard_at = now = self._clock()
+        self._heard_at = now = self.providers.clock()
         self._progressed_at += now - began
 
     def _hand_over(self, into: Into) -> bool:
@@ -366,7 +338,7 @@ class Attempt:
         incoming, response = self._incoming, self._response
         assert incoming is not None and response is not None
         while (data := response.take()) is not None:
-            self._heard_at = self._clock()
+            self._heard_at = self.providers.clock()
             self._pass_on(data, incoming, into)
             if self._waiting is not None or not data or incoming.done or incoming.finishing or incoming.error:
                 return True
@@ -390,7 +362,7 @@ class Attempt:
 
     def _quiet_until(self, incoming: Incoming, quiet_s: Callable[[], float]) -> float:
         """Until when the provider may say nothing: less behind a finish reason, where something may still come."""
-        stall_s = self._timeouts.stall_s
+        stall_s = self.providers.timeouts.stall_s
         if not incoming.finishing:
             return min(self._heard_at + stall_s, self._progressed_at + quiet_s())
         self._end_at = min(self._end_at, self._heard_at + stall_s)  # whatever comes until then, if it says nothing
@@ -414,7 +386,7 @@ class Attempt:
         response = self._response
         if incoming.done and response is not None and not response.complete:  # lets the connection go to the pool
             try:
-                with self._until(self._clock() + CONNECTION_END_S):
+                with self._until(self.providers.clock() + CONNECTION_END_S):
                     await response.read()
             except (TimeoutError, CallFailed):
                 pass
@@ -423,7 +395,7 @@ class Attempt:
         """Let go of the provider: its connection is free or closed. May be called again."""
         self.state = ENDED
         if self._alarm is not None:
-            self._alarms.give_back(self._alarm)
+            self.providers.alarms.give_back(self._alarm)
             self._alarm = None
         if self._response is not None:
             self._response.close()  # goes back to the pool where the body has been read to its end
@@ -439,15 +411,9 @@ class Providers:
         self.whole_calls = whole_calls  # SPEC 14.7
         self.upstream = upstream
         self.loop = asyncio.get_running_loop()
+        self.clock = self.loop.time
         self.alarms = Alarms(self.loop)
-        self._adapters = {name: make(time.time) for name, make in ADAPTERS.items()}
-
-    def adapter(self, platform: Platform) -> Adapter:
-        return self._adapters[platform.adapter]
-
-    def attempt(self, route: Route, chat: Chat, number: int) -> Attempt:
-        """One call of this route; nothing is sent before it is opened."""
-        return Attempt(self, route, chat, number)
+        self.adapters: Mapping[str, Adapter] = {name: make(time.time) for name, make in ADAPTERS.items()}
 
     async def check_key(self, model: Model, key: Key) -> bool:
         """Ask the model's platform for its list of models, which uses no quota. Raises UpstreamError when it refuses.
@@ -460,7 +426,7 @@ class Providers:
         if path is None:
             path = "/models"
         url, secret = base_url(model.platform, key)
-        headers = self.adapter(model.platform).headers(secret, model.quirks)
+        headers = self.adapters[model.platform.adapter].headers(secret, model.quirks)
         try:
             response, raw = await self._get(Endpoint(url + (path or "/models"), headers))
         except (CallFailed, TimeoutError) as error:
@@ -474,7 +440,7 @@ class Providers:
     async def list_models(self, platform: Platform, key: Key) -> object:
         """What GET {base_url}/models says; discovery.py reads it. Raises UpstreamError, or ValueError for no JSON."""
         url, secret = base_url(platform, key)
-        headers = self.adapter(platform).headers(secret, platform.quirks)
+        headers = self.adapters[platform.adapter].headers(secret, platform.quirks)
         try:
             response, raw = await self._get(Endpoint(f"{url}/models", headers))
         except (CallFailed, TimeoutError) as error:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from msgspec import Struct, field
+
 from adapters.answers import note, note_completion, note_plain
 from adapters.base import Adapter, Reply, Translator
 from adapters.chunks import as_chunks, completed, joined
@@ -31,26 +33,25 @@ AFTER_FINISH_S = 5.0  # of silence behind a finish reason, and it is believed (S
 AFTER_FINISH_BEFORE_CALL_S = 15.0  # where a tool call may still come: some servers say `stop` seconds before it
 
 
-class Incoming:
+class Incoming(Struct, eq=False):
     """One provider's stream on its way from bytes to events: decoded once, checked, counted.
 
     Whoever reads the connection feeds it, and flushes it at the end of the body, or when it has been silent for
     `silence_s` behind a finish reason.
     """
 
-    def __init__(self, translator: Translator, tally: Tally, route: Route, utc: float, *, is_sse: bool) -> None:
-        self._is_sse = is_sse  # by its own words
-        self.done = False  # [DONE] has been seen
-        self.error: UpstreamError | None = None  # found behind the events that `feed` returned
-        self.bytes_seen = 0
-        self.progressed = False  # the last bytes said something, even if it is held back
-        self._flushing = False  # nothing more will come: what is cut off is no more than that
-        self._held_chars = 0  # how much of calls the translator had held back when that was last looked at
-        self._decoder = SSEDecoder()
-        self._translator = translator
-        self._tally = tally
-        self._route = route
-        self._utc = utc
+    _translator: Translator
+    _tally: Tally
+    _route: Route
+    _utc: float
+    is_sse: bool  # by its own words
+    done: bool = False  # [DONE] has been seen
+    error: UpstreamError | None = None  # found behind the events that `feed` returned
+    bytes_seen: int = 0
+    progressed: bool = False  # the last bytes said something, even if it is held back
+    _flushing: bool = False  # nothing more will come: what is cut off is no more than that
+    _held_chars: int = 0  # how much of calls the translator had held back when that was last looked at
+    _decoder: SSEDecoder = field(default_factory=SSEDecoder)
 
     @property
     def finishing(self) -> bool:
@@ -163,7 +164,7 @@ class Incoming:
         """What is wrong with a stream that ends here, if anything."""
         tally = self._tally
         if not self.done and tally.finish is None:
-            if not tally.head and not self.holding and (self.bytes_seen or not self._is_sse):
+            if not tally.head and not self.holding and (self.bytes_seen or not self.is_sse):
                 return UpstreamError(
                     Failure.MALFORMED, "The provider's answer is neither JSON nor a stream.", status=200
                 )

@@ -5,28 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from msgspec import Struct
+
 from adapters import thoughts
 from adapters.text_rescue import CALL_CHARS_MAX, DIALECTS, FIRST_CHARS, Calls, Tools, calls_in
 
 UNDECIDED_CHARS_MAX = 256  # held back while they may still become a marker; the longest is a fifth of it
 
 
-class TextGate:
+class TextGate(Struct, eq=False):
     """Holds back no more of an answer's text than it must to tell thoughts and calls from text.
 
     `feed` gives (field, text) pieces; nothing while it cannot tell. `open` once the rest is plain text and need not
     come here any more; `untouched` when all of it was, so that the provider's own bytes can go out.
     """
 
-    def __init__(self, tools: Tools) -> None:
-        self.open = False
-        self.untouched = True
-        self._tools = tools
-        self._held = ""
-        self._end_tag = ""  # while thoughts run
-        self._after_thoughts = False
-        self._calling: list[str] = []  # the pieces of a call, once it has begun
-        self._calling_chars = 0
+    _tools: Tools
+    open: bool = False
+    untouched: bool = True
+    _held: str = ""
+    _end_tag: str = ""  # while thoughts run
+    _after_thoughts: bool = False
+    _calling: list[str] = []  # the pieces of a call, once it has begun
+    _calling_chars: int = 0
 
     @property
     def begun(self) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import inf
 
+from msgspec import Struct
+
 from adapters.text_rescue import declared_tools, mended_arguments
 from adapters.tool_calls import lost_turn
 from protection import Failure, UpstreamError
@@ -30,17 +32,16 @@ class HeldCall:
     judged: int = 0  # how many pieces of its arguments there were when they were last found incomplete
 
 
-class WholeCalls:
+class WholeCalls(Struct, eq=False):
     """One stream's calls on their way out, as pieces that StreamedCalls has mended: numbered without gaps, with id and
     name in the first."""
 
-    def __init__(self, chat: Chat) -> None:
-        self._chat = chat
-        self._schemas: Mapping[str, JSON] | None = None  # of the tools, by the client's names; most streams call none
-        self._held: dict[int, HeldCall] = {}  # by index; the lowest goes out first
-        self._sent = 0  # how many have gone out
-        self._chars = 0  # held now
-        self.taken_chars = 0  # ever held
+    _chat: Chat
+    _schemas: Mapping[str, JSON] | None = None  # of the tools, by the client's names; most streams call none
+    _held: dict[int, HeldCall] = {}  # by index; the lowest goes out first
+    _sent: int = 0  # how many have gone out
+    _chars: int = 0  # held now
+    taken_chars: int = 0  # ever held
 
     @property
     def holding(self) -> bool:

@@ -10,6 +10,9 @@ takes as it is, may be recognised; a property test holds both. No I/O.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from itertools import compress
+from operator import is_not
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -108,6 +111,7 @@ class Request(Sent):
     max_tokens: Long | None = None
 
 
+is_given = partial(is_not, None)
 SENT = Sent.__struct_fields__  # which are the first of a request's, too
 REQUEST = msgspec.json.Decoder(Request)
 MESSAGES = msgspec.json.Decoder(list[System | User | Assistant | Result])
@@ -140,7 +144,8 @@ def recognised_request(raw: bytes) -> Request | None:
 
 def sent_as_given(request: Request) -> dict[str, Any] | None:
     """The fields that go on as they are. None where a NUL is in one of them."""
-    fields = {name: value for name, value in zip(SENT, astuple(request), strict=False) if value is not None}
+    values = astuple(request)
+    fields = dict(compress(zip(SENT, values, strict=False), map(is_given, values)))
     for value in fields.values():
         kind = type(value)
         if (kind is str or kind is list) and "\0" in "".join(value):

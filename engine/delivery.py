@@ -12,6 +12,8 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
+from msgspec import Struct, field
+
 from transport.client import ClientGone, CutShort, Send, Stopping
 from wire.chat import Encoder, Tally
 from wire.errors import GatewayError
@@ -27,52 +29,27 @@ JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 
 
-class Delivery:
+class Delivery(Struct, eq=False):
     """One response on its way. `headers` gives those that tell how the request was routed, as far as that is known."""
 
-    __slots__ = (
-        "_headers",
-        "_heartbeat",
-        "_interval_s",
-        "_loop",
-        "_send",
-        "_silence_s",
-        "_timer",
-        "_written_at",
-        "blocked_since",
-        "encoder",
-        "started",
-        "streams",
-        "tally",
-    )
-
-    def __init__(
-        self,
-        send: Send,
-        encoder: Encoder,
-        headers: Callable[[], Headers],
-        *,
-        interval_s: float,
-        silence_s: float,
-        loop: asyncio.AbstractEventLoop,
-    ) -> None:
-        self.encoder = encoder
-        self.started = False  # headers are out: nothing can be told by a status any more
-        self.streams = False  # and the body is a stream, in which it can
-        self.tally = Tally()  # of the answer that the client is given
-        self.blocked_since: float | None = None  # by the loop's clock, while the client takes no bytes
-        self._send = send
-        self._headers = headers
-        self._interval_s = interval_s  # between two heartbeats
-        self._silence_s = silence_s  # before headers go out without an answer
-        self._loop = loop
-        self._written_at = loop.time()
-        self._timer: asyncio.TimerHandle | None = None
-        self._heartbeat: asyncio.Task[None] | None = None
+    send: Send
+    encoder: Encoder
+    headers: Callable[[], Headers]
+    loop: asyncio.AbstractEventLoop
+    interval_s: float  # between two heartbeats
+    silence_s: float  # before headers go out without an answer
+    started: bool = False  # headers are out: nothing can be told by a status any more
+    streams: bool = False  # and the body is a stream, in which it can
+    tally: Tally = field(default_factory=Tally)  # of the answer that the client is given
+    blocked_since: float | None = None  # by the loop's clock, while the client takes no bytes
+    _written_at: float = 0.0
+    _timer: asyncio.TimerHandle | None = None
+    _heartbeat: asyncio.Task[None] | None = None
 
     def keep_alive(self) -> None:
         """From now on the client hears something at least every so often. Whoever asks for it calls `rest`."""
-        self._timer = self._loop.call_later(min(self._silence_s, self._interval_s), self._beat)
+        self._written_at = self.loop.time()
+        self._timer = self.loop.call_later(min(self.silence_s, self.interval_s), self._beat)
 
     def rest(self) -> None:
         """No more heartbeats."""
@@ -94,39 +71,39 @@ class Delivery:
 
     def write(self, body: bytes) -> Awaitable[None] | None:
         """The next bytes of a stream; gives what is to be awaited where the client does not take them at once."""
-        sent = self._send({"type": "http.response.body", "body": body, "more_body": True})
+        sent = self.send({"type": "http.response.body", "body": body, "more_body": True})
         if isinstance(sent, asyncio.Future) and sent.done():
-            self._written_at = self._loop.time()
+            self._written_at = self.loop.time()
             return None
         return self._taken(sent)
 
     async def _taken(self, sent: Awaitable[None]) -> None:
-        self.blocked_since = self._loop.time()
+        self.blocked_since = self.loop.time()
         await sent
-        self.blocked_since, self._written_at = None, self._loop.time()
+        self.blocked_since, self._written_at = None, self.loop.time()
 
     async def finish(self, last: bytes | None) -> None:
         """End the response. Raises CutShort where the client is told best by a connection that breaks off."""
-        self.blocked_since = self._loop.time()
+        self.blocked_since = self.loop.time()
         if last is None:
             raise CutShort
-        await self._send({"type": "http.response.body", "body": last})
+        await self.send({"type": "http.response.body", "body": last})
 
     async def _begin(self, headers: Headers) -> None:
         self.started = True
-        await self._send({"type": "http.response.start", "status": 200, "headers": [*headers, *self._headers()]})
-        self._written_at = self._loop.time()
+        await self.send({"type": "http.response.start", "status": 200, "headers": [*headers, *self.headers()]})
+        self._written_at = self.loop.time()
 
     def _beat(self) -> None:
         """Look whether the client has heard nothing for too long. A stream that begins sets no timer anew, so the next
         look is never further away than its interval."""
-        now = self._loop.time()
-        due = self._written_at + (self._interval_s if self.started else self._silence_s)
+        now = self.loop.time()
+        due = self._written_at + (self.interval_s if self.started else self.silence_s)
         if now >= due - CLOCK_STEP_S:
-            due = now + self._interval_s
+            due = now + self.interval_s
             if self.blocked_since is None:
-                self._heartbeat = self._loop.create_task(self._say_something())
-        self._timer = self._loop.call_at(min(due, now + self._interval_s), self._beat)
+                self._heartbeat = self.loop.create_task(self._say_something())
+        self._timer = self.loop.call_at(min(due, now + self.interval_s), self._beat)
 
     def fail(self, error: GatewayError) -> bytes | None:
         """The last bytes of a stream that broke; None where the connection has to break off."""

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from math import inf
 
+from msgspec import field
+
 from adapters.answers import note
 from config.settings import spelled
 from protection import Failure, UpstreamError
-from providers import Attempt, Into, Providers
-from routing.route import Route
-from wire.chat import Chat, Event, Tally
+from providers import Attempt, Into
+from wire.chat import Event, Tally
 from wire.errors import InvalidRequest
 
 WORDS = "This is a drill: the gateway broke this attempt itself."
@@ -67,25 +68,21 @@ def parse_drill(text: str) -> Drill:
     raise InvalidRequest(message, param="X-Drill", code="invalid_value")
 
 
-class DrilledAttempt(Attempt):
+class DrilledAttempt(Attempt, kw_only=True, eq=False):
     """An attempt that fails as the drill says. It asks its provider only where something is to be said before that."""
 
-    __slots__ = ("_counted", "_drill", "_over", "_said")
-
-    def __init__(self, providers: Providers, route: Route, chat: Chat, number: int, drill: Drill) -> None:
-        super().__init__(providers, route, chat, number)
-        self._drill = drill
-        self._said = Tally()  # what was passed on
-        self._counted = Tally()  # what came up to the break
-        self._over = 0  # meaningful events that came
+    drill: Drill
+    _said: Tally = field(default_factory=Tally)  # what was passed on
+    _counted: Tally = field(default_factory=Tally)  # what came up to the break
+    _over: int = 0  # meaningful events that came
 
     async def open(self, late_at: float = inf) -> bool:
-        if self._drill.events and not self._whole:
+        if self.drill.events and not self._whole:
             return await super().open(late_at)
-        if self._drill.how is not Break.STALL:
-            raise failure(self._drill.how)
+        if self.drill.how is not Break.STALL:
+            raise failure(self.drill.how)
         limit = self._limit()
-        await asyncio.sleep(max(0.0, min(limit, late_at) - self._clock()))
+        await asyncio.sleep(max(0.0, min(limit, late_at) - self.providers.clock()))
         if late_at < limit:
             return False
         raise UpstreamError(Failure.TIMEOUT if self._whole else Failure.STALL, WORDS, status=504)
@@ -93,7 +90,7 @@ class DrilledAttempt(Attempt):
     async def pour(self, into: Into, quiet_s: Callable[[], float]) -> None:
         def up_to_the_break(events: list[Event]) -> Awaitable[None] | None:
             passed = self._up_to_the_break(events)
-            if self._over < self._drill.events:
+            if self._over < self.drill.events:
                 return into(passed)
             self._forget_the_rest()
             return self._break(into(passed), quiet_s)
@@ -103,15 +100,15 @@ class DrilledAttempt(Attempt):
     async def _break(self, waiting: Awaitable[None] | None, quiet_s: Callable[[], float]) -> None:
         if waiting is not None:
             await waiting
-        if self._drill.how is Break.STALL:
-            await asyncio.sleep(min(self._timeouts.stall_s, quiet_s()))
-        raise failure(self._drill.how)
+        if self.drill.how is Break.STALL:
+            await asyncio.sleep(min(self.providers.timeouts.stall_s, quiet_s()))
+        raise failure(self.drill.how)
 
     def _up_to_the_break(self, events: list[Event]) -> list[Event]:
         passed = events
         for index, event in enumerate(events):
             self._over += note(event, self._counted)
-            if self._over >= self._drill.events:
+            if self._over >= self.drill.events:
                 passed = events[: self._before_half_a_call(events, index)]
                 break
         for event in passed:
@@ -122,7 +119,7 @@ class DrilledAttempt(Attempt):
         """How many of these the client gets where this is the last that came. A call that the break goes through would
         not have come to its end, so nothing of it goes out where calls go out whole (SPEC 14.7)."""
         places = {piece.get("index") for piece in events[last].delta.get("tool_calls") or ()}
-        if not (places and self._whole_calls):
+        if not (places and self.providers.whole_calls):
             return last + 1
         while last and places & {piece.get("index") for piece in events[last - 1].delta.get("tool_calls") or ()}:
             last -= 1

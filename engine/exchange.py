@@ -76,6 +76,10 @@ class Engine:
         self.shared: Shared | None = None  # see `share`
         self._attempts_max = settings.max_fallback_attempts
         self._first_token_s = settings.first_token_timeout_ms / 1000
+        self._heartbeat_s = settings.keepalive_interval_ms / 1000
+        self._first_heartbeat_s = settings.first_heartbeat_ms / 1000
+        self._budget_s = settings.request_budget_ms / 1000
+        self._wait_max_s = settings.wait_for_capacity_ms / 1000
         self._rescue_after_s = settings.rescue_after_ms / 1000
         self._hedging = Hedging(router, settings)
         self._no_prefill: set[int] = set()  # models that have refused a prefill; bounded by the catalogue
@@ -91,8 +95,7 @@ class Engine:
         id = f"req_{int(utc * 1000):012x}{self._rng.getrandbits(48):012x}"
         task = asyncio.current_task(self.providers.loop)
         assert task is not None
-        deadline = now + self.settings.request_budget_ms / 1000
-        return Exchange(id, now, utc, deadline, task, self.settings.wait_for_capacity_ms / 1000)
+        return Exchange(id, now, utc, now + self._budget_s, task, self._wait_max_s)
 
     async def answer(self, exchange: Exchange, dialect: Dialect, client: Client, send: Send) -> None:
         """Serve a parsed exchange to its end. Raises GatewayError while nothing has been sent."""
@@ -104,9 +107,9 @@ class Engine:
             send,
             dialect.encoder(chat, exchange.utc),
             partial(route_headers, exchange),
-            interval_s=self.settings.keepalive_interval_ms / 1000,
-            silence_s=self.settings.first_heartbeat_ms / 1000,
-            loop=self.providers.loop,
+            self.providers.loop,
+            self._heartbeat_s,
+            self._first_heartbeat_s,
         )
         if chat.stream:
             delivery.keep_alive()
@@ -419,9 +422,9 @@ class Engine:
             chat = resumption.asked.chat
         attempt: Attempt
         if exchange.drill is not None and exchange.attempts == 1:
-            attempt = DrilledAttempt(self.providers, route, chat, exchange.attempts, exchange.drill)
+            attempt = DrilledAttempt(self.providers, route, chat, exchange.attempts, drill=exchange.drill)
         else:
-            attempt = self.providers.attempt(route, chat, exchange.attempts)
+            attempt = Attempt(self.providers, route, chat, exchange.attempts)
         if resumption is not None and self._is_replaceable(exchange, plan, route):
             attempt.hurry(self._rescue_after_s)
         active = self.protection.begin(exchange.session, route.model.platform.id, route.model.id, attempt.started)

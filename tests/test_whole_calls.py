@@ -16,7 +16,7 @@ from adapters.tool_calls import StreamedCalls
 from adapters.whole_calls import HELD_CHARS_MAX, WholeCalls
 from dialects.chat import chat_from
 from protection import UpstreamError
-from providers import Providers, Timeouts
+from providers import Attempt, Providers, Timeouts
 from routing.catalog import KEYLESS, Platform
 from routing.route import Route
 from transport.upstream import Upstream
@@ -353,7 +353,7 @@ async def test_an_attempt_that_makes_a_call_is_not_late(fake):
     platform = Platform("a", "A", "openai", fake.url("a"), keyless=True)
     model = replace(World({}).route(1).model, platform=platform)
     async with Upstream(connect_s=1.0) as upstream:
-        attempt = Providers(Timeouts(5.0, 5.0, 5.0), upstream).attempt(Route(model, KEYLESS, None), STREAMED, 1)
+        attempt = Attempt(Providers(Timeouts(5.0, 5.0, 5.0), upstream), Route(model, KEYLESS, None), STREAMED, 1)
         opening = asyncio.create_task(attempt.open(late_at=asyncio.get_running_loop().time() + 0.2))
         await asyncio.sleep(0.4)
         assert not opening.done()

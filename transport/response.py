@@ -11,13 +11,14 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
+from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
 
 BODILESS = (204, 304)  # statuses whose responses end with the head
 OF_THE_CONNECTION = (b"connection", b"transfer-encoding")  # headers that say how the connection goes on
 
 
-class ResponseWriter:
+class ResponseWriter(Struct, eq=False):
     """`send` of one request, in place of its cycle's, which it hands over to once the body has begun (uvicorn 0.54;
     check at an upgrade that it leaves the cycle as its own `send` would).
 
@@ -25,14 +26,11 @@ class ResponseWriter:
     the connection. `done` is a future that has its result, to be awaited where nothing has to be waited for.
     """
 
-    __slots__ = ("_begun", "_cycle", "_done", "_in_chunks", "_start")
-
-    def __init__(self, cycle: RequestResponseCycle, done: asyncio.Future[None]) -> None:
-        self._cycle = cycle
-        self._done = done
-        self._start: Any = None  # the message, until the body begins
-        self._begun = False  # the cycle sends the rest, and says what is wrong with it
-        self._in_chunks = False  # its head was sent from here and names no length
+    _cycle: RequestResponseCycle
+    _done: asyncio.Future[None]
+    _start: Any = None  # the message, until the body begins
+    _begun: bool = False  # the cycle sends the rest, and says what is wrong with it
+    _in_chunks: bool = False  # its head was sent from here and names no length
 
     def __call__(self, message: Any) -> Awaitable[None]:
         if self._begun:

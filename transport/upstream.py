@@ -29,6 +29,7 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
+from msgspec import Struct
 from yarl import URL
 
 from wire.http import ENDPOINTS_MAX, NO_PROXIES, Endpoint, Proxies
@@ -126,19 +127,14 @@ class Target(aiohttp.ClientRequest):
         return super().connection_key
 
 
-class Response:
+class Response(Struct, eq=False):
     """A status, headers, and a body that is still arriving."""
 
-    __slots__ = ("_connection", "_content", "_taken", "headers", "status")
-
-    def __init__(
-        self, status: int, headers: Mapping[str, str], content: aiohttp.StreamReader, connection: Connection
-    ) -> None:
-        self.status = status
-        self.headers = headers
-        self._content = content
-        self._connection = connection
-        self._taken = 0  # bytes of the body
+    status: int
+    headers: Mapping[str, str]
+    _content: aiohttp.StreamReader
+    _connection: Connection
+    _taken: int = 0  # bytes of the body
 
     @property
     def content_type(self) -> str:
@@ -212,18 +208,16 @@ def tell(waiter: asyncio.Future[None], look: Callable[[], bool]) -> None:
         del waiter  # which holds the error, whose traceback holds this frame
 
 
-class Call:
+class Call(Struct, eq=False):
     """A request that has been written, and whose answer's head is still to come. Whoever started it closes it."""
 
-    __slots__ = ("_body", "_connection", "_head", "_idle_s", "_protocol", "_target", "_upstream")
-
-    def __init__(self, upstream: Upstream, target: Target, head: bytes, body: bytes) -> None:
-        self._upstream = upstream
-        self._target = target
-        self._head = head
-        self._body = body
-        self._connection: Connection | None = None
-        self._idle_s = 0.0  # how long its connection was idle before
+    _upstream: Upstream
+    _target: Target
+    _head: bytes
+    _body: bytes
+    _connection: Connection | None = None
+    _protocol: Handler | None = None
+    _idle_s: float = 0.0  # how long its connection was idle before
 
     async def send(self) -> Self:
         """Connect and write. Raises CallFailed."""
@@ -249,7 +243,7 @@ class Call:
             if self._connection is None:
                 await self.send()
             connection, protocol = self._connection, self._protocol
-            assert connection is not None
+            assert connection is not None and protocol is not None
             try:
                 message, content = await protocol.read()
                 while message.code in INTERIM:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 
 import orjson
+from msgspec import Struct
 
 from wire.jsontext import BOM
 
@@ -30,17 +31,16 @@ END = b"\n\n"  # of an event
 BLANK_LINE = re.compile(rb"(\r?\n\r?\n)")
 
 
-class SSEDecoder:
+class SSEDecoder(Struct, eq=False):
     """Bytes in, frames out. Comments and events without data are dropped, except for an `error` event.
 
     An event, or one UTF-8 letter, may span reads, and CRLF and LF both occur. Only LF and CRLF end a line here, never
     U+2028 as in `splitlines`; a lone CR as line end is not supported, as no provider is known to send it.
     """
 
-    def __init__(self) -> None:
-        self._held: list[bytes] = []  # of the event that is not complete yet
-        self._held_bytes = 0
-        self._tail = b""  # its last bytes, where the blank line may have begun
+    _held: list[bytes] = []  # of the event that is not complete yet
+    _held_bytes: int = 0
+    _tail: bytes = b""  # its last bytes, where the blank line may have begun
 
     def feed(self, data: bytes) -> list[Frame]:
         if not self._held and data[:6] == b"data: " and data[-2:] == END and len(data) <= EVENT_BYTES_MAX:
