@@ -58,7 +58,7 @@ class Latencies:
         if held is None or len(held[1]) < SAMPLES_MIN:
             return bounds.high_s
         by_size = held[1]
-        late_s = by_size[min(int(len(by_size) * LATE_SHARE), len(by_size) - 1)]
+        late_s = by_size[int(len(by_size) * LATE_SHARE)]
         return min(max(late_s, bounds.low_s), bounds.high_s)
 
 

@@ -93,14 +93,14 @@ class Books:
             self._router.ledger.keep(route.reservation)
         elif self._router.ledger.settle(route.reservation, (row.input_tokens or 0) + (row.output_tokens or 0)):
             self._freed()
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, Answered):
+            row.status, row.http_status = "success", 200
+            self._protection.used(exchange.session, route.model.platform.id, route.model.id, now)
+        elif isinstance(outcome, Failed):
             error = outcome.error
             error.__traceback__ = error.__context__ = None  # their frames hold this exchange: nothing would be freed
             exchange.failures.append(FailedAttempt(route, error, row.latency_ms or 0))
             row.error_kind, row.http_status, row.error = str(error.failure), error.status, error.message
-        elif isinstance(outcome, Answered):
-            row.status, row.http_status = "success", 200
-            self._protection.used(exchange.session, route.model.platform.id, route.model.id, now)
         elif isinstance(outcome, Cancelled) and outcome.defect is not None:  # `error_kind` names failures of providers
             row.http_status, row.uncounted = 500, True
             row.error = f"The gateway itself failed ({outcome.defect}), not the provider. Its log says where."

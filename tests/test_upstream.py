@@ -210,6 +210,16 @@ async def test_an_idle_connection_serves_every_key_of_its_place_and_no_other_pla
         assert (fake.connections, other.connections) == (1, 1)
 
 
+async def test_a_connection_whose_server_will_close_it_is_closed_and_not_used_again(fake):
+    farewell = raw(head(200, {"Content-Length": "2", "Connection": "close"}), b"{}", PAUSE)
+    fake.script("a", farewell, completion("fresh"))
+    async with Upstream(connect_s=1.0) as upstream:
+        assert await read(await upstream.call("POST", Endpoint(fake.url("a"), {}), b"{}")) == b"{}"
+        await fake.closed()
+        assert b"fresh" in await read(await upstream.call("POST", Endpoint(fake.url("a"), {}), b"{}"))
+    assert fake.connections == 2
+
+
 async def test_idle_connections_end_with_their_owner(fake):
     fake.script("a", completion("x"))
     async with Upstream(connect_s=1.0) as upstream:

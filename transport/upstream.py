@@ -248,7 +248,8 @@ class Call(Struct, eq=False):
                 message, content = await protocol.read()
                 while message.code in INTERIM:
                     message, content = await protocol.read()
-                content.on_eof(partial(self._upstream.keep, connection, protocol, self._target))
+                keep = partial(self._upstream.keep, connection, protocol, self._target)
+                content.on_eof(connection.close if message.should_close else keep)
                 self._connection = None  # the response's from now on
                 return Response(message.code, message.headers, content, connection)
             except asyncio.CancelledError:
@@ -363,10 +364,10 @@ class Upstream:
         )
 
     def keep(self, connection: Connection, protocol: Handler, target: Target) -> None:
-        """Let the connection wait for the next call, unless it was answered before the whole question had been sent, or
-        its server hangs up."""
+        """Let the connection wait for the next call, unless it was answered before the whole question had been
+        sent."""
         transport = protocol.transport
-        if transport is None or transport.get_write_buffer_size() or protocol.should_close:
+        if transport is None or transport.get_write_buffer_size():
             connection.close()
             return
         protocol.idle_since = self._loop.time()
