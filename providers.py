@@ -15,7 +15,7 @@ from enum import StrEnum
 from functools import partial
 from math import inf
 
-from msgspec import Struct, field
+from msgspec import field
 
 from adapters.base import Adapter, Reply, base_url
 from adapters.errors import redact
@@ -30,6 +30,7 @@ from transport.upstream import Call, CallFailed, ConnectTimeout, NoFileLeft, Res
 from wire.chat import Chat, Completion, Event, Tally
 from wire.http import Endpoint
 from wire.jsontext import BOM, load_lenient
+from wire.unshown import Unshown
 
 COMPLETION_BYTES_MAX = 64 * 1024 * 1024  # SPEC 13.3
 ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
@@ -61,7 +62,7 @@ class State(StrEnum):
 OPENING, COMMITTED, ENDED = State  # by name: to look up an enum's member costs as much as a call
 
 
-class Attempt(Struct, eq=False):
+class Attempt(Unshown):
     """One call to a provider, from the question to the end of its answer. Nothing is sent before it is opened; whoever
     makes it closes it.
 
@@ -92,9 +93,9 @@ class Attempt(Struct, eq=False):
     _response: Response | None = None
     _refused: bool = False  # the status is not 2xx
     _incoming: Incoming | None = None
-    _pieces: list[bytes] = []  # of a body that is read whole
+    _pieces: list[bytes] = field(default_factory=list)  # of a body that is read whole
     _size: int = 0
-    _first: list[Event] = []  # decoded before the answer was committed
+    _first: list[Event] = field(default_factory=list)  # decoded before the answer was committed
     _waiting: Awaitable[None] | None = None  # that whoever takes the events has asked for
     _end_at: float = inf  # until when something may come behind the finish
     _at_end: bool = False
@@ -313,7 +314,7 @@ class Attempt(Struct, eq=False):
                     with alarm.until(self._quiet_until(incoming, quiet_s)):
                         await response.each(partial(self._hand_over, into))
             except TimeoutError as error:
-                if self.providers.clock() < self._quiet_until(incoming, quiet_s):
+                if self._waiting is not None or self.providers.clock() < self._quiet_until(incoming, quiet_s):
                     continue  # it has moved on with what has come
                 if not incoming.finishing:
                     raise self._broken(error) from None

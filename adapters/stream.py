@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from msgspec import Struct, field
+from msgspec import field
 
 from adapters.answers import note, note_completion, note_plain
 from adapters.base import Adapter, Reply, Translator
@@ -24,6 +24,7 @@ from routing.route import Route
 from wire.chat import Chat, Completion, Event, ModelKind, Tally, frame
 from wire.jsontext import BOM, dump, load_lenient, load_mended
 from wire.sse import EventTooLarge, Frame, SSEDecoder
+from wire.unshown import Unshown
 
 STREAM_BYTES_MAX = 256 * 1024 * 1024  # of one stream; 128,000 tokens in chunks of 1 KB are half of it
 # In data that cannot be read: part of an answer, neither a heartbeat nor the head of a chunk alone (SPEC 6.6).
@@ -33,7 +34,7 @@ AFTER_FINISH_S = 5.0  # of silence behind a finish reason, and it is believed (S
 AFTER_FINISH_BEFORE_CALL_S = 15.0  # where a tool call may still come: some servers say `stop` seconds before it
 
 
-class Incoming(Struct, eq=False):
+class Incoming(Unshown):
     """One provider's stream on its way from bytes to events: decoded once, checked, counted.
 
     Whoever reads the connection feeds it, and flushes it at the end of the body, or when it has been silent for

@@ -5,15 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from msgspec import Struct
+from msgspec import field
 
 from adapters import thoughts
 from adapters.text_rescue import CALL_CHARS_MAX, DIALECTS, FIRST_CHARS, Calls, Tools, calls_in
+from wire.unshown import Unshown
 
 UNDECIDED_CHARS_MAX = 256  # held back while they may still become a marker; the longest is a fifth of it
 
 
-class TextGate(Struct, eq=False):
+class TextGate(Unshown):
     """Holds back no more of an answer's text than it must to tell thoughts and calls from text.
 
     `feed` gives (field, text) pieces; nothing while it cannot tell. `open` once the rest is plain text and need not
@@ -26,7 +27,7 @@ class TextGate(Struct, eq=False):
     _held: str = ""
     _end_tag: str = ""  # while thoughts run
     _after_thoughts: bool = False
-    _calling: list[str] = []  # the pieces of a call, once it has begun
+    _calling: list[str] = field(default_factory=list)  # the pieces of a call, once it has begun
     _calling_chars: int = 0
 
     @property

@@ -9,22 +9,21 @@ commits nobody to this answer. No I/O.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from math import inf
 
-from msgspec import Struct
+from msgspec import field
 
 from adapters.text_rescue import declared_tools, mended_arguments
 from adapters.tool_calls import lost_turn
 from protection import Failure, UpstreamError
 from wire.chat import Chat
 from wire.jsontext import JSON
+from wire.unshown import Unshown
 
 HELD_CHARS_MAX = 8 * 1024 * 1024  # of all calls that one stream holds at a time (SPEC 14.7)
 
 
-@dataclass(slots=True)
-class HeldCall:
+class HeldCall(Unshown):
     """A call that has not gone out. `first` is its first piece without arguments."""
 
     first: JSON
@@ -32,13 +31,13 @@ class HeldCall:
     judged: int = 0  # how many pieces of its arguments there were when they were last found incomplete
 
 
-class WholeCalls(Struct, eq=False):
+class WholeCalls(Unshown):
     """One stream's calls on their way out, as pieces that StreamedCalls has mended: numbered without gaps, with id and
     name in the first."""
 
     _chat: Chat
     _schemas: Mapping[str, JSON] | None = None  # of the tools, by the client's names; most streams call none
-    _held: dict[int, HeldCall] = {}  # by index; the lowest goes out first
+    _held: dict[int, HeldCall] = field(default_factory=dict)  # by index; the lowest goes out first
     _sent: int = 0  # how many have gone out
     _chars: int = 0  # held now
     taken_chars: int = 0  # ever held

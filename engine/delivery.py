@@ -12,11 +12,12 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
-from msgspec import Struct, field
+from msgspec import field
 
 from transport.client import ClientGone, CutShort, Send, Stopping
 from wire.chat import Encoder, Tally
 from wire.errors import GatewayError
+from wire.unshown import Unshown
 
 Headers = list[tuple[bytes, bytes]]
 HEADER_SAFE = "".join(map(chr, range(33, 127))).replace("%", "") + " "
@@ -29,7 +30,7 @@ JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
 CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 
 
-class Delivery(Struct, eq=False):
+class Delivery(Unshown):
     """One response on its way. `headers` gives those that tell how the request was routed, as far as that is known."""
 
     send: Send
@@ -45,6 +46,7 @@ class Delivery(Struct, eq=False):
     _written_at: float = 0.0
     _timer: asyncio.TimerHandle | None = None
     _heartbeat: asyncio.Task[None] | None = None
+    _blocked: asyncio.Task[None] | None = None  # while the client takes no bytes
 
     def keep_alive(self) -> None:
         """From now on the client hears something at least every so often. Whoever asks for it calls `rest`."""
@@ -52,12 +54,13 @@ class Delivery(Struct, eq=False):
         self._timer = self.loop.call_later(min(self.silence_s, self.interval_s), self._beat)
 
     def rest(self) -> None:
-        """No more heartbeats."""
+        """No more heartbeats, and nothing waits for the client any more."""
         if self._timer is not None:
             self._timer.cancel()
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
-            self._heartbeat = None
+        for task in (self._heartbeat, self._blocked):
+            if task is not None:
+                task.cancel()
+        self._heartbeat = self._blocked = None
 
     def begin_whole(self, length: int) -> Awaitable[None]:
         """The head of a whole answer; its body is the last thing sent."""
@@ -75,10 +78,11 @@ class Delivery(Struct, eq=False):
         if isinstance(sent, asyncio.Future) and sent.done():
             self._written_at = self.loop.time()
             return None
-        return self._taken(sent)
+        self.blocked_since = self.loop.time()
+        self._blocked = self.loop.create_task(self._taken(sent))  # of ours, should nobody come to await it
+        return self._blocked
 
     async def _taken(self, sent: Awaitable[None]) -> None:
-        self.blocked_since = self.loop.time()
         await sent
         self.blocked_since, self._written_at = None, self.loop.time()
 

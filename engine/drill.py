@@ -68,7 +68,7 @@ def parse_drill(text: str) -> Drill:
     raise InvalidRequest(message, param="X-Drill", code="invalid_value")
 
 
-class DrilledAttempt(Attempt, kw_only=True, eq=False):
+class DrilledAttempt(Attempt, kw_only=True):
     """An attempt that fails as the drill says. It asks its provider only where something is to be said before that."""
 
     drill: Drill

@@ -6,7 +6,7 @@ allowed; and the operator's own endpoints are for their own page alone.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Collection, Mapping
 from typing import Any
 
 from engine.delivery import Headers
@@ -50,9 +50,9 @@ def shown_to(origin: bytes, send: Send) -> Send:
     """A sender whose answers this origin may read."""
     told = [(b"access-control-allow-origin", origin), (b"access-control-expose-headers", SHOWN), (b"vary", b"Origin")]
 
-    async def sender(message: Any) -> None:
+    def sender(message: Any) -> Awaitable[None]:
         if message["type"] == "http.response.start":
             message = {**message, "headers": [*message.get("headers", ()), *told]}
-        await send(message)
+        return send(message)
 
     return sender

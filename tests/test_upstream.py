@@ -300,6 +300,19 @@ async def test_a_call_that_is_closed_before_its_head_closes_its_connection(fake)
         await fake.closed()
 
 
+async def test_a_call_and_its_answer_show_nothing_of_what_they_carry(fake):
+    fake.script("a", completion("w0rd"))
+    async with Upstream(connect_s=1.0) as upstream:
+        endpoint = Endpoint(fake.url("a"), {"Authorization": "Bearer s3cret"})
+        call = await upstream.start("POST", endpoint, b'{"prompt": "w0rd"}')
+        response = await call.head()
+        assert b"w0rd" in await response.read()
+        shown = f"{call} {response} {call.head} {response.take}"
+    assert "s3cret" not in shown
+    assert "w0rd" not in shown
+    assert "<Call>" in shown
+
+
 async def test_a_stale_connection_is_replaced_within_the_wait_for_the_head(fake):
     later = asyncio.Event()
     fake.script("a", completion("first"), raw(CUT), raw(Wait(later), *completion("fresh").steps))

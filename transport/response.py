@@ -11,14 +11,15 @@ import asyncio
 from collections.abc import Awaitable
 from typing import Any
 
-from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCycle
+
+from wire.unshown import Unshown
 
 BODILESS = (204, 304)  # statuses whose responses end with the head
 OF_THE_CONNECTION = (b"connection", b"transfer-encoding")  # headers that say how the connection goes on
 
 
-class ResponseWriter(Struct, eq=False):
+class ResponseWriter(Unshown):
     """`send` of one request, in place of its cycle's, which it hands over to once the body has begun (uvicorn 0.54;
     check at an upgrade that it leaves the cycle as its own `send` would).
 

@@ -29,10 +29,10 @@ from aiohttp.client_proto import ResponseHandler
 from aiohttp.client_reqrep import ConnectionKey
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
-from msgspec import Struct
 from yarl import URL
 
 from wire.http import ENDPOINTS_MAX, NO_PROXIES, Endpoint, Proxies
+from wire.unshown import Unshown
 
 KEEPALIVE_S = 15.0  # for which an idle connection may be used again; many servers close theirs after 20 s and more
 STALE_S = 1.0  # the least patient servers in use close after 2 s; one that breaks sooner means it
@@ -127,7 +127,7 @@ class Target(aiohttp.ClientRequest):
         return super().connection_key
 
 
-class Response(Struct, eq=False):
+class Response(Unshown):
     """A status, headers, and a body that is still arriving."""
 
     status: int
@@ -208,7 +208,7 @@ def tell(waiter: asyncio.Future[None], look: Callable[[], bool]) -> None:
         del waiter  # which holds the error, whose traceback holds this frame
 
 
-class Call(Struct, eq=False):
+class Call(Unshown):
     """A request that has been written, and whose answer's head is still to come. Whoever started it closes it."""
 
     _upstream: Upstream

@@ -10,9 +10,10 @@ from __future__ import annotations
 import re
 
 import orjson
-from msgspec import Struct
+from msgspec import field
 
 from wire.jsontext import BOM
+from wire.unshown import Unshown
 
 EVENT_BYTES_MAX = 1024 * 1024  # one SSE event from a provider (SPEC 13.3)
 DONE = b"data: [DONE]\n\n"
@@ -31,14 +32,14 @@ END = b"\n\n"  # of an event
 BLANK_LINE = re.compile(rb"(\r?\n\r?\n)")
 
 
-class SSEDecoder(Struct, eq=False):
+class SSEDecoder(Unshown):
     """Bytes in, frames out. Comments and events without data are dropped, except for an `error` event.
 
     An event, or one UTF-8 letter, may span reads, and CRLF and LF both occur. Only LF and CRLF end a line here, never
     U+2028 as in `splitlines`; a lone CR as line end is not supported, as no provider is known to send it.
     """
 
-    _held: list[bytes] = []  # of the event that is not complete yet
+    _held: list[bytes] = field(default_factory=list)  # of the event that is not complete yet
     _held_bytes: int = 0
     _tail: bytes = b""  # its last bytes, where the blank line may have begun
 
