@@ -25,7 +25,7 @@ from adapters.stream import Incoming, checked_answer, cut_short, loaded, refusal
 from protection import Failure, Outcome, UpstreamError
 from routing.catalog import Key, Model, Platform, is_demo
 from routing.route import Route
-from transport.alarm import Alarm, Alarms
+from transport.alarm import CLOCK_STEP_S, Alarm, Alarms
 from transport.upstream import Call, CallFailed, ConnectTimeout, NoFileLeft, Response, Upstream
 from wire.chat import Chat, Completion, Event, Tally
 from wire.http import Endpoint
@@ -37,7 +37,6 @@ ERROR_BYTES_MAX = 64 * 1024  # of an error body; the ones seen stay far below
 HELD_BYTES_MAX = 1024 * 1024  # of a preamble without a meaningful event (SPEC 8.7)
 CONNECTION_END_S = 0.02  # after [DONE]: the end of the body is usually in the same packet
 CHECK_S = 10.0  # for a list of models
-CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 
 
 Into = Callable[[list[Event]], Awaitable[None] | None]  # takes events; gives what is to be awaited before the next
@@ -313,16 +312,12 @@ class Attempt(Unshown):
                 if not self._hand_over(into):
                     with alarm.until(self._quiet_until(incoming, quiet_s)):
                         await response.each(partial(self._hand_over, into))
-            except TimeoutError as error:
-                if self._waiting is not None or self.providers.clock() < self._quiet_until(incoming, quiet_s):
-                    continue  # it has moved on with what has come
+            except (CallFailed, TimeoutError) as error:
+                if isinstance(error, TimeoutError) and self._has_moved_on(incoming, quiet_s):
+                    continue
                 if not incoming.finishing:
                     raise self._broken(error) from None
-                self._pass_on(b"", incoming, into)  # silence says nothing once the answer is complete
-            except CallFailed as error:
-                if not incoming.finishing:
-                    raise self._broken(error) from None
-                self._pass_on(b"", incoming, into)  # and neither does a broken connection
+                self._pass_on(b"", incoming, into)  # a broken connection, or silence, says nothing behind a finish
         if incoming is not None:
             await self._end(incoming)
 
@@ -360,6 +355,10 @@ class Attempt(Unshown):
         if events:
             self.ended = self._is_ended(incoming)
             self._waiting = into(events)
+
+    def _has_moved_on(self, incoming: Incoming, quiet_s: Callable[[], float]) -> bool:
+        """Whether something has come since the limit was set that has just passed."""
+        return self._waiting is not None or self.providers.clock() < self._quiet_until(incoming, quiet_s)
 
     def _quiet_until(self, incoming: Incoming, quiet_s: Callable[[], float]) -> float:
         """Until when the provider may say nothing: less behind a finish reason, where something may still come."""

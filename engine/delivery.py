@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 from msgspec import field
 
+from transport.alarm import CLOCK_STEP_S
 from transport.client import ClientGone, CutShort, Send, Stopping
 from wire.chat import Encoder, Tally
 from wire.errors import GatewayError
@@ -27,7 +28,6 @@ STREAM_HEADERS: Headers = [
     (b"x-accel-buffering", b"no"),
 ]
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
-CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 
 
 class Delivery(Unshown):

@@ -6,6 +6,7 @@ import asyncio
 from types import TracebackType
 from typing import Any, Self
 
+CLOCK_STEP_S = 0.002  # uvloop's clock counts whole milliseconds, and its timers may fire in the one before
 FREE_MAX = 256  # alarms that wait for their next owner: as many requests as are often served at once; 200 bytes each
 
 
